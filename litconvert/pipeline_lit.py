@@ -1,0 +1,157 @@
+"""LiTPipeline: class-conditional sampling with a LiTTransformer2DModel, in latent or pixel space.
+
+Shipped beside published weights: it needs torch and diffusers only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+# Which of a model's outputs a scheduler's step takes: DDPM with a learned variance takes noise and variance.
+Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
+
+
+def predict(
+    transformer: Any,
+    latents: Tensor,
+    timestep: Tensor,
+    class_labels: Tensor,
+    guidance_scale: float,
+    guidance_channels: int | None,
+) -> Tensor:
+    """The model's output (N, out_channels, H, W), with classifier-free guidance on the first noise channels.
+
+    Guided channels are uncond + scale (cond - uncond); the others, variance included, are the conditional ones. DiT's
+    own protocol guides the first three. Ho & Salimans, arXiv 2207.12598.
+    """
+    if guidance_scale == 1.0:
+        output: Tensor = transformer(latents, timestep, class_labels).sample
+        return output
+    null = torch.full_like(class_labels, transformer.config.num_classes)
+    both = transformer(torch.cat([latents, latents]), timestep, torch.cat([class_labels, null])).sample
+    conditional, unconditional = both.chunk(2)
+    count = latents.shape[1] if guidance_channels is None else guidance_channels
+    guided = unconditional[:, :count] + guidance_scale * (conditional[:, :count] - unconditional[:, :count])
+    return torch.cat([guided, conditional[:, count:]], dim=1)
+
+
+def denoise(
+    transformer: Any,
+    scheduler: Scheduler,
+    latents: Tensor,
+    class_labels: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Run a scheduler whose timesteps are set, from noise (N, C, H, W) to a clean latent of the same shape.
+
+    The scheduler's arithmetic is float32 whatever the model's dtype.
+    """
+    channels = latents.shape[1]
+    dtype = transformer.dtype
+    latents = latents.float() * scheduler.init_noise_sigma
+    # DPM-Solver++ and DDIM are deterministic here, and refuse an argument they do not know.
+    extra = {} if isinstance(scheduler, DPMSolverMultistepScheduler) else {"generator": generator}
+    learned_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"
+    for timestep in scheduler.timesteps:
+        output = predict(
+            transformer,
+            scheduler.scale_model_input(latents, timestep).to(dtype),
+            timestep.to(latents.device),
+            class_labels,
+            guidance_scale,
+            guidance_channels,
+        ).float()
+        if not learned_variance:
+            output = output[:, :channels]
+        latents = scheduler.step(output, timestep, latents, **extra).prev_sample
+        on_step()
+    return latents
+
+
+class LiTPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Draw images of given classes.
+
+    Args:
+        transformer: LiTTransformer2DModel.
+        scheduler: DDIM, DDPM or DPM-Solver++.
+        vae: decoder of a latent-space model; None for pixel space.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ("vae",)
+
+    def __init__(self, transformer: Any, scheduler: Scheduler, vae: AutoencoderKL | None = None) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int] | int,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 1.0,
+        guidance_channels: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw one image for each label.
+
+        Args:
+            class_labels: classes, 0 to `transformer.config.num_classes - 1`.
+            num_inference_steps: of the scheduler.
+            guidance_scale: classifier-free guidance; 1 is none.
+            guidance_channels: guide the first so many channels only (DiT's protocol: 3); None: all.
+            generator: of the starting noise and of DDPM's steps.
+            latents: starting noise (N, C, H, W), instead of drawing it.
+            output_type: `pil`, `np`, `pt` (values in [0, 1]) or `latent` (the model's own space, not decoded).
+            return_dict: an ImagePipelineOutput, or a tuple of one.
+        """
+        labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
+        config = self.transformer.config
+        wrong = [label for label in labels if not 0 <= label < config.num_classes]
+        if wrong:
+            raise ValueError(f"class_labels must be 0 to {config.num_classes - 1}, got {wrong[0]}")
+        if guidance_scale != 1.0 and not config.null_class:
+            raise ValueError(
+                "this model was trained without a null class, so it cannot be guided: use guidance_scale=1"
+            )
+        device = self._execution_device
+        if latents is None:
+            shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
+            latents = denoise(
+                self.transformer,
+                self.scheduler,
+                latents.to(device),
+                torch.tensor(labels, device=device),
+                guidance_scale=guidance_scale,
+                guidance_channels=guidance_channels,
+                generator=generator,
+                on_step=progress.update,
+            )
+        images = latents if output_type == "latent" else self.decode(latents)
+        if output_type in ("pil", "np"):
+            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images (N, C, H, W) in [0, 1]."""
+        if self.vae is not None:
+            latents = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        return (latents / 2 + 0.5).clamp(0, 1)
