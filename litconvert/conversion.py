@@ -130,6 +130,40 @@ def read_model(source: OpenSource, dtype: torch.dtype | None = None) -> LiTTrans
     return model.eval().requires_grad_(True)
 
 
+def check_values(source: OpenSource) -> list[str]:
+    """Read every value: finite, embedder copies equal, position embedding as the formula; and what looks odd.
+
+    Raises LitconvertError for what cannot be used.
+    """
+    source.check_recomputed()
+    zero = [name for name in source.reading.origins if not source.values(name).any()]
+    facts = ["every value is finite, copies are equal, the position embedding is the fixed one"]
+    if zero:
+        facts.append(f"{len(zero)} tensors are all zero ({', '.join(zero[:3])}): is the model trained?")
+    return facts
+
+
+def describe(source: OpenSource, facts: Sequence[str] = ()) -> dict[str, Any]:
+    """What a checkpoint is, as plain data."""
+    checkpoint, reading = source.checkpoint, source.reading
+    return {
+        "path": checkpoint.source,
+        "family": reading.family,
+        "layout": reading.layout,
+        "because": reading.because,
+        "weights": checkpoint.weights,
+        "sets": list(checkpoint.sets),
+        "revision": checkpoint.revision,
+        "tensors": len(checkpoint.tensors),
+        "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
+        "parameters": sum(info.numel for info in model_tensors(reading.config).values()),
+        "dtype": str(source.dtype()).removeprefix("torch."),
+        "config": reading.config,
+        "unsure": list(reading.unsure),
+        "values": list(facts),
+    }
+
+
 def load(
     source: str | Path, *, recipe: str | None = None, weights: str | None = None, **hints: Any
 ) -> LiTTransformer2DModel:
@@ -258,17 +292,8 @@ class ConversionPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The whole plan as plain data."""
-        reading, checkpoint = self.source.reading, self.source.checkpoint
         return {
-            "source": {
-                "path": checkpoint.source,
-                "family": reading.family,
-                "layout": reading.layout,
-                "because": reading.because,
-                "weights": checkpoint.weights,
-                "unsure": list(reading.unsure),
-            },
-            "source_config": reading.config,
+            "source": describe(self.source),
             "student_config": self.config,
             "groups": self.groups,
             "totals": self.totals,
@@ -421,7 +446,7 @@ def write_model_directory(
     (folder / "modeling_lit.py").write_text(model_source)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     (folder / "litconvert.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    metadata = {"format": "pt", "litconvert": digest_of(provenance)}
+    metadata = {"format": "pt", "litconvert": str(provenance["digest"])}
     write_safetensors(folder / WEIGHTS_NAME, tensors, produce, metadata, on_tensor=on_tensor)
 
 

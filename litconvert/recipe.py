@@ -288,6 +288,12 @@ def packaged_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipes_directory().glob("*.yaml"))}
 
 
+def summary(path: Path) -> str:
+    """A packaged recipe's second comment line."""
+    lines = path.read_text().splitlines()
+    return lines[1].removeprefix("# ") if len(lines) > 1 and lines[1].startswith("#") else ""
+
+
 def find_recipe(name: str) -> Path:
     """A recipe's file, from a packaged name, a path or a Hub id.
 

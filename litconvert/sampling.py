@@ -1,6 +1,6 @@
 """Drawing samples, decoding them, and writing them as a PNG grid or as the ADM evaluator's npz."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from litconvert.checkpoints import _hub_errors
+from litconvert.draws import generator_of
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.objectives import linear_betas
 from litconvert.pipeline_lit import Scheduler, denoise
-from litconvert.recipe import Guidance, Vae
+from litconvert.recipe import Guidance, Recipe, Source, Vae, resolve, resolve_data
 
 
 def make_scheduler(name: str, num_timesteps: int = 1000) -> Scheduler:
@@ -111,8 +112,6 @@ def sample(
 
 def noise_of(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
     """Starting noise of one sample, a function of (seed, index) whatever the batch size."""
-    from litconvert.draws import generator_of
-
     return torch.randn(shape, generator=generator_of(seed, "noise", index))
 
 
@@ -203,3 +202,157 @@ def save_npz(images: NDArray[np.uint8], labels: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         np.savez(file, arr_0=images, arr_1=labels.numpy())
+
+
+class SampleSheet:
+    """Pictures of a run: the student's samples beside the teacher's, always on the same noise and labels.
+
+    Args:
+        recipe: its `sample` section and VAE.
+        teacher: drawn once, when the first sheet is.
+        folder: where the PNGs go.
+    """
+
+    def __init__(self, recipe: Recipe, teacher: LiTTransformer2DModel, folder: Path) -> None:
+        self.recipe = recipe
+        self.teacher = teacher
+        self.folder = folder
+        self.vae = load_vae(recipe.source.vae) if recipe.source.vae else None
+        # Latents without a decoder have no picture.
+        self.drawable = self.vae is not None or teacher.config.in_channels in (1, 3)
+
+    def images(self, model: LiTTransformer2DModel) -> NDArray[np.uint8]:
+        """The sheet's images (N, H, W, C)."""
+        settings = self.recipe.sample
+        labels = torch.arange(settings.num_images) % model.config.num_classes
+        batches = draw(
+            model,
+            settings,
+            labels,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            num_timesteps=self.recipe.diffusion.num_timesteps,
+        )
+        factor = self.recipe.source.vae.scaling_factor if self.recipe.source.vae else 1.0
+        return to_images(torch.cat(list(batches)), self.vae, factor)
+
+    def draw(self, model: LiTTransformer2DModel, name: str) -> None:
+        """Write NAME.png, and teacher.png when it is not there yet."""
+        if not self.drawable:
+            return
+        for label, drawn in (("teacher", self.teacher), (name, model)):
+            path = self.folder / f"{label}.png"
+            if label == name or not path.exists():
+                images = self.images(drawn)
+                save_grid(images, path, scale=max(1, 64 // images.shape[1]))
+
+
+def parse_classes(text: str | None, count: int, num_classes: int) -> Tensor:
+    """`0,3,7` cycled to `count` labels (count,) int64; None: every class in turn."""
+    if text is None:
+        return torch.arange(count) % num_classes
+    try:
+        labels = torch.tensor([int(part) for part in text.split(",")])
+    except ValueError as error:
+        raise UsageError(f"--classes {text!r}: write labels as 0,3,7") from error
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise UsageError(f"--classes {text!r}: the model's classes are 0 to {num_classes - 1}")
+    return labels[torch.arange(count) % len(labels)]
+
+
+def sample_to_files(
+    model: str,
+    *,
+    out: Path,
+    teacher: str | None = None,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    classes: str | None = None,
+    npz: Path | None = None,
+    latents: Path | None = None,
+    num_attention_heads: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
+    """Draw samples of a model, and of a teacher on the same noise, and write them.
+
+    Args:
+        model, teacher: run or model directory, or any checkpoint.
+        out: PNG grid; the teacher's rows come first.
+        recipe: whose `sample` section and VAE are used; None: the one recorded with the model, if any.
+        classes: labels such as `0,3,7`.
+        npz: the model's images for the ADM evaluator.
+        latents: undecoded latents as safetensors, instead of pictures.
+
+    Returns: the files written.
+    """
+    from litconvert.checkpoints import TensorInfo, write_safetensors
+    from litconvert.conversion import open_source, read_model
+
+    path = str(Path(model) / "model") if (Path(model) / "model").is_dir() else model
+    if recipe is None and (Path(path) / "recipe.yaml").is_file():
+        recipe = path
+    settings = (resolve(recipe, overrides) if recipe else resolve_data({}, overrides, "command line")).recipe
+    hints = Source(num_attention_heads=num_attention_heads)
+    sources = [open_source(hints.model_copy(update={"path": path}))]
+    if teacher is not None:
+        # The recipe's hints describe its source; another teacher must tell its own.
+        same = settings.source.path == teacher or settings.source.path == str(Path(teacher).resolve())
+        own = settings.source if same else hints.model_copy(update={"path": teacher})
+        sources.insert(0, open_source(own))
+    models = [
+        read_model(source, torch.float32).to("cuda" if torch.cuda.is_available() else "cpu") for source in sources
+    ]
+    config = models[-1].config
+    for other in models:
+        for key in ("in_channels", "sample_size", "num_classes"):
+            if other.config[key] != config[key]:
+                raise UsageError(
+                    f"{teacher} has {key}={other.config[key]}, {model} has {config[key]}: they cannot share noise"
+                )
+    if npz is not None and latents is not None:
+        raise UsageError("--npz needs decoded images and --latents skips decoding; give one of them")
+    chosen = settings.sample
+    vae = load_vae(settings.source.vae) if settings.source.vae and latents is None else None
+    if vae is None and latents is None and config.in_channels not in (1, 3):
+        to_images(torch.empty(1, config.in_channels, 1, 1), None)  # refuses, and says what to give
+    labels = parse_classes(classes, chosen.num_images, config.num_classes)
+    total, done = len(models) * -(-len(labels) // chosen.batch_size) * chosen.steps, [0]
+
+    def on_step() -> None:
+        done[0] += 1
+        on_progress(done[0], total)
+
+    drawn = [
+        torch.cat(
+            list(
+                draw(
+                    one,
+                    chosen,
+                    labels,
+                    seed=chosen.seed,
+                    batch_size=chosen.batch_size,
+                    num_timesteps=settings.diffusion.num_timesteps,
+                    on_step=on_step,
+                )
+            )
+        )
+        for one in models
+    ]
+    for path_out in (latents, npz, None if latents else out):
+        if path_out is not None:
+            path_out.parent.mkdir(parents=True, exist_ok=True)
+    if latents is not None:
+        tensors = {"latents": drawn[-1], "class_labels": labels}
+        infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+        write_safetensors(latents, infos, tensors.__getitem__, {"format": "pt"})
+        return [latents]
+    factor = settings.source.vae.scaling_factor if settings.source.vae else 1.0
+    images = [to_images(one, vae, factor) for one in drawn]
+    columns = min(10, len(labels))
+    # Whole rows, so that the teacher's grid ends where the student's begins.
+    padded = [np.concatenate([one, np.full((-len(one) % columns, *one.shape[1:]), 255, np.uint8)]) for one in images]
+    save_grid(np.concatenate(padded), out, columns=columns, scale=max(1, 64 // config.sample_size))
+    if npz is not None:
+        save_npz(images[-1], labels, npz)
+        return [out, npz]
+    return [out]

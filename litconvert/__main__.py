@@ -1,0 +1,6 @@
+"""`python -m litconvert`, and what `accelerate launch -m litconvert` runs."""
+
+from litconvert.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Small weights that ship with litconvert, and the scripts that made them."""

@@ -1,0 +1,454 @@
+"""The command line. Heavy imports are inside the commands, so that help and `recipes ls` answer at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from litconvert import console
+from litconvert.errors import LitconvertError, UsageError
+
+app = typer.Typer(
+    name="litconvert",
+    help="Turn a softmax diffusion transformer into a linear-attention one: convert, distil, sample, push.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+latents_app = typer.Typer(help="Training data for distillation.", no_args_is_help=True)
+recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
+app.add_typer(latents_app, name="latents")
+app.add_typer(recipes_app, name="recipes")
+
+SourceArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="SRC", help="File, folder, Hub id (owner/name) or asset:NAME. Default: the recipe's."),
+]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Name, file or Hub id of a recipe.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key. May be repeated.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that was made from other inputs.")]
+HeadsOption = Annotated[
+    int | None, typer.Option("--num-attention-heads", help="Heads of the source, where its width does not tell.")
+]
+SizeOption = Annotated[
+    int | None, typer.Option("--sample-size", help="Side of the latent, where the source does not tell.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Of fresh weights and of every draw (seed).")]
+
+
+def _overrides(
+    sets: list[str] | None,
+    num_attention_heads: int | None = None,
+    sample_size: int | None = None,
+    seed: int | None = None,
+) -> list[str]:
+    """--set and the options that stand for a key."""
+    named = {
+        "source.num_attention_heads": num_attention_heads,
+        "source.sample_size": sample_size,
+        "seed": seed,
+    }
+    return [*(sets or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.")],
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Read every value and check it, not the headers alone.")
+    ] = False,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A recipe whose source section has hints.")
+    ] = None,
+    sets: SetOption = None,
+    num_attention_heads: HeadsOption = None,
+    sample_size: SizeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a checkpoint is, and why.
+
+    Example: litconvert inspect DiT-XL-2-256x256.pt
+    """
+    from litconvert import conversion
+    from litconvert.recipe import resolve, resolve_data
+
+    given = _overrides(sets, num_attention_heads, sample_size)
+    resolved = resolve(recipe, given) if recipe else resolve_data({}, given, "command line")
+    settings = conversion.with_source(resolved, source).recipe
+    opened = conversion.open_source(settings.source, settings.inherit.weights)
+    facts = conversion.check_values(opened) if weights else []
+    if as_json:
+        console.data(conversion.describe(opened, facts))
+    else:
+        console.show_source(opened, facts)
+
+
+@app.command()
+def plan(
+    source: SourceArgument = None,
+    recipe: RecipeOption = "dit-xl-2-256",
+    sets: SetOption = None,
+    num_attention_heads: HeadsOption = None,
+    sample_size: SizeOption = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what would become of every tensor. Reads headers, writes nothing.
+
+    Example: litconvert plan DiT-XL-2-256x256.pt --recipe dit-xl-2-256
+    """
+    from litconvert.conversion import plan as make_plan
+
+    made = make_plan(source, recipe, _overrides(sets, num_attention_heads, sample_size))
+    if as_json:
+        console.data(made.to_json())
+    else:
+        console.show_plan(made, tensors=tensors)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.")],
+    out: Annotated[Path, typer.Argument(help="The model directory to write.")],
+    recipe: RecipeOption = "dit-xl-2-256",
+    sets: SetOption = None,
+    num_attention_heads: HeadsOption = None,
+    sample_size: SizeOption = None,
+    seed: SeedOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Replace softmax attention by fresh linear attention; inherit the rest.
+
+    Example: litconvert convert DiT-XL-2-256x256.pt lit-xl --recipe dit-xl-2-256
+    """
+    from litconvert import conversion
+
+    console.be_quiet(quiet)
+    made = conversion.plan(source, recipe, _overrides(sets, num_attention_heads, sample_size, seed))
+    if not dry_run:
+        with console.progress("convert") as show:
+            total, done = made.totals["student_tensors_stored"], [0]
+
+            def on_tensor(name: str) -> None:
+                done[0] += 1
+                show(done[0], total, "")
+
+            conversion.carry_out(made, out, force=force, on_tensor=on_tensor)
+    if as_json:
+        console.data({"out": None if dry_run else str(out), **made.to_json()})
+    else:
+        console.show_plan(made)
+        console.note(f"nothing written (--dry-run); would write {out}" if dry_run else f"written: {out}")
+
+
+@latents_app.command("synthesize")
+def latents_synthesize(
+    out: Annotated[Path, typer.Argument(help="The dataset folder to write.")],
+    source: Annotated[str | None, typer.Option("--source", help="The teacher. Default: the recipe's source.")] = None,
+    recipe: RecipeOption = "digits",
+    sets: SetOption = None,
+    num_attention_heads: HeadsOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Let the teacher draw the training set. Interrupted, the same command goes on.
+
+    Example: litconvert latents synthesize latents/ --recipe digits
+    """
+    from litconvert.latents import synthesize
+
+    console.be_quiet(quiet)
+    with console.progress("draw") as show:
+        given = _overrides(sets, num_attention_heads)
+        synthesize(source, out, recipe, given, force=force, on_progress=lambda done, total: show(done, total, ""))
+    console.line(str(out))
+
+
+@app.command()
+def distill(
+    student: Annotated[Path, typer.Argument(help="Model directory that `convert` wrote.")],
+    out: Annotated[Path, typer.Argument(help="Run directory to write, or to go on with.")],
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Default: the one recorded in STUDENT.")] = None,
+    sets: SetOption = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="Another teacher for the hybrid stage.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Dataset folder. Default: the teacher draws it.")] = None,
+    seed: SeedOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Teach a student with its softmax teacher. Rerun to resume.
+
+    Example: litconvert distill lit-xl runs/lit-xl --recipe dit-xl-2-256 --data latents/
+    """
+    from litconvert.line import compare, distill_with_progress
+
+    console.be_quiet(quiet)
+    run = distill_with_progress(student, out, recipe, teacher, data, _overrides(sets, seed=seed), force)
+    compare(run)
+    console.line(str(run / "model"))
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="Model or run directory, or any checkpoint litconvert reads.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG grid to write.")] = Path("samples.png"),
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="Draw this one too, on the same noise, above.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Default: the one recorded with MODEL.")] = None,
+    sets: SetOption = None,
+    num: Annotated[int | None, typer.Option("--num", "-n", help="How many images (sample.num_images).")] = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Labels, such as 0,3,7; cycled. Default: all.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option("--scheduler", help="ddpm, ddim or dpm-solver++.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Of the scheduler.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")] = None,
+    guidance_channels: Annotated[
+        int | None, typer.Option("--guidance-channels", help="Guide the first so many channels (DiT's protocol: 3).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise (sample.seed).")] = None,
+    npz: Annotated[Path | None, typer.Option("--npz", help="Write the images for the ADM evaluator too.")] = None,
+    latents: Annotated[
+        Path | None, typer.Option("--latents", help="Write undecoded latents (safetensors) instead of a picture.")
+    ] = None,
+    num_attention_heads: HeadsOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Draw samples.
+
+    Example: litconvert sample runs/digits/distilled --teacher asset:dit-digits -o side-by-side.png
+    """
+    from litconvert.sampling import sample_to_files
+
+    console.be_quiet(quiet)
+    named: dict[str, Any] = {
+        "sample.num_images": num,
+        "sample.scheduler": scheduler,
+        "sample.steps": steps,
+        "sample.guidance": guidance,
+        "sample.guidance_channels": guidance_channels,
+        "sample.seed": seed,
+    }
+    given = [*_overrides(sets), *(f"{key}={value}" for key, value in named.items() if value is not None)]
+    with console.progress("sample") as show:
+        written = sample_to_files(
+            model,
+            out=out,
+            teacher=teacher,
+            recipe=recipe,
+            overrides=given,
+            classes=classes,
+            npz=npz,
+            latents=latents,
+            num_attention_heads=num_attention_heads,
+            on_progress=lambda done, total: show(done, total, ""),
+        )
+    for path in written:
+        console.line(str(path))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory of `distill`.")],
+    sets: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a distilled student against its teacher, and record it with the model.
+
+    Example: litconvert evaluate runs/digits/distilled --set evaluate.num_samples=1000
+    """
+    from litconvert.line import score_run
+    from litconvert.recipe import resolve
+
+    console.be_quiet(quiet)
+    if not (run / "model").is_dir():
+        raise UsageError(f"{run}: not a finished run of `litconvert distill` (no model/ in it)")
+    scores = score_run(run, resolve(str(run), sets or []).recipe, force=force)
+    if as_json:
+        console.data(scores)
+    else:
+        console.show_scores(scores)
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="Model or run directory.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, owner/name.")],
+    pipeline: Annotated[bool, typer.Option("--pipeline", help="Lay out a full diffusers pipeline.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up; no network.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Publish a model with its card. The token comes from HF_TOKEN or `hf auth login`.
+
+    Example: litconvert push runs/digits/distilled me/lit-digits --pipeline
+    """
+    from litconvert import publishing
+
+    console.be_quiet(quiet)
+    if dry_run:
+        files = publishing.planned_files(directory, repo_id, pipeline=pipeline)
+        if as_json:
+            console.data([{"path": path, "bytes": nbytes} for path, nbytes in files])
+        else:
+            console.table(("file", "bytes"), [(path, console.count(nbytes)) for path, nbytes in files], numbers=(1,))
+        return
+    url = publishing.push(directory, repo_id, pipeline=pipeline, private=private)
+    console.data({"url": url}) if as_json else console.line(url)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="Name, file or Hub id of a recipe.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: runs/RECIPE.")] = None,
+    source: Annotated[str | None, typer.Option("--source", help="Default: the recipe's.")] = None,
+    sets: SetOption = None,
+    seed: SeedOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """The whole line: convert, latents, distil, sample, evaluate, push. What is done is skipped.
+
+    Example: litconvert run digits
+    """
+    from litconvert.line import run_line
+
+    console.be_quiet(quiet)
+    place = out or Path("runs") / Path(recipe).stem
+    console.show_result(run_line(recipe, place, source=source, overrides=_overrides(sets, seed=seed), force=force))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o")] = Path("runs/digits"),
+    sets: SetOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """`run digits`: the whole line on a small trained DiT that ships with litconvert. No network, no GPU.
+
+    Example: litconvert demo
+    """
+    run("digits", out=out, sets=sets, force=force, quiet=quiet)
+
+
+@app.command()
+def env(as_json: JsonOption = False) -> None:
+    """Versions and devices, for bug reports."""
+    import torch
+
+    from litconvert.conversion import versions
+    from litconvert.distillation import bf16_in_hardware
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or ["cpu"]
+    facts = {**versions(), "devices": ", ".join(devices), "bf16 in hardware": bf16_in_hardware()}
+    console.data(facts) if as_json else console.table(("", ""), list(facts.items()))
+
+
+@recipes_app.command("ls")
+def recipes_ls(as_json: JsonOption = False) -> None:
+    """List the packaged recipes.
+
+    Example: litconvert recipes ls
+    """
+    from litconvert.recipe import packaged_recipes, summary
+
+    rows = [(name, summary(path)) for name, path in packaged_recipes().items()]
+    if as_json:
+        console.data([{"name": name, "summary": text} for name, text in rows])
+    else:
+        console.table(("recipe", ""), rows)
+
+
+@recipes_app.command("show")
+def recipes_show(
+    name: Annotated[str, typer.Argument(help="Name, file or Hub id of a recipe.")],
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print every resolved key with where it came from.
+
+    Example: litconvert recipes show digits --set student.conv_size=3
+    """
+    from litconvert.recipe import resolve
+
+    rows = resolve(name, sets or []).rows()
+    if as_json:
+        console.data([{"key": key, "value": value, "origin": origin} for key, value, origin in rows])
+    else:
+        console.table(("key", "value", "origin"), rows)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="A packaged recipe.")],
+    out: Annotated[Path | None, typer.Argument(help="Default: NAME.yaml here.")] = None,
+    force: ForceOption = False,
+) -> None:
+    """Copy a packaged recipe, comments and all, to edit it.
+
+    Example: litconvert recipes copy digits my-digits.yaml
+    """
+    from litconvert.checkpoints import write_whole
+    from litconvert.recipe import find_recipe
+
+    path = find_recipe(name)
+    target = out or Path(f"{path.stem}.yaml")
+    if target.exists() and not force:
+        raise LitconvertError(f"{target} exists; choose another name, or replace it with --force")
+    write_whole(target, path.read_text())
+    console.line(str(target))
+
+
+@recipes_app.command("validate")
+def recipes_validate(
+    names: Annotated[list[str], typer.Argument(help="Recipes to check.")],
+    sets: SetOption = None,
+) -> None:
+    """Check recipes; every problem is listed with its file and line.
+
+    Example: litconvert recipes validate my-digits.yaml
+    """
+    from litconvert.recipe import resolve
+
+    problems = []
+    for name in names:
+        try:
+            resolve(name, sets or [])
+            console.line(f"{name}: valid")
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """Print the JSON schema of a recipe, for editors.
+
+    Example: litconvert recipes schema > recipe.schema.json
+    """
+    from litconvert.recipe import json_schema
+
+    console.data(json_schema())
+
+
+def main() -> None:
+    """Run the command line; exits 0, 1 (known error), 2 (usage), 3 (a gate failed) or 130 (interrupted)."""
+    try:
+        app()
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(console.fail(error))

@@ -1,0 +1,228 @@
+"""What the user sees: data on stdout, everything else on stderr."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from litconvert.errors import LitconvertError, system_cause
+
+if TYPE_CHECKING:
+    from litconvert.conversion import ConversionPlan, OpenSource
+    from litconvert.line import LineResult
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+_settings = {"quiet": False}
+
+
+def be_quiet(quiet: bool) -> None:
+    """-q: errors alone on stderr."""
+    _settings["quiet"] = quiet
+
+
+def note(message: str) -> None:
+    """A line on stderr."""
+    if not _settings["quiet"]:
+        err.print(message, markup=False)
+
+
+def data(value: Any) -> None:
+    """JSON on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def line(text: str) -> None:
+    """A line of data on stdout, as it is."""
+    sys.stdout.write(text + "\n")
+
+
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[int] = (), title: str = ""
+) -> None:
+    """A table on stdout; the columns in `numbers` are right-aligned."""
+    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, header in enumerate(headers):
+        made.add_column(header, justify="right" if index in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(str(cell)) for cell in row))
+    out.print(made)
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr; call what it gives with (done, total, a short remark). Plain lines where there is no terminal."""
+    if _settings["quiet"]:
+        yield lambda done, total, remark="": None
+        return
+    if not err.is_terminal:
+        last = [-1]
+
+        def plain(done: int, total: int, remark: str = "") -> None:
+            tenth = 10 * done // max(total, 1)
+            if tenth != last[0]:
+                last[0] = tenth
+                note(f"{description}: {done}/{total} {remark}".rstrip())
+
+        yield plain
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[remark]}"),
+    )
+    with Progress(*columns, console=err, transient=False) as bar:
+        task = bar.add_task(description, total=None, remark="")
+
+        def show(done: int, total: int, remark: str = "") -> None:
+            bar.update(task, completed=done, total=total, remark=remark)
+
+        yield show
+
+
+def count(value: int | float) -> str:
+    """1234567 as 1,234,567."""
+    return f"{value:,}"
+
+
+def size(nbytes: int) -> str:
+    """Bytes as MB or GB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
+
+
+def show_source(source: "OpenSource", values: Sequence[str] = ()) -> None:
+    """What a checkpoint is."""
+    reading, checkpoint = source.reading, source.checkpoint
+    weights = f"{checkpoint.weights} (of {', '.join(checkpoint.sets)})" if checkpoint.weights else "the only set"
+    parameters = sum(checkpoint.tensors[name].numel for name in checkpoint.tensors)
+    config = reading.config
+    rows = [
+        ("recognised as", f"{reading.family}, {reading.layout} layout, because {reading.because}"),
+        ("weights", weights),
+        (
+            "tensors",
+            f"{len(checkpoint.tensors)}, {count(parameters)} numbers, {str(source.dtype()).removeprefix('torch.')}",
+        ),
+        (
+            "size",
+            f"{config['num_layers']} layers, width {config['hidden_size']}, {config['num_attention_heads']} heads",
+        ),
+        ("attention", _attention(config["attention"])),
+        (
+            "latent",
+            f"{config['in_channels']} x {config['sample_size']} x {config['sample_size']}, patch {config['patch_size']}, "
+            f"{config['out_channels']} output channels",
+        ),
+        ("classes", f"{config['num_classes']}{' and a null class' if config['null_class'] else ''}"),
+        *(("assumed", text) for text in reading.unsure),
+        *(("values", text) for text in values),
+    ]
+    table(("", ""), rows, title=checkpoint.source)
+
+
+def _attention(kinds: Sequence[str]) -> str:
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
+    """The plan: the four groups, parameters, multiply-accumulates, and with `tensors` every tensor."""
+    groups, totals = plan.groups, plan.totals
+    rows = [
+        (fate, g["source_tensors"] or "-", g["student_tensors"] or "-", count(g["parameters"]), size(g["bytes"]))
+        for fate, g in groups.items()
+    ]
+    sides = ("total", totals["source_tensors"], totals["student_tensors"], "", "")
+    table(("", "source", "student", "numbers", "bytes"), [*rows, sides], numbers=(1, 2, 3, 4), title="Tensors")
+    line("")
+    rows = [
+        ("source", count(totals["source_parameters"]), count(totals["source_parameters_with_pos_embed"])),
+        ("student", count(totals["student_parameters"]), count(totals["student_parameters_with_pos_embed"])),
+    ]
+    table(("", "parameters", "with the fixed pos_embed"), rows, numbers=(1, 2))
+    line("")
+    macs = [
+        (row["image_size"], row["tokens"], f"{row['source_macs'] / 1e9:,.2f}", f"{row['student_macs'] / 1e9:,.2f}",
+         f"{row['ratio']:.2f}")
+        for row in plan.macs
+    ]  # fmt: skip
+    table(("image", "tokens", "GMACs before", "after", "ratio"), macs, numbers=(0, 1, 2, 3, 4))
+    line("A ratio is arithmetic, not speed: linear attention pays from about 1024 pixels on.")
+    if tensors:
+        line("")
+        rows = [
+            (entry.fate, entry.target or "-", _place(entry.source, entry.rows, len(entry.copies)), entry.shape)
+            for entry in plan.entries
+        ]
+        table(("fate", "student", "source", "shape"), rows)
+
+
+def _place(name: str | None, rows: tuple[int, int] | None, copies: int) -> str:
+    if name is None:
+        return "-"
+    return name + (f"[{rows[0]}:{rows[1]}]" if rows else "") + (f" ({copies} copies)" if copies > 1 else "")
+
+
+def show_scores(results: Mapping[str, Any]) -> None:
+    """Metrics of each model: mean and spread over seeds."""
+    rows = []
+    for name, scores in results["models"].items():
+        distance, accuracy = scores["frechet_distance"], scores["class_accuracy"]
+        rows.append((name, _spread(distance, "{:.2f}"), _spread(accuracy, "{:.1%}")))
+    title = f"{results['num_samples']} samples a seed, {len(results['seeds'])} seeds, {results['scheduler']} in {results['steps']} steps"
+    table(("", "Fréchet distance to the teacher", "read as the class asked for"), rows, numbers=(1, 2), title=title)
+
+
+def _spread(score: Mapping[str, Any], form: str) -> str:
+    spread = score["standard_deviation"]
+    return form.format(score["mean"]) + (f" ± {form.format(spread)}" if spread is not None else "")
+
+
+def show_result(result: "LineResult") -> None:
+    """One screen: what became of the tensors, what was measured, and where everything is."""
+    line("")
+    groups, totals = result.plan.groups, result.plan.totals
+    counts = ", ".join(f"{g['student_tensors'] or g['source_tensors']} {fate}" for fate, g in groups.items())
+    line(f"Tensors: {counts}")
+    line(f"Parameters: {count(totals['source_parameters'])} before, {count(totals['student_parameters'])} after")
+    ratios = ", ".join(f"{row['ratio']:.2f} at {row['image_size']}px" for row in result.plan.macs)
+    line(f"Multiply-accumulates, before over after: {ratios}")
+    if result.scores is not None:
+        line("")
+        show_scores(result.scores)
+    line("")
+    rows = [
+        ("model", result.run / "model"),
+        ("samples on the same noise", result.run / "comparison.png"),
+        ("loss curves", result.run / "curves.png"),
+        ("every step", result.run / "metrics.csv"),
+    ]
+    if result.url is not None:
+        rows.append(("published", result.url))
+    for name, path in rows:
+        line(f"{name}: {path}")
+
+
+def fail(error: BaseException) -> int:
+    """Print an error as its message alone; returns the exit code. A traceback only with LITCONVERT_DEBUG=1."""
+    if os.environ.get("LITCONVERT_DEBUG") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, LitconvertError):
+        err.print(f"litconvert: {error}", markup=False, soft_wrap=True)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        err.print("litconvert: interrupted; run the same command to go on", markup=False)
+        return 130
+    cause = system_cause(error)
+    message = cause or f"unexpected {type(error).__name__}: {error} (LITCONVERT_DEBUG=1 shows where; please report it)"
+    err.print(f"litconvert: {message}", markup=False, soft_wrap=True)
+    return 1

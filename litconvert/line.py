@@ -1,0 +1,150 @@
+"""The whole line for one recipe: convert, latents, distil, sample, evaluate, push; what is done already is skipped."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from litconvert import console
+from litconvert.checkpoints import digest_of, read_json, write_whole
+from litconvert.conversion import (
+    ConversionPlan,
+    carry_out,
+    load,
+    open_source,
+    plan_conversion,
+    read_model,
+    with_source,
+)
+from litconvert.distillation import StepReport, distill
+from litconvert.evaluation import evaluate, evaluation_passes, reference_samples
+from litconvert.latents import synthesize_resolved
+from litconvert.recipe import Recipe, resolve
+
+
+@dataclass(frozen=True)
+class LineResult:
+    """Where everything is, and what was measured."""
+
+    plan: ConversionPlan
+    run: Path
+    scores: dict[str, Any] | None
+    url: str | None
+
+
+def run_line(
+    recipe: str, out: Path, *, source: str | None = None, overrides: Sequence[str] = (), force: bool = False
+) -> LineResult:
+    """Run a recipe from checkpoint to result in `out`: student/, latents/, distilled/ and evaluation.json."""
+    resolved = with_source(resolve(recipe, overrides), source)
+    settings = resolved.recipe
+    plan = plan_conversion(open_source(settings.source, settings.inherit.weights), settings)
+    student = carry_out(plan, out / "student", force=force)
+    console.note(f"converted: {student}")
+    data = settings.data.path
+    if data is None:
+        with console.progress("teacher draws the training set") as show:
+            data = str(synthesize_resolved(resolved, out / "latents", force, lambda done, all_: show(done, all_, "")))
+    run = distill_with_progress(student, out / "distilled", recipe, None, data, overrides, force)
+    scores = None
+    if settings.evaluate.features is not None:
+        scores = score_run(run, settings, force=force)
+    compare(run)
+    url = None
+    if settings.publish.repo_id is not None:
+        from litconvert.publishing import push
+
+        url = push(run, settings.publish.repo_id, private=settings.publish.private, pipeline=settings.publish.pipeline)
+    return LineResult(plan, run, scores, url)
+
+
+def distill_with_progress(
+    student: Path,
+    out: Path,
+    recipe: str | None,
+    teacher: str | None,
+    data: str | Path | None,
+    overrides: Sequence[str],
+    force: bool,
+) -> Path:
+    """`distill` with a progress bar."""
+    with console.progress("distil") as show:
+
+        def on_step(report: StepReport) -> None:
+            remark = f"{report.stage} loss {report.metrics['loss']:.4f}"
+            show(report.global_step, report.total_steps, remark)
+
+        return distill(
+            student,
+            out,
+            recipe,
+            teacher=teacher,
+            data=data,
+            overrides=overrides,
+            force=force,
+            on_step=on_step,
+            on_draw=lambda done, all_: show(done, all_, "samples drawn"),
+            on_note=console.note,
+        )
+
+
+def score_run(run: Path, recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
+    """Metrics of a run's model and of the teacher against itself; kept in evaluation.json and in the model's record."""
+    record = read_json(run / "model" / "litconvert.json")
+    digest = digest_of({"model": record["digest"], "evaluate": recipe.evaluate.model_dump(mode="json")})
+    kept = run / "evaluation.json"
+    if kept.is_file() and not force:
+        found = read_json(kept)
+        if found.get("digest") == digest:
+            return found
+    teacher = read_model(open_source(recipe.source, recipe.inherit.weights), torch.float32)
+    student = load(run / "model").float()
+    with console.progress("evaluate") as show:
+        total, done = evaluation_passes(recipe.evaluate, models=2), [0]
+
+        def on_step() -> None:
+            done[0] += 1
+            show(done[0], total, "")
+
+        reference = reference_samples(teacher, recipe, on_step)
+        models = {"student": student, "teacher against itself": teacher}
+        scores = {"digest": digest, **evaluate(models, reference, recipe, on_step=on_step)}
+    write_whole(kept, json.dumps(scores, indent=2) + "\n")
+    protocol = {key: scores[key] for key in ("num_samples", "seeds", "scheduler", "steps")}
+    mine, floor = scores["models"]["student"], scores["models"]["teacher against itself"]
+    record["metrics"] = {
+        "frechet_distance": {**mine["frechet_distance"], **protocol},
+        "class_accuracy": {**mine["class_accuracy"], **protocol},
+        "teacher_frechet_distance": {**floor["frechet_distance"], **protocol},
+        "teacher_class_accuracy": {**floor["class_accuracy"], **protocol},
+    }
+    write_whole(run / "model" / "litconvert.json", json.dumps(record, indent=2) + "\n")
+    return scores
+
+
+def compare(run: Path) -> Path | None:
+    """comparison.png: teacher, student before and student after, on the same noise, one above the other."""
+    paths = [run / "samples" / f"{name}.png" for name in ("teacher", "before", "after")]
+    if not all(path.is_file() for path in paths):
+        return None
+    from matplotlib import use
+
+    use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(len(paths), 1, figsize=(7, 9.2))
+    titles = ("teacher (softmax)", "student before distillation (linear)", "student after distillation (linear)")
+    for panel, path, title in zip(panels, paths, titles, strict=True):
+        panel.imshow(np.asarray(Image.open(path)), cmap="gray", vmin=0, vmax=255)
+        panel.set_title(title)
+        panel.axis("off")
+    figure.tight_layout()
+    out = run / "comparison.png"
+    figure.savefig(out, dpi=100)
+    pyplot.close(figure)
+    return out

@@ -1,0 +1,641 @@
+"""Publishing: what goes up is laid out in a folder, rehearsed, described on a card, and pushed to the Hub."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path, PureWindowsPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from litconvert.checkpoints import WEIGHT_SUFFIXES, read_json
+from litconvert.conversion import FATES, WEIGHTS_NAME, OpenSource, open_source, read_provenance
+from litconvert.errors import LitconvertError, UsageError, system_cause
+from litconvert.recipe import Recipe, Source, Vae, read_recorded
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+REPO_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+AUTO_MAP = {"AutoModel": "modeling_lit.LiTTransformer2DModel"}
+# Of the pictures drawn while training, the newest so many go up; those drawn before and after it always do.
+STEP_PICTURES = 4
+# What a push writes and another layout, or other pictures, would leave behind.
+REPLACED = ["config.json", "diffusion_pytorch_model*", "model_index.json", "pipeline_lit.py"]
+REPLACED += ["transformer/*", "scheduler/*", "vae/*", "images/*"]
+TASK = "unconditional-image-generation"
+
+
+def push(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    pipeline: bool = False,
+    private: bool = False,
+    dry_run: bool = False,
+    vae: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    on_file: Callable[[str, int], None] = lambda path, nbytes: None,
+) -> str:
+    """Push a model to the Hub with a card, so that it loads in stock diffusers. Called again, it resumes.
+
+    The token is that of the environment (HF_TOKEN) or of `hf auth login`. A push replaces an earlier one whole: its
+    card, and the files that only the other layout has.
+
+    Args:
+        directory: a model directory, or a run directory of `distill`, whose pictures go up too.
+        repo_id: `owner/name`; created when it does not exist.
+        pipeline: lay out a full diffusers pipeline (scheduler, decoder) instead of the model alone.
+        private: create the repository as private; refused when it exists and is public.
+        dry_run: report what would go up and stop. Nothing is sent, and nothing is asked of the Hub.
+        vae: folder or Hub id of the pipeline's decoder; None: the recipe's.
+        revision: branch to commit to, which must exist; None: main. `refs/pr/N` goes on with a pull request.
+        create_pr: open a pull request instead of committing to main.
+        commit_message: of the commit.
+        on_file: called with the path and the bytes of every file before anything is sent.
+
+    Returns: the url of the repository, of its branch, or of the pull request.
+
+    Raises UsageError for arguments that cannot be meant, LitconvertError when the model is broken or the Hub refuses.
+    """
+    if create_pr and revision is not None:
+        raise UsageError("create_pr opens its own branch: leave revision out, or go on with revision=refs/pr/N alone")
+    check_repo_id(repo_id)
+    if not dry_run:
+        _require_login(repo_id)
+    from huggingface_hub import HfApi, constants
+
+    with _laid_out(directory, repo_id, pipeline=pipeline, vae=vae, offline=dry_run) as folder:
+        for path, nbytes in _files(folder):
+            on_file(path, nbytes)
+        if dry_run:
+            return f"{constants.ENDPOINT}/{repo_id}"
+        # token=True: the stored token even where HF_HUB_DISABLE_IMPLICIT_TOKEN keeps it out of reads.
+        api = HfApi(token=True)
+        with _write_errors(repo_id):
+            # None leaves the choice to the owner's default: an organisation's may be private.
+            url = str(api.create_repo(repo_id, private=private or None, exist_ok=True))
+            if private and not api.model_info(repo_id).private:
+                raise LitconvertError(
+                    f"{repo_id} exists and is public: make it private first "
+                    f"(`hf repos settings {repo_id} --private`), or push to another name"
+                )
+            # Stale weights beside the new ones would be loaded; files that are not an earlier push's are left alone.
+            ours = api.file_exists(repo_id, "litconvert.json", revision=revision)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns=REPLACED if ours else None,
+                commit_message=commit_message or f"Push with litconvert {version('litconvert')}",
+            )
+    return commit.pr_url or (f"{url}/tree/{revision}" if revision else url)
+
+
+def planned_files(
+    directory: str | Path, repo_id: str, *, pipeline: bool = False, vae: str | None = None
+) -> list[tuple[str, int]]:
+    """Path and bytes of every file that `push` with these arguments sends. Nothing is asked of the Hub."""
+    with _laid_out(directory, repo_id, pipeline=pipeline, vae=vae, offline=True) as folder:
+        return _files(folder)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises UsageError for what the Hub would not take as a repository's name."""
+    if not REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        raise UsageError(
+            f"{repo_id!r} is not the id of a Hub repository: write it as owner/name, letters, digits, '-', '_' and '.' "
+            "only (`hf auth whoami` tells your name)"
+        )
+
+
+def _require_login(repo_id: str) -> None:
+    """Refuse before the work what cannot end in a push."""
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import is_offline_mode
+
+    if is_offline_mode():
+        raise LitconvertError(
+            f"{repo_id}: HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or look with --dry-run"
+        )
+    token = get_token()
+    if token is None:
+        raise LitconvertError(f"{repo_id}: not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+    # A header refused by the HTTP library would be quoted in its error, token and all.
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise LitconvertError(
+            f"{repo_id}: the Hub token holds characters that no token has: set HF_TOKEN again, or run `hf auth login`"
+        )
+
+
+@contextmanager
+def _write_errors(repo_id: str) -> Iterator[None]:
+    """What goes wrong while writing to the Hub, as a sentence."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+
+    resume = "run the same command again, it goes on where it stopped"
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise LitconvertError(f"{repo_id}: {_refusal(error, repo_id, resume)}") from error
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise LitconvertError(f"{repo_id}: the Hub cannot be reached; check the network, then {resume}") from error
+    except PermissionError as error:  # of hf_xet, when the token expires
+        raise LitconvertError(f"{repo_id}: the token has expired; run `hf auth login`, then {resume}") from error
+    except ValueError as error:
+        raise LitconvertError(
+            f"{repo_id}: the Hub refuses the card: {_one_line(error)}; correct source.license in litconvert.json"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise LitconvertError(f"{repo_id}: the upload failed ({_one_line(error)}); {resume}") from error
+
+
+def _refusal(error: Any, repo_id: str, resume: str) -> str:
+    status = error.response.status_code
+    owner = repo_id.split("/")[0]
+    if status == 401:
+        return "the Hub does not accept the token: run `hf auth login` again, or set HF_TOKEN to a valid token"
+    if status == 403 and "/api/" in str(error.response.url):  # elsewhere it is the storage that refuses
+        return f"the token may not write to {owner}: use one with write access (`hf auth login`), or another owner"
+    if status == 404:
+        return "no such repository or branch: check the name, or create the branch (`hf repos branch create`)"
+    if status == 429 or status >= 500:
+        return f"the Hub is busy (status {status}); wait a little, then {resume}"
+    return f"the Hub refused (status {status}): {_one_line(error.server_message or error)}"
+
+
+def _one_line(error: object) -> str:
+    """An error of another library on one line, without the token, whatever that library quotes."""
+    from huggingface_hub import get_token
+
+    text = " ".join(str(error).split()).removeprefix("Invalid metadata in README.md. ")
+    token = get_token()
+    return text.replace(token, "***") if token else text
+
+
+@contextmanager
+def _laid_out(directory: str | Path, repo_id: str, *, pipeline: bool, vae: str | None, offline: bool) -> Iterator[Path]:
+    with TemporaryDirectory(prefix="litconvert-push-") as temporary:
+        prepare(directory, temporary, repo_id=repo_id, pipeline=pipeline, vae=vae, offline=offline)
+        yield Path(temporary)
+
+
+def _files(folder: Path) -> list[tuple[str, int]]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]
+
+
+def prepare(
+    directory: str | Path,
+    folder: str | Path,
+    *,
+    repo_id: str,
+    pipeline: bool = False,
+    vae: str | None = None,
+    offline: bool = False,
+) -> None:
+    """Fill an empty folder with exactly what goes up, and rehearse it. The model directory is only read.
+
+    Args:
+        directory, repo_id, pipeline, vae: as for `push`.
+        folder: filled; weights are links to the model directory's.
+        offline: take a decoder of the Hub from its cache only.
+
+    Raises UsageError for a directory that is none of ours, LitconvertError for one that is incomplete or broken.
+    """
+    check_repo_id(repo_id)
+    folder = Path(folder)
+    model, pictures = find_model(Path(directory))
+    provenance = without_local_paths(read_provenance(model))
+    recipe = read_recorded(model / "recipe.yaml")
+    source = rehearse(model)
+    config = {key: value for key, value in read_json(model / "config.json").items() if key != "_name_or_path"}
+    decoder = _decoder(recipe, vae, config["in_channels"], model) if pipeline else None
+    try:
+        transformer = folder / "transformer" if pipeline else folder
+        transformer.mkdir(parents=True, exist_ok=True)
+        _write_json(transformer / "config.json", {**config, "auto_map": AUTO_MAP})
+        for weights in source.checkpoint.files:
+            _link(weights, transformer / weights.name)
+        for index in model.glob(f"{WEIGHTS_NAME}.index.json"):
+            shutil.copyfile(index, transformer / index.name)
+        # AutoModel looks beside the weights or, in a pipeline's repository, at the root; DiffusionPipeline beside them.
+        for place in {folder, transformer}:
+            shutil.copyfile(model / "modeling_lit.py", place / "modeling_lit.py")
+        if pipeline:
+            _lay_out_pipeline(folder, recipe, decoder, config["in_channels"], offline=offline)
+        _write_json(folder / "litconvert.json", provenance)
+        resolved = without_local_paths(recipe.model_dump(mode="json"))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        names = [f"images/{picture.name}" for picture in pictures]
+        for picture, name in zip(pictures, names, strict=True):
+            (folder / "images").mkdir(exist_ok=True)
+            shutil.copyfile(picture, folder / name)
+        card = model_card(provenance, recipe, config, repo_id, pipeline=pipeline, decoder=decoder, pictures=names)
+        (folder / "README.md").write_text(card)
+    except OSError as error:
+        raise LitconvertError(f"cannot lay out the files to push: {system_cause(error) or error}") from error
+
+
+def find_model(directory: Path) -> tuple[Path, list[Path]]:
+    """The model directory of what the user named, and the pictures that belong to it.
+
+    Raises UsageError when it is neither a model directory nor a finished run.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: no such folder; name the one that `litconvert convert` or `distill` wrote")
+    if (directory / "model" / "config.json").is_file():
+        model, drawn = directory / "model", sorted((directory / "samples").glob("*.png"))
+        steps = [picture for picture in drawn if picture.name.startswith("step-")]
+        pictures = [directory / "curves.png"] if (directory / "curves.png").is_file() else []
+        pictures += [picture for picture in drawn if picture not in steps[:-STEP_PICTURES]]
+    elif (directory / "metrics.csv").is_file() or (directory / "run.json").is_file():
+        raise UsageError(f"{directory}: the run has no model yet; run the same `litconvert distill` again to finish it")
+    else:
+        model, pictures = directory, []
+        read_provenance(model)
+    for name in ("config.json", "modeling_lit.py"):
+        if not (model / name).is_file():
+            raise LitconvertError(f"{model}: {name} is missing, so it cannot be loaded; convert or distil it again")
+    return model, pictures
+
+
+def rehearse(model: Path) -> OpenSource:
+    """Load every tensor as the config wants it, strictly, so that nothing broken goes up.
+
+    Raises LitconvertError for weights that are missing, do not fit the config or are not finite.
+    """
+    if not list(model.glob("diffusion_pytorch_model*.safetensors")):
+        raise LitconvertError(f"{model}: the weights ({WEIGHTS_NAME}) are missing; convert or distil it again")
+    source = open_source(Source(path=str(model)))
+    if source.reading.family != "litconvert":
+        raise UsageError(f"{model}: holds a {source.reading.family} checkpoint; `litconvert convert` it first")
+    for name in source.reading.origins:
+        source.values(name)
+    return source
+
+
+def without_local_paths(value: Any, key: str = "") -> Any:
+    """Plain data with every local path cut down to its file name: nobody's folders are published."""
+    if isinstance(value, dict):
+        return {name: without_local_paths(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(inner, key) for inner in value]
+    if not isinstance(value, str):
+        return value
+    absolute = value.startswith(("/", "~", "file:")) or PureWindowsPath(value).is_absolute()
+    local = key == "path" and not value.startswith("asset:") and not is_hub_id(value)
+    return PureWindowsPath(value).name if absolute or local else value
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a recorded source is a repository of the Hub rather than a file."""
+    path = Path(source)
+    return HUB_ID.fullmatch(source) is not None and path.suffix not in WEIGHT_SUFFIXES and not path.exists()
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same bytes in another place, without copying gigabytes where the system allows."""
+    try:
+        target.symlink_to(source.resolve())
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _decoder(recipe: Recipe, vae: str | None, in_channels: int, model: Path) -> Vae | None:
+    """The pipeline's decoder; None in pixel space.
+
+    Raises UsageError for latents without one, and for pixels with one.
+    """
+    decoder = recipe.source.vae
+    if vae is not None:
+        decoder = decoder.model_copy(update={"path": vae, "subfolder": None}) if decoder else Vae(path=vae)
+    if decoder is None and in_channels not in (1, 3):
+        raise UsageError(
+            f"{model}: makes latents of {in_channels} channels and its recipe names no decoder: give the pipeline one "
+            "(--vae stabilityai/sd-vae-ft-ema), or push without --pipeline"
+        )
+    return decoder
+
+
+def _lay_out_pipeline(folder: Path, recipe: Recipe, decoder: Vae | None, in_channels: int, *, offline: bool) -> None:
+    """What makes a model's folder a diffusers pipeline: the index, the pipeline's source, scheduler and decoder."""
+    from litconvert.sampling import load_vae, make_scheduler
+
+    scheduler = make_scheduler(recipe.sample.scheduler, recipe.diffusion.num_timesteps)
+    scheduler.save_pretrained(folder / "scheduler")
+    if decoder is not None:
+        vae = load_vae(_cached(decoder) if offline else decoder)
+        if vae.config.latent_channels != in_channels:
+            raise UsageError(
+                f"{decoder.path}: decodes latents of {vae.config.latent_channels} channels, the model makes "
+                f"{in_channels}; name the decoder of the source (--vae)"
+            )
+        vae.register_to_config(scaling_factor=decoder.scaling_factor)
+        vae.save_pretrained(folder / "vae")
+        # diffusers records where it was loaded from.
+        _write_json(
+            folder / "vae" / "config.json",
+            {key: value for key, value in read_json(folder / "vae" / "config.json").items() if key != "_name_or_path"},
+        )
+    shutil.copyfile(Path(__file__).with_name("pipeline_lit.py"), folder / "pipeline_lit.py")
+    index = {
+        "_class_name": ["pipeline_lit", "LiTPipeline"],
+        "_diffusers_version": version("diffusers"),
+        # AutoModel of a subfolder looks its class up here, not in the subfolder's config.
+        "auto_map": AUTO_MAP,
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "transformer": ["modeling_lit", "LiTTransformer2DModel"],
+        "vae": [None, None] if decoder is None else ["diffusers", "AutoencoderKL"],
+    }
+    _write_json(folder / "model_index.json", index)
+
+
+def _cached(vae: Vae) -> Vae:
+    """A decoder of the Hub as its folder in the Hub's cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if Path(vae.path).exists():
+        return vae
+    try:
+        config = hf_hub_download(vae.path, "config.json", subfolder=vae.subfolder, local_files_only=True)
+    except LocalEntryNotFoundError as error:
+        raise LitconvertError(
+            f"{vae.path}: a dry run downloads nothing, and this decoder is not in the Hub's cache; "
+            f"fetch it first (`hf download {vae.path}`)"
+        ) from error
+    return vae.model_copy(update={"path": str(Path(config).parent), "subfolder": None})
+
+
+def model_card(
+    provenance: Mapping[str, Any],
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    repo_id: str,
+    *,
+    pipeline: bool = False,
+    decoder: Vae | None = None,
+    pictures: Sequence[str] = (),
+) -> str:
+    """README.md: where the model comes from, what was inherited, what was measured, its limits, and how to load it.
+
+    Args:
+        provenance: litconvert.json, without local paths; every part beyond `source` may be missing.
+        recipe, config: of the model directory.
+        repo_id, pipeline: where and how it is pushed, for the lines that load it.
+        decoder: of the pipeline.
+        pictures: paths in the repository.
+    """
+    from huggingface_hub import ModelCardData
+
+    name = repo_id.split("/")[1]
+    source = provenance["source"]
+    terms, base = source.get("license") or {}, source.get("path") or ""
+    front_matter: dict[str, Any] = {
+        "license": terms.get("id") or "unknown",
+        "license_name": terms.get("name"),
+        "license_link": terms.get("link"),
+        "library_name": "diffusers",
+        "pipeline_tag": TASK,
+        "tags": ["litconvert", "lit", "linear-attention", "diffusion", "class-conditional"],
+    }
+    if is_hub_id(base):
+        front_matter |= {"base_model": base.partition("@")[0], "base_model_relation": "finetune"}
+    scores = _scores(provenance.get("metrics") or {})
+    if results := _eval_results(scores):
+        front_matter |= {"model_name": name, "eval_results": results}
+    sections = [
+        f"# {name}",
+        _introduction(provenance, config),
+        _samples_section(pictures),
+        _lineage(provenance),
+        _counts(provenance.get("plan") or {}),
+        _measured(scores),
+        _loading(recipe, repo_id, pipeline=pipeline),
+        _limits(provenance, config, decoder),
+    ]
+    return (
+        f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n\n"
+        + "\n\n".join(section for section in sections if section)
+        + "\n"
+    )
+
+
+def _scores(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Metrics by name, each with a finite "mean" and, where known, "standard_deviation", "seeds" and "num_samples"."""
+    # A bare float is a score; a bare integer (samples, steps, a seed) says how scores were made.
+    scores = {name: {"mean": value} if isinstance(value, float) else value for name, value in metrics.items()}
+    return {
+        name: score
+        for name, score in scores.items()
+        if isinstance(score, dict) and isinstance(score.get("mean"), int | float) and math.isfinite(score["mean"])
+    }
+
+
+def _eval_results(scores: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """The model's own scores for the model-index; the teacher's are only on the card."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type="teacher-samples",
+            dataset_name="Samples of the teacher",
+            metric_type=name,
+            metric_name=_words(name),
+            metric_value=score["mean"],
+        )
+        for name, score in scores.items()
+        if not name.startswith("teacher_")
+    ]
+
+
+def _short(count: float) -> str:
+    """A count with three digits and K, M, G or T."""
+    for unit in ("", "K", "M", "G"):
+        if count < 999.5:  # 1000 would be written 1e+03
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:,.3g}T"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("frechet", "Fréchet").capitalize()
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]], numbers_from: int = 1) -> str:
+    rule = ["---" if column < numbers_from else "---:" for column in range(len(header))]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows))
+
+
+def _introduction(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    kinds = config["attention"] or ["softmax"] * config["num_layers"]
+    linear = kinds.count("linear")
+    text = (
+        f"A class-conditional diffusion transformer with linear attention in {linear} of its {len(kinds)} layers "
+        "([LiT](https://arxiv.org/abs/2501.12976)), made from "
+        f"{_source_name(provenance['source'].get('path'))} with litconvert."
+    )
+    if not provenance.get("distillation"):
+        text += (
+            "\n\n> **This model is untrained.** It was converted and not distilled: its new layers hold their initial "
+            "values, and it draws noise, not pictures. It is a starting point for `litconvert distill`."
+        )
+    return text
+
+
+def _source_name(path: str | None) -> str:
+    if not path:
+        return "an unnamed checkpoint"
+    if is_hub_id(path):
+        return f"[{path}](https://huggingface.co/{path.partition('@')[0]})"
+    return f"`{path.removeprefix('asset:')}`"
+
+
+def _samples_section(pictures: Sequence[str]) -> str:
+    shown = [f"{Path(picture).stem.replace('-', ' ')}:\n\n![{Path(picture).stem}]({picture})" for picture in pictures]
+    return "\n\n".join(["## Pictures", *shown]) if shown else ""
+
+
+def _lineage(provenance: Mapping[str, Any]) -> str:
+    source, distillation = provenance["source"], provenance.get("distillation") or {}
+    teacher = distillation.get("teacher") or {}
+    terms = source.get("license") or {}
+    facts = {
+        "Source": _source_name(source.get("path")),
+        "Revision": source.get("revision"),
+        "Family and layout": " / ".join(filter(None, (source.get("family"), source.get("layout")))),
+        "Weights set": source.get("weights"),
+        "SHA-256 of the source": source.get("sha256"),
+        "Licence, inherited from the source": terms.get("name") or terms.get("id"),
+        "Teacher": _source_name(teacher.get("path") or source.get("path")) if distillation else None,
+        "SHA-256 of the teacher": teacher.get("sha256"),
+        "Distilled for": f"{distillation['steps']:,} steps" if distillation.get("steps") else None,
+        "Seed": provenance.get("seed"),
+        "Made with": ", ".join(f"{package} {number}" for package, number in provenance.get("versions", {}).items()),
+    }
+    rows = [(fact, value) for fact, value in facts.items() if value not in (None, "")]
+    parts = ["## Lineage", _table(("", ""), rows, numbers_from=2)]
+    columns = ("objective", "steps", "batch_size", "learning_rate", "schedule", "ema_decay")
+    if stages := distillation.get("stages"):
+        header = ("stage", *(column.replace("_", " ") for column in columns))
+        numbered = [(index, *(stage.get(column, "") for column in columns)) for index, stage in enumerate(stages, 1)]
+        parts += ["Stages of the distillation:", _table(header, numbered)]
+    return "\n\n".join([*parts, "The full recipe is in `recipe.yaml`, the full record in `litconvert.json`."])
+
+
+def _counts(plan: Mapping[str, Any]) -> str:
+    parts = []
+    if groups := plan.get("groups"):
+        columns = ("source_tensors", "student_tensors", "parameters")
+        rows = [(fate, *(f"{groups[fate][column]:,}" for column in columns)) for fate in FATES if fate in groups]
+        parts += [_table(("fate", "tensors of the source", "tensors of this model", "parameters"), rows)]
+    if totals := plan.get("totals"):
+        rows = [
+            (label, f"{totals[key]:,}", f"{totals[f'{key}_with_pos_embed']:,}")
+            for label, key in (("source", "source_parameters"), ("this model", "student_parameters"))
+        ]
+        parts += [_table(("parameters", "without the fixed position embedding", "with it"), rows)]
+    if macs := plan.get("macs"):
+        rows = [
+            (
+                f"{row['image_size']:,} x {row['image_size']:,}",
+                f"{row['tokens']:,}",
+                _short(row["source_macs"]),
+                _short(row["student_macs"]),
+                f"{row['ratio']:.2f}",
+            )
+            for row in macs
+        ]
+        header = ("pixels", "tokens", "source", "this model", "ratio")
+        parts += [
+            "Multiply-accumulates of one forward pass:",
+            _table(header, rows),
+            "These are counts, not times. Linear attention is not faster than softmax below about 1K pixels of a "
+            "latent model (4,096 tokens): there the rest of the network dominates, and softmax kernels are good.",
+        ]
+    return "\n\n".join(["## What was inherited", *parts]) if parts else ""
+
+
+def _measured(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    if not scores:
+        return "## Metrics\n\nNone were measured."
+    rows = []
+    for name, score in scores.items():
+        deviation, seeds, samples = score.get("standard_deviation"), score.get("seeds"), score.get("num_samples")
+        rows.append(
+            (
+                _words(name),
+                f"{score['mean']:.4g}",
+                f"{deviation:.2g}" if deviation is not None else "",
+                f"{samples:,}" if samples is not None else "",
+                ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds if seeds is not None else "",
+            )
+        )
+    header = ("metric", "mean over seeds", "standard deviation", "samples a seed", "seeds")
+    note = "Measured against the teacher's own samples, not against photographs, so they are no FID of the literature."
+    return "\n\n".join(["## Metrics", _table(header, rows), note])
+
+
+def _loading(recipe: Recipe, repo_id: str, *, pipeline: bool) -> str:
+    sample = recipe.sample
+    settings = f"num_inference_steps={sample.steps}, guidance_scale={sample.guidance}"
+    if sample.guidance_channels is not None:
+        settings += f", guidance_channels={sample.guidance_channels}"
+
+    def call(loader: str, pin: str = "", subfolder: str = "") -> str:
+        return f'{loader}.from_pretrained("{repo_id}", {subfolder}{pin}trust_remote_code=True)'
+
+    loader, pin = "DiffusionPipeline" if pipeline else "AutoModel", 'revision="<commit sha>", '
+    name = "pipeline" if pipeline else "model"
+    lines = [f"from diffusers import {loader}", "", f"{name} = {call(loader)}"]
+    parts = ["## How to load it", "In diffusers, without litconvert:"]
+    if pipeline:
+        lines += [f"image = pipeline(class_labels=[0], {settings}).images[0]"]
+        model_call = call("AutoModel", subfolder='subfolder="transformer", ')
+        model_lines = ["from diffusers import AutoModel", "", f"model = {model_call}"]
+        parts += [_python(*lines), "The transformer alone:", _python(*model_lines)]
+    else:
+        parts += [_python(*lines)]
+    return "\n\n".join(
+        [
+            *parts,
+            "`trust_remote_code=True` runs the Python files of this repository. Read them, and pin the commit that you "
+            "have read:",
+            _python(f"{name} = {call(loader, pin)}"),
+            "The sha is under *Files and versions*, *History*, and "
+            f'`huggingface_hub.model_info("{repo_id}").sha` is the newest one.',
+            "Where remote code is not wanted, with `pip install litconvert`:",
+            _python("import litconvert", "", f'model = litconvert.load("{repo_id}")'),
+        ]
+    )
+
+
+def _python(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _limits(provenance: Mapping[str, Any], config: Mapping[str, Any], decoder: Vae | None) -> str:
+    side = config["sample_size"] * (1 if config["in_channels"] in (1, 3) else 8)
+    points = [
+        f"Made for {side} x {side} pixels and {config['num_classes']:,} classes; other sizes run, and are not tested.",
+        "It imitates its teacher: it inherits the biases and the failures of the source, and adds its own.",
+        "Nothing filters what it draws.",
+    ]
+    terms = provenance["source"].get("license") or {}
+    if (terms.get("id") or "unknown") == "unknown":
+        points += ["The licence of the source was not recorded: find it out before you use the weights."]
+    if decoder is not None:
+        points += [f"The decoder in `vae/` is {_source_name(decoder.path)}, under its own licence."]
+    return "\n".join(["## Limits", "", *(f"- {point}" for point in points)])

@@ -1,0 +1,113 @@
+"""Checkpoints made on disk, and a recipe for them: small enough that a test is a moment's work."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+PICO_RECIPE = """\
+source: {num_attention_heads: 2}
+student: {num_attention_heads: 2, conv_size: 3}
+data:
+  synthesize: {num_samples: 12, scheduler: ddim, steps: 2, batch_size: 4, shard_size: 6}
+distill:
+  checkpoint_every: 2
+  mixed_precision: "no"
+  stages:
+    - {objective: attention_transfer, steps: 3, batch_size: 4, learning_rate: 1.0e-3, schedule: cosine, ema_decay: 0.9}
+    - {objective: hybrid, steps: 5, batch_size: 4, learning_rate: 1.0e-3, warmup_steps: 2, ema_decay: 0.9}
+sample: {scheduler: ddim, steps: 2, num_images: 4}
+"""
+
+
+def dit_state(
+    *,
+    width: int = 32,
+    layers: int = 2,
+    channels: int = 1,
+    sample_size: int = 8,
+    patch: int = 2,
+    rows: int = 5,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """A random DiT in the original layout, every tensor non-zero; `rows` classes, the null class among them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    def linear(name: str, out: int, into: int) -> dict[str, Tensor]:
+        return {f"{name}.weight": normal(out, into), f"{name}.bias": normal(out)}
+
+    from litconvert.modeling_lit import sincos_position_embedding
+
+    side = sample_size // patch
+    state = {"pos_embed": sincos_position_embedding(width, (side, side), side, torch.device("cpu")).clone()}
+    state |= {"x_embedder.proj.weight": normal(width, channels, patch, patch), "x_embedder.proj.bias": normal(width)}
+    state |= linear("t_embedder.mlp.0", width, 256) | linear("t_embedder.mlp.2", width, width)
+    state |= {"y_embedder.embedding_table.weight": normal(rows, width)}
+    for block in range(layers):
+        prefix = f"blocks.{block}"
+        state |= linear(f"{prefix}.attn.qkv", 3 * width, width) | linear(f"{prefix}.attn.proj", width, width)
+        state |= linear(f"{prefix}.mlp.fc1", 4 * width, width) | linear(f"{prefix}.mlp.fc2", width, 4 * width)
+        state |= linear(f"{prefix}.adaLN_modulation.1", 6 * width, width)
+    state |= linear("final_layer.linear", patch * patch * 2 * channels, width)
+    state |= linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    return state
+
+
+@pytest.fixture
+def pico_state() -> dict[str, Tensor]:
+    """The state dict of a pico DiT: width 32, 2 layers, 1x8x8, 4 classes and the null class."""
+    return dit_state()
+
+
+@pytest.fixture
+def pico_checkpoint(tmp_path: Path, pico_state: dict[str, Tensor]) -> Path:
+    """A plain pico state dict on disk."""
+    path = tmp_path / "pico.pt"
+    torch.save(pico_state, path)
+    return path
+
+
+@pytest.fixture
+def training_checkpoint(tmp_path: Path) -> Path:
+    """A pico training checkpoint: model, ema, opt and args, as DiT's train.py writes."""
+    path = tmp_path / "training.pt"
+    content = {
+        "model": dit_state(seed=1),
+        "ema": dit_state(seed=2),
+        "opt": {"state": {}, "param_groups": []},
+        "args": argparse.Namespace(model="DiT-pico/2"),
+    }
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture
+def pico_recipe(tmp_path: Path) -> Path:
+    """A recipe for the pico checkpoint."""
+    path = tmp_path / "pico.yaml"
+    path.write_text(PICO_RECIPE)
+    return path
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The real checkpoint and its oracle, beside the repository."""
+    path = Path(__file__).parents[2] / "shared" / "checkpoints"
+    if not path.is_dir():
+        pytest.skip("needs ../shared/checkpoints")
+    return path
+
+
+@pytest.fixture
+def pico_student(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> Path:
+    """A converted pico student."""
+    import litconvert
+
+    return litconvert.convert(pico_checkpoint, tmp_path / "student", str(pico_recipe))
