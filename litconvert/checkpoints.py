@@ -1,6 +1,7 @@
 """Any checkpoint as lazily read named tensors, and writing that appears whole or not at all."""
 
 import argparse
+import glob
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +35,7 @@ SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
 DTYPES_OF_SAFETENSORS = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "base_model.")
 # Training scripts store their command line beside the weights; nothing else that is code is let in.
-_SAFE_GLOBALS = [argparse.Namespace]
+_SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,14 @@ def open_checkpoint(
             raise UsageError(f"{source}: no such file or folder, and not a Hub id (owner/name)")
         path, revision = _download_weights(name, revision or at or None, file)
     config = None
+    chosen: str | None = None
+    sets: tuple[str, ...] = ()
     if path.is_dir():
         files, config = _files_of_folder(path, file)
     else:
         files = [path]
     if all(one.suffix == ".safetensors" for one in files):
         tensors, read = _open_safetensors(files)
-        chosen, sets = None, ()
         if weights != "auto":
             raise UsageError(
                 f"{source}: holds one set of weights, so weights={weights!r} cannot be chosen; leave it out"
@@ -196,7 +198,7 @@ def _open_safetensors(files: list[Path]) -> tuple[dict[str, TensorInfo], Callabl
     handles: dict[str, Any] = {}
     for path in files:
         try:
-            handle = safe_open(path, framework="pt")
+            handle: Any = safe_open(path, framework="pt")
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 part = handle.get_slice(name)
                 dtype = DTYPES_OF_SAFETENSORS.get(part.get_dtype())
@@ -210,6 +212,8 @@ def _open_safetensors(files: list[Path]) -> tuple[dict[str, TensorInfo], Callabl
                 tensors[name] = TensorInfo(tuple(part.get_shape()), dtype)
                 handles[name] = handle
         except (SafetensorError, OSError, ValueError) as error:
+            if cause := system_cause(error):
+                raise LitconvertError(f"cannot read {path}: {cause}") from error
             raise LitconvertError(
                 f"{path}: not a complete safetensors file ({error}); it may be truncated: download it again"
             ) from error
@@ -221,7 +225,7 @@ def _load_pickle(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):  # type: ignore[no-untyped-call]
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand)[^A-Za-z_]*)\s*([\w.]+)", str(error))
@@ -233,10 +237,10 @@ def _load_pickle(path: Path) -> Any:
         raise LitconvertError(f"{path}: not a checkpoint that can be read safely; it may be damaged") from error
     except Exception as error:  # a damaged pickle raises whatever it leads to
         if isinstance(error, OSError) and (cause := system_cause(error)):
-            raise LitconvertError(cause) from error
+            raise LitconvertError(f"cannot read {path}: {cause}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LitconvertError(
-            f"{path}: not a complete PyTorch file ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-            "it may be truncated or damaged: download it again"
+            f"{path}: not a complete PyTorch file ({reason}); it may be truncated or damaged: download it again"
         ) from error
 
 
@@ -244,7 +248,8 @@ def _open_pickles(
     source: str, files: list[Path], weights: str
 ) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor], str | None, tuple[str, ...]]:
     state: dict[str, Tensor] = {}
-    chosen, sets = None, ()
+    chosen: str | None = None
+    sets: tuple[str, ...] = ()
     for path in files:
         content = _load_pickle(path)
         if not isinstance(content, dict):
@@ -270,6 +275,8 @@ def _open_pickles(
                 )
             if value.layout != torch.strided or value.is_quantized:
                 raise LitconvertError(f"{path}: {name!r} is sparse or quantised; use the plain checkpoint")
+            if name in state:
+                raise LitconvertError(f"{path}: {name!r} is in two shards; download the checkpoint again")
             state[name] = value
     tensors = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in state.items()}
     return tensors, lambda name: state[name].detach(), chosen, sets
@@ -349,7 +356,8 @@ def _download_weights(repo_id: str, revision: str | None, file: str | None) -> t
             if len(weights) != 1:
                 listed = ", ".join(weights) or "none"
                 raise UsageError(
-                    f"{repo_id}: not a diffusers model; its weight files are {listed}: choose one with --set source.file=NAME"
+                    f"{repo_id}: not a diffusers model; its weight files are {listed}: "
+                    "choose one with --set source.file=NAME"
                 )
             return download(repo_id, weights[0], revision=info.sha), info.sha
         stem, suffix = wanted.rsplit(".", 1)
@@ -396,7 +404,7 @@ def write_safetensors(
         for name, info in tensors.items():
             tensor = produce(name).to(info.dtype).contiguous()
             assert tuple(tensor.shape) == info.shape, name
-            file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
             on_tensor(name)
         file.flush()
         os.fsync(file.fileno())
@@ -414,7 +422,8 @@ def require_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise LitconvertError(
-            f"{folder}: {nbytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; free some space, or write elsewhere"
+            f"{folder}: {nbytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+            "free some space, or write elsewhere"
         )
 
 
@@ -436,7 +445,7 @@ def whole_directory(out: Path) -> Iterator[Path]:
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{out.name}.partial-*"):
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
             pid = stale.name.rsplit("-", 1)[1]
             if not pid.isdigit() or not _alive(int(pid)):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -452,7 +461,11 @@ def whole_directory(out: Path) -> Iterator[Path]:
         if out.exists():
             retired = out.parent / f".{out.name}.partial-{os.getpid()}-old"
             out.rename(retired)
-            temporary.rename(out)
+            try:
+                temporary.rename(out)
+            except OSError:
+                retired.rename(out)
+                raise
             shutil.rmtree(retired) if retired.is_dir() else retired.unlink()
         else:
             temporary.rename(out)
@@ -482,5 +495,6 @@ def write_whole(path: Path, text: str) -> None:
         temporary.write_text(text)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise LitconvertError(f"cannot write {path}: {system_cause(error) or error}") from error

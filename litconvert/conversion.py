@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from litconvert.checkpoints import (
@@ -42,9 +43,10 @@ def empty_model(config: Mapping[str, Any]) -> LiTTransformer2DModel:
     """
     try:
         with torch.device("meta"):
-            return LiTTransformer2DModel(**config)
+            model: LiTTransformer2DModel = LiTTransformer2DModel(**config)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    return model
 
 
 def model_tensors(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, TensorInfo]:
@@ -53,8 +55,9 @@ def model_tensors(config: Mapping[str, Any], dtype: torch.dtype = torch.float32)
 
 
 def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with the model's defaults filled in."""
-    return {key: value for key, value in dict(empty_model(config).config).items() if not key.startswith("_")}
+    """The config with the model's defaults filled in, and the kind of every layer named."""
+    full = {key: value for key, value in dict(empty_model(config).config).items() if not key.startswith("_")}
+    return {**full, "attention": list(full["attention"] or ["softmax"] * full["num_layers"])}
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,6 @@ class OpenSource:
         """
         origin = self.reading.origins[name]
         first = self.checkpoint.read(origin.names[0])
-        for copy in origin.names[1:]:
-            if not torch.equal(first, self.checkpoint.read(copy)):
-                raise LitconvertError(
-                    f"{self.checkpoint.source}: {origin.names[0]} and {copy} differ. The layout stores one embedder in "
-                    "every block, so they must be equal; a model fine-tuned with separate copies cannot be read as DiT"
-                )
         rows = first.shape[0] // origin.parts
         value = first[origin.part * rows : (origin.part + 1) * rows]
         if not torch.isfinite(value).all():
@@ -84,6 +81,14 @@ class OpenSource:
                 f"{self.checkpoint.source}: {origin.names[0]} holds NaN or infinite values; "
                 "the checkpoint is broken: use another one (or another weights= set)"
             )
+        for name_of_copy in origin.names[1:]:
+            copy = self.checkpoint.read(name_of_copy)
+            if copy.dtype != first.dtype or not torch.equal(copy, first):
+                raise LitconvertError(
+                    f"{self.checkpoint.source}: {origin.names[0]} and {name_of_copy} differ. The layout stores one "
+                    "embedder in every block, so they must be equal; a model fine-tuned with separate copies cannot be "
+                    "read as DiT"
+                )
         return value
 
     def check_recomputed(self) -> None:
@@ -96,8 +101,8 @@ class OpenSource:
             difference = (stored - formula).abs().max().item() if stored.shape == formula.shape else float("inf")
             if not difference < 4e-3:  # bfloat16 rounding of values up to 1
                 raise LitconvertError(
-                    f"{self.checkpoint.source}: {name} differs from the fixed sine-cosine embedding by {difference:.2g}; "
-                    "a trained position embedding is not supported"
+                    f"{self.checkpoint.source}: {name} differs from the fixed sine-cosine embedding by "
+                    f"{difference:.2g}; a trained one is not supported: use a checkpoint with the fixed one"
                 )
 
     def dtype(self) -> torch.dtype:
@@ -127,7 +132,8 @@ def read_model(source: OpenSource, dtype: torch.dtype | None = None) -> LiTTrans
     state = {name: source.values(name).to(dtype) for name in source.reading.origins}
     # Values mapped from disk are cloned: the file may change or vanish while the model lives.
     model.load_state_dict({name: value.clone() for name, value in state.items()}, strict=True, assign=True)
-    return model.eval().requires_grad_(True)
+    model.eval().requires_grad_(True)
+    return model
 
 
 def check_values(source: OpenSource) -> list[str]:
@@ -184,9 +190,12 @@ def load(
     for name in hints:
         if name not in known:
             raise UsageError(f"unknown hint {name!r}{did_you_mean(name, known)}; hints are {', '.join(known)}")
-    merged = Source.model_validate({**resolved.source.model_dump(), **hints, "path": str(source)})
-    model = read_model(open_source(merged, weights or resolved.inherit.weights))
-    return model
+    try:
+        merged = Source.model_validate({**resolved.source.model_dump(), **hints, "path": str(source)}, strict=True)
+    except ValidationError as error:
+        problems = "; ".join(f"hint {problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+        raise UsageError(f"{source}: {problems}") from error
+    return read_model(open_source(merged, weights or resolved.inherit.weights))
 
 
 @dataclass(frozen=True)
@@ -214,7 +223,8 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * DTYPES[self.dtype].itemsize
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return self.numel * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -238,7 +248,7 @@ class ConversionPlan:
             for name in entry.copies:
                 if fate_of_source.get(name) != "inherited":
                     fate_of_source[name] = entry.fate
-        groups = {}
+        groups: dict[str, dict[str, int]] = {}
         for fate in FATES:
             mine = [entry for entry in self.entries if entry.fate == fate]
             groups[fate] = {
@@ -318,8 +328,8 @@ def student_config(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     kinds = ["softmax" if layer in student.softmax_layers else "linear" for layer in range(num_layers)]
     if "linear" in kinds and config["hidden_size"] % student.num_attention_heads:
         raise UsageError(
-            f"student.num_attention_heads={student.num_attention_heads} does not divide the width {config['hidden_size']}; "
-            "set one that does (--set student.num_attention_heads=N)"
+            f"student.num_attention_heads={student.num_attention_heads} does not divide the width "
+            f"{config['hidden_size']}; set one that does (--set student.num_attention_heads=N)"
         )
     return {
         **config,
@@ -406,8 +416,8 @@ def with_source(resolved: ResolvedRecipe, source: str | Path | None) -> Resolved
 def fresh_tensor(name: str, info: TensorInfo, seed: int, conv_size: int) -> Tensor:
     """Initial values of a new tensor, float32, a function of the seed and the name alone.
 
-    Projections: Xavier-uniform weights, zero bias. Convolution: Conv2d's default, which for a depth-wise k x k is U(-1/k, 1/k),
-    bias included.
+    Projections: Xavier-uniform weights, zero bias. Convolution: Conv2d's default, which for a depth-wise k x k is
+    U(-1/k, 1/k), bias included.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -494,6 +504,7 @@ def conversion_digest(plan: ConversionPlan, sha256: str) -> str:
         "source_config": plan.source.reading.config,
         "student": recipe.student.model_dump(mode="json"),
         "inherit": recipe.inherit.attention,
+        "license": recipe.source.license.model_dump(mode="json"),
         "seed": recipe.seed,
     }
     return digest_of(inputs)
@@ -526,6 +537,9 @@ def carry_out(
     plan: ConversionPlan, out: Path, *, force: bool = False, on_tensor: Callable[[str], None] = lambda name: None
 ) -> Path:
     """Write the student of a plan."""
+    place, files = out.resolve(), [file.resolve() for file in plan.source.checkpoint.files]
+    if any(place in (file, *file.parents) for file in files):
+        raise UsageError(f"{out} is or holds the source itself; choose another path")
     sha256 = plan.source.checkpoint.sha256()
     digest = conversion_digest(plan, sha256)
     if already_done(out, digest, force=force):
@@ -541,10 +555,10 @@ def carry_out(
 
     def produce(name: str) -> Tensor:
         if fates[name] == "inherited":
-            return plan.source.values(name)
+            return _cast(plan.source.values(name), tensors[name].dtype, name)
         return fresh_tensor(name, tensors[name], plan.recipe.seed, plan.recipe.student.conv_size)
 
-    recipe = _with_absolute_source(plan.recipe)
+    recipe = _with_absolute_sources(plan.recipe)
     provenance = {
         "format": FORMAT_VERSION,
         "digest": digest,
@@ -575,15 +589,31 @@ def carry_out(
     return out
 
 
+def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The value in another dtype. Raises LitconvertError where that turns a finite number into infinity."""
+    result = value.to(dtype)
+    if dtype != value.dtype and not torch.isfinite(result).all():
+        raise LitconvertError(
+            f"{name} holds values up to {value.abs().max().item():.3g}, beyond {str(dtype).removeprefix('torch.')}; "
+            "set student.dtype=bfloat16 or float32"
+        )
+    return result
+
+
 def _unread(plan: ConversionPlan) -> Iterator[str]:
-    """Source tensors that are dropped: their values are checked all the same, since a broken source is a broken source."""
+    """Model tensors of the source that are dropped: their values are checked all the same."""
     taken = {entry.target for entry in plan.entries if entry.fate == "inherited"}
     return (name for name in plan.source.reading.origins if name not in taken)
 
 
-def _with_absolute_source(recipe: Recipe) -> Recipe:
-    """Local paths made absolute, so that distillation finds the teacher from any folder."""
-    path = recipe.source.path
-    if path is None or not Path(path).exists():
-        return recipe
-    return recipe.model_copy(update={"source": recipe.source.model_copy(update={"path": str(Path(path).resolve())})})
+def _with_absolute_sources(recipe: Recipe) -> Recipe:
+    """Local paths made absolute, so that distillation finds the teachers from any folder."""
+
+    def absolute(source: Source) -> Source:
+        if source.path is None or not Path(source.path).exists():
+            return source
+        return source.model_copy(update={"path": str(Path(source.path).resolve())})
+
+    teacher = recipe.distill.teacher and absolute(recipe.distill.teacher)
+    distill = recipe.distill.model_copy(update={"teacher": teacher})
+    return recipe.model_copy(update={"source": absolute(recipe.source), "distill": distill})

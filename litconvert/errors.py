@@ -33,7 +33,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 _SYSTEM_CAUSES = {
     errno.ENOSPC: "the disk is full; free some space, or write elsewhere",
     errno.EDQUOT: "the disk quota is used up; free some space, or write elsewhere",
-    errno.EFBIG: "the file is larger than the system's file-size limit allows; raise it (ulimit -f), or write elsewhere",
+    errno.EFBIG: "the file-size limit is reached; raise it (ulimit -f), or write elsewhere",
     errno.EACCES: "permission denied; write to a place you own",
     errno.EPERM: "permission denied; write to a place you own",
     errno.EROFS: "the file system is read-only; write elsewhere",
@@ -54,5 +54,5 @@ def system_cause(error: BaseException) -> str | None:
             if number == code or f"os error {code})" in str(seen) or f"errno {code}," in str(seen):
                 where = f"{seen.filename}: " if isinstance(seen, OSError) and seen.filename else ""
                 return where + cause
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return None

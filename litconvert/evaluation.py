@@ -17,7 +17,7 @@ from litconvert.sampling import draw
 
 
 class DigitsClassifier(nn.Module):
-    """A small MLP on 16x16 digits. Its 64 ReLU features measure the Fréchet distance, its verdict the class accuracy."""
+    """A small MLP on 16x16 digits: its 64 ReLU features give the Fréchet distance, its verdict the class accuracy."""
 
     num_features = 64
 

@@ -9,7 +9,7 @@ Shapes in comments: N batch, T tokens, D width, C latent channels, H and W the l
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ def sincos_position_embedding(hidden_size: int, grid: tuple[int, int], base_size
     """
     # Computed outside inference mode: a cached inference tensor could not be used in training later.
     with torch.inference_mode(False):
-        frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
+        frequencies: Tensor = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
 
         def encode(positions: Tensor) -> Tensor:
             angles = torch.outer(positions, frequencies)
@@ -50,6 +50,11 @@ def sincos_position_embedding(hidden_size: int, grid: tuple[int, int], base_size
         columns = encode(torch.arange(width, dtype=torch.float64) * (base_size / width))
         embedding = torch.cat([columns.repeat(height, 1), rows.repeat_interleave(width, dim=0)], dim=1)
         return embedding.float().unsqueeze(0).to(device)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums and quotients: float32 for half precision."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def relu_kernel(x: Tensor, eps: float) -> Tensor:
@@ -65,11 +70,12 @@ def gelu_kernel(x: Tensor, eps: float) -> Tensor:
 def focused_kernel(x: Tensor, eps: float) -> Tensor:
     """phi(x) = f^3 ||f|| / ||f^3|| with f = ReLU(x) + eps (FLatten, focusing factor 3), norms over all D channels.
 
-    In float32: a cube leaves float16's range at 40.
+    In float32 at least: a cube leaves float16's range at 40.
     """
-    f = F.relu(x).float() + eps
+    f = F.relu(x).to(wide_dtype(x)) + eps
     cubed = f**3
-    scale = torch.linalg.vector_norm(f, dim=-1, keepdim=True) / torch.linalg.vector_norm(cubed, dim=-1, keepdim=True)
+    norm = torch.linalg.vector_norm
+    scale: Tensor = norm(f, dim=-1, keepdim=True) / norm(cubed, dim=-1, keepdim=True)
     return (cubed * scale).to(x.dtype)
 
 
@@ -81,7 +87,7 @@ LINEAR_KERNELS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, eps: float) -> Tensor:
-    """Normalised linear attention, per head O_i = phi(q_i) S / (phi(q_i) . mean_T phi(k) + eps), S = sum_j phi(k_j)^T v_j / T.
+    """Normalised linear attention, per head O_i = q_i S / (q_i . mean_T(k) + eps), with the state S = mean_T(k^T v).
 
     Args:
         q, k: (N, T, D) after the kernel function phi.
@@ -91,27 +97,35 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, eps: float
 
     Returns: (N, T, D) in the dtype of v.
 
-    The state S (d, d) is not built when T < d: (phi(q) phi(k)^T) v is the same function and then the cheaper order.
-    k and v are each scaled by T^-1/2, which keeps S within float16. Mean of k, denominator and division are float32.
+    The state S (d, d) is not built when T < d: (q k^T) v is the same function and then the cheaper order.
+    Mean of k, denominator and division are float32. Each channel of k is scaled to a mean near 1 / T by a power of two,
+    which rounds nothing, and q the other way; and q is divided, not the product. S is then hardly larger than v, and
+    the product is the result: half precision rounds it once, and float16 does not overflow.
     Source: LiT (arXiv 2501.12976), the attention listing.
     """
     tokens, width = v.shape[1:]
     head_dim = width // num_heads
-    scale = tokens**-0.5
     heads = []
     # Autocast would send the float32 products back to half precision.
     with torch.autocast(v.device.type, enabled=False):
-        k_mean = k.mean(dim=1, dtype=torch.float32).unsqueeze(-1)  # (N, D, 1)
+        k_mean = k.mean(dim=1, keepdim=True, dtype=wide_dtype(k))  # (N, 1, D)
+        # The scale cancels out, in the gradient too. Its bounds: GELU's mean may be near zero, float16 ends at 2^-24.
+        with torch.no_grad():
+            k_scale = torch.exp2(-torch.log2(k_mean.abs().clamp(min=0.125) * tokens).ceil()).clamp(min=2.0**-24)
+            q_scale = 1 / (k_scale * tokens)
+        k = (k * k_scale.to(k.dtype)).to(v.dtype)
+        q = q * q_scale  # (N, T, D) float32
+        k_mean = (k_mean / q_scale).transpose(1, 2)  # (N, D, 1)
         # Head by head: a slice of the token layout is a strided batch that bmm reads in place; (N, h, T, d) is cloned.
         for start in range(0, width, head_dim):
             head = slice(start, start + head_dim)
-            q_head, k_head, v_head = q[..., head], k[..., head] * scale, v[..., head] * scale  # (N, T, d)
+            k_head, v_head = k[..., head], v[..., head]  # (N, T, d)
+            denominator = torch.bmm(q[..., head], k_mean[:, head]) + eps  # (N, T, 1)
+            q_head = (q[..., head] / denominator).to(v.dtype)  # (N, T, d)
             if tokens < head_dim:
-                numerator = torch.bmm(torch.bmm(q_head, k_head.transpose(1, 2)), v_head)  # (N, T, d)
+                heads.append(torch.bmm(torch.bmm(q_head, k_head.transpose(1, 2)), v_head))  # (N, T, d)
             else:
-                numerator = torch.bmm(q_head, torch.bmm(k_head.transpose(1, 2), v_head))  # (N, T, d)
-            denominator = torch.bmm(q_head.float(), k_mean[:, head]) + eps  # (N, T, 1)
-            heads.append((numerator / denominator).to(v.dtype))
+                heads.append(torch.bmm(q_head, torch.bmm(k_head.transpose(1, 2), v_head)))  # (N, T, d)
     return heads[0] if num_heads == 1 else torch.cat(heads, dim=-1)
 
 
@@ -171,11 +185,10 @@ class SoftmaxAttention(Attention, AttentionModuleMixin):  # type: ignore[misc]
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__(hidden_size)
         self.num_heads = num_heads
-        self.set_processor(SoftmaxProcessor())
+        self.processor = SoftmaxProcessor()
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        out: Tensor = self.processor(self, x)
-        return out
+        return self.processor(self, x)
 
 
 class LinearAttention(Attention):
@@ -197,8 +210,8 @@ class LinearAttention(Attention):
     def convolve(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """The depth-wise convolution over the grid, tokens (N, T, D) to tokens (N, T, D).
 
-        Repeating the small shared weight lets V stay where it is: (N, D, H, W) in channels-last strides is a view of the
-        tokens, whereas (N h, d, H, W) is a copy, and a slow layout for the convolution.
+        Repeating the small shared weight lets V stay where it is: (N, D, H, W) in channels-last strides is a view of
+        the tokens, whereas (N h, d, H, W) is a copy, and a slow layout for the convolution.
         """
         assert self.dwc is not None
         weight = self.dwc.weight.repeat(self.num_heads, 1, 1, 1)  # (D, 1, k, k)
@@ -270,7 +283,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ClassConditioning(nn.Module):
-    """The condition vector c = timestep embedding + class embedding. Row `num_classes` of the table is the null class."""
+    """The condition vector c = timestep embedding + class embedding. Row `num_classes` of the table: the null class."""
 
     def __init__(self, hidden_size: int, num_classes: int, null_class: bool, freq_shift: float) -> None:
         super().__init__()
@@ -340,11 +353,11 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
-    _repeated_blocks = ["Block"]
-    _skip_layerwise_casting_patterns = ["x_embedder", "norm"]
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _repeated_blocks: ClassVar[list[str]] = ["Block"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["x_embedder", "norm"]
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         sample_size: int = 32,
@@ -404,7 +417,8 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        if self.x_embedder.proj.bias is not None:
+            nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.conditioning.class_embedder.weight, std=0.02)
         nn.init.normal_(self.conditioning.timestep_embedder.linear_1.weight, std=0.02)
         nn.init.normal_(self.conditioning.timestep_embedder.linear_2.weight, std=0.02)
@@ -415,13 +429,15 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def fuse_qkv_projections(self) -> None:
         """Merge Q, K and V of every layer into one product, for inference. `unfuse_qkv_projections` undoes it."""
-        for block in self.blocks:
-            block.attn.fuse()
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fuse()
 
     def unfuse_qkv_projections(self) -> None:
         """Back to separate projections, which were kept."""
-        for block in self.blocks:
-            block.attn.to_qkv = None
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.to_qkv = None
 
     def forward(
         self,
@@ -479,7 +495,8 @@ def count_macs(config: dict[str, Any], latent_size: int) -> int:
     attention core 2 T D (softmax, or linear when T < d) or 2 d D (linear), plus k^2 D for the convolution. Per image:
     the embedders and 6 D^2 of modulation a layer. Norms, activations and the denominator (D a token) are not counted.
     """
-    d_model, p = config["hidden_size"], config["patch_size"]
+    d_model: int = config["hidden_size"]
+    p: int = config["patch_size"]
     tokens = (latent_size // p) ** 2
     head_dim = d_model // config["linear_num_heads"]
     core = {
@@ -488,7 +505,7 @@ def count_macs(config: dict[str, Any], latent_size: int) -> int:
     }
     kinds = config["attention"] or ["softmax"] * config["num_layers"]
     projections = 4 * d_model**2 + math.floor(2 * config["mlp_ratio"] * d_model**2)
-    per_token = p * p * (config["in_channels"] + config["out_channels"]) * d_model
+    per_token: int = p * p * (config["in_channels"] + config["out_channels"]) * d_model
     per_token += sum(projections + core[kind] for kind in kinds)
     per_image = (TimestepEmbedding.channels + d_model) * d_model + (6 * len(kinds) + 2) * d_model**2
     return tokens * per_token + per_image

@@ -1,4 +1,4 @@
-"""What a diffusion model is trained on: the DDPM loss with a learned range variance, and the distillation loss on top."""
+"""What a diffusion model is trained on: DDPM's loss with a learned range variance, and the distillation loss on top."""
 
 import math
 
@@ -29,7 +29,8 @@ class DDPM:
     """Gaussian diffusion with noise prediction and learned range variance (Nichol & Dhariwal, arXiv 2102.09672).
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. The model gives eps and v in [-1, 1] (raw), with
-    log variance = f log(beta_t) + (1 - f) log(beta~_t), f = (v + 1) / 2, beta~_t = beta_t (1 - abar_{t-1}) / (1 - abar_t).
+    log variance = f log(beta_t) + (1 - f) log(beta~_t), f = (v + 1) / 2,
+    beta~_t = beta_t (1 - abar_{t-1}) / (1 - abar_t).
 
     Args:
         num_timesteps: length of the schedule.

@@ -4,7 +4,7 @@ Shipped beside published weights: it needs torch and diffusers only.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
@@ -12,8 +12,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-# Which of a model's outputs a scheduler's step takes: DDPM with a learned variance takes noise and variance.
-Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
+Scheduler: TypeAlias = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
 
 
 def predict(
@@ -48,7 +47,7 @@ def denoise(
     *,
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Run a scheduler whose timesteps are set, from noise (N, C, H, W) to a clean latent of the same shape.
@@ -60,6 +59,7 @@ def denoise(
     latents = latents.float() * scheduler.init_noise_sigma
     # DPM-Solver++ and DDIM are deterministic here, and refuse an argument they do not know.
     extra = {} if isinstance(scheduler, DPMSolverMultistepScheduler) else {"generator": generator}
+    # A step takes the noise, or noise and variance where the scheduler knows what to do with it.
     learned_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"
     for timestep in scheduler.timesteps:
         output = predict(
@@ -142,7 +142,7 @@ class LiTPipeline(DiffusionPipeline):  # type: ignore[misc]
                 generator=generator,
                 on_step=progress.update,
             )
-        images = latents if output_type == "latent" else self.decode(latents)
+        images: Any = latents if output_type == "latent" else self.decode(latents)
         if output_type in ("pil", "np"):
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()
             if output_type == "pil":

@@ -26,6 +26,8 @@ STEP_PICTURES = 4
 # What a push writes and another layout, or other pictures, would leave behind.
 REPLACED = ["config.json", "diffusion_pytorch_model*", "model_index.json", "pipeline_lit.py"]
 REPLACED += ["transformer/*", "scheduler/*", "vae/*", "images/*"]
+# How huggingface_hub begins the error of a card that did not pass the Hub's validation.
+CARD_REFUSED = "Invalid metadata in README.md."
 TASK = "unconditional-image-generation"
 
 
@@ -80,13 +82,14 @@ def push(
         with _write_errors(repo_id):
             # None leaves the choice to the owner's default: an organisation's may be private.
             url = str(api.create_repo(repo_id, private=private or None, exist_ok=True))
-            if private and not api.model_info(repo_id).private:
+            info = api.model_info(repo_id, revision=revision)
+            if private and not info.private:
                 raise LitconvertError(
                     f"{repo_id} exists and is public: make it private first "
                     f"(`hf repos settings {repo_id} --private`), or push to another name"
                 )
             # Stale weights beside the new ones would be loaded; files that are not an earlier push's are left alone.
-            ours = api.file_exists(repo_id, "litconvert.json", revision=revision)
+            ours = any(sibling.rfilename == "litconvert.json" for sibling in info.siblings or ())
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -137,45 +140,47 @@ def _require_login(repo_id: str) -> None:
 @contextmanager
 def _write_errors(repo_id: str) -> Iterator[None]:
     """What goes wrong while writing to the Hub, as a sentence."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise LitconvertError(f"{repo_id}: {_reason(error, owner=repo_id.split('/')[0])}") from error
+
+
+def _reason(error: BaseException, owner: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
     resume = "run the same command again, it goes on where it stopped"
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise LitconvertError(f"{repo_id}: {_refusal(error, repo_id, resume)}") from error
-    except (HTTPError, ConnectionError, TimeoutError) as error:
-        raise LitconvertError(f"{repo_id}: the Hub cannot be reached; check the network, then {resume}") from error
-    except PermissionError as error:  # of hf_xet, when the token expires
-        raise LitconvertError(f"{repo_id}: the token has expired; run `hf auth login`, then {resume}") from error
-    except ValueError as error:
-        raise LitconvertError(
-            f"{repo_id}: the Hub refuses the card: {_one_line(error)}; correct source.license in litconvert.json"
-        ) from error
-    except (OSError, RuntimeError) as error:
-        raise LitconvertError(f"{repo_id}: the upload failed ({_one_line(error)}); {resume}") from error
-
-
-def _refusal(error: Any, repo_id: str, resume: str) -> str:
-    status = error.response.status_code
-    owner = repo_id.split("/")[0]
-    if status == 401:
-        return "the Hub does not accept the token: run `hf auth login` again, or set HF_TOKEN to a valid token"
-    if status == 403 and "/api/" in str(error.response.url):  # elsewhere it is the storage that refuses
-        return f"the token may not write to {owner}: use one with write access (`hf auth login`), or another owner"
-    if status == 404:
-        return "no such repository or branch: check the name, or create the branch (`hf repos branch create`)"
-    if status == 429 or status >= 500:
-        return f"the Hub is busy (status {status}); wait a little, then {resume}"
-    return f"the Hub refused (status {status}): {_one_line(error.server_message or error)}"
+    # A failed transfer of one file is wrapped, and the wrapper says only which file.
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError):
+        error = error.__cause__
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status == 401:
+            return "the Hub does not accept the token: run `hf auth login` again, or set HF_TOKEN to a valid token"
+        if status == 403 and "/api/" in str(error.response.url):  # elsewhere it is the storage that refuses
+            return f"the token may not write to {owner}: use one with write access (`hf auth login`), or another owner"
+        if status == 404:
+            return "no such repository or branch: check the name, or create the branch (`hf repos branch create`)"
+        if status == 429 or status >= 500:
+            return f"the Hub is busy (status {status}); wait a little, then {resume}"
+        return f"the Hub refused (status {status}): {_one_line(error.server_message or error)}; {resume}"
+    if isinstance(error, HTTPError | ConnectionError | TimeoutError):
+        return f"the Hub cannot be reached; check the network, then {resume}"
+    if isinstance(error, PermissionError):  # of hf_xet
+        return f"the token has expired; run `hf auth login`, then {resume}"
+    if str(error).startswith(CARD_REFUSED):
+        detail = _one_line(error).removeprefix(CARD_REFUSED).strip()
+        return f"the Hub refuses the card ({detail or 'no reason given'}): correct source.license in litconvert.json"
+    return f"the upload failed ({_one_line(error)}); {resume}"
 
 
 def _one_line(error: object) -> str:
     """An error of another library on one line, without the token, whatever that library quotes."""
     from huggingface_hub import get_token
 
-    text = " ".join(str(error).split()).removeprefix("Invalid metadata in README.md. ")
-    token = get_token()
+    text, token = " ".join(str(error).split()), get_token()
     return text.replace(token, "***") if token else text
 
 
@@ -217,6 +222,9 @@ def prepare(
     source = rehearse(model)
     config = {key: value for key, value in read_json(model / "config.json").items() if key != "_name_or_path"}
     decoder = _decoder(recipe, vae, config["in_channels"], model) if pipeline else None
+    if pipeline:
+        recipe = recipe.model_copy(update={"source": recipe.source.model_copy(update={"vae": decoder})})
+    public_recipe = without_local_paths(recipe.model_dump(mode="json"))
     try:
         transformer = folder / "transformer" if pipeline else folder
         transformer.mkdir(parents=True, exist_ok=True)
@@ -231,14 +239,13 @@ def prepare(
         if pipeline:
             _lay_out_pipeline(folder, recipe, decoder, config["in_channels"], offline=offline)
         _write_json(folder / "litconvert.json", provenance)
-        resolved = without_local_paths(recipe.model_dump(mode="json"))
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(public_recipe, sort_keys=False))
         names = [f"images/{picture.name}" for picture in pictures]
         for picture, name in zip(pictures, names, strict=True):
             (folder / "images").mkdir(exist_ok=True)
             shutil.copyfile(picture, folder / name)
-        card = model_card(provenance, recipe, config, repo_id, pipeline=pipeline, decoder=decoder, pictures=names)
-        (folder / "README.md").write_text(card)
+        card = model_card(provenance, public_recipe, config, repo_id, pipeline=pipeline, pictures=names)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise LitconvertError(f"cannot lay out the files to push: {system_cause(error) or error}") from error
 
@@ -322,8 +329,8 @@ def _decoder(recipe: Recipe, vae: str | None, in_channels: int, model: Path) -> 
         decoder = decoder.model_copy(update={"path": vae, "subfolder": None}) if decoder else Vae(path=vae)
     if decoder is None and in_channels not in (1, 3):
         raise UsageError(
-            f"{model}: makes latents of {in_channels} channels and its recipe names no decoder: give the pipeline one "
-            "(--vae stabilityai/sd-vae-ft-ema), or push without --pipeline"
+            f"{model}: makes latents of {in_channels} channels and its recipe names no decoder: set source.vae.path in "
+            "its recipe.yaml (for example stabilityai/sd-vae-ft-ema), or push without --pipeline"
         )
     return decoder
 
@@ -339,7 +346,7 @@ def _lay_out_pipeline(folder: Path, recipe: Recipe, decoder: Vae | None, in_chan
         if vae.config.latent_channels != in_channels:
             raise UsageError(
                 f"{decoder.path}: decodes latents of {vae.config.latent_channels} channels, the model makes "
-                f"{in_channels}; name the decoder of the source (--vae)"
+                f"{in_channels}; set source.vae.path in recipe.yaml to the source's own decoder"
             )
         vae.register_to_config(scaling_factor=decoder.scaling_factor)
         vae.save_pretrained(folder / "vae")
@@ -380,21 +387,20 @@ def _cached(vae: Vae) -> Vae:
 
 def model_card(
     provenance: Mapping[str, Any],
-    recipe: Recipe,
+    recipe: Mapping[str, Any],
     config: Mapping[str, Any],
     repo_id: str,
     *,
     pipeline: bool = False,
-    decoder: Vae | None = None,
     pictures: Sequence[str] = (),
 ) -> str:
     """README.md: where the model comes from, what was inherited, what was measured, its limits, and how to load it.
 
     Args:
         provenance: litconvert.json, without local paths; every part beyond `source` may be missing.
-        recipe, config: of the model directory.
+        recipe: recipe.yaml, without local paths.
+        config: config.json.
         repo_id, pipeline: where and how it is pushed, for the lines that load it.
-        decoder: of the pipeline.
         pictures: paths in the repository.
     """
     from huggingface_hub import ModelCardData
@@ -422,8 +428,8 @@ def model_card(
         _lineage(provenance),
         _counts(provenance.get("plan") or {}),
         _measured(scores),
-        _loading(recipe, repo_id, pipeline=pipeline),
-        _limits(provenance, config, decoder),
+        _loading(recipe["sample"], repo_id, pipeline=pipeline),
+        _limits(provenance, config, recipe["source"]["vae"] if pipeline else None),
     ]
     return (
         f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n\n"
@@ -588,11 +594,10 @@ def _measured(scores: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(["## Metrics", _table(header, rows), note])
 
 
-def _loading(recipe: Recipe, repo_id: str, *, pipeline: bool) -> str:
-    sample = recipe.sample
-    settings = f"num_inference_steps={sample.steps}, guidance_scale={sample.guidance}"
-    if sample.guidance_channels is not None:
-        settings += f", guidance_channels={sample.guidance_channels}"
+def _loading(sample: Mapping[str, Any], repo_id: str, *, pipeline: bool) -> str:
+    settings = f"num_inference_steps={sample['steps']}, guidance_scale={sample['guidance']}"
+    if sample["guidance_channels"] is not None:
+        settings += f", guidance_channels={sample['guidance_channels']}"
 
     def call(loader: str, pin: str = "", subfolder: str = "") -> str:
         return f'{loader}.from_pretrained("{repo_id}", {subfolder}{pin}trust_remote_code=True)'
@@ -626,7 +631,7 @@ def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _limits(provenance: Mapping[str, Any], config: Mapping[str, Any], decoder: Vae | None) -> str:
+def _limits(provenance: Mapping[str, Any], config: Mapping[str, Any], decoder: Mapping[str, Any] | None) -> str:
     side = config["sample_size"] * (1 if config["in_channels"] in (1, 3) else 8)
     points = [
         f"Made for {side} x {side} pixels and {config['num_classes']:,} classes; other sizes run, and are not tested.",
@@ -637,5 +642,5 @@ def _limits(provenance: Mapping[str, Any], config: Mapping[str, Any], decoder: V
     if (terms.get("id") or "unknown") == "unknown":
         points += ["The licence of the source was not recorded: find it out before you use the weights."]
     if decoder is not None:
-        points += [f"The decoder in `vae/` is {_source_name(decoder.path)}, under its own licence."]
+        points += [f"The decoder in `vae/` is {_source_name(decoder['path'])}, under its own licence."]
     return "\n".join(["## Limits", "", *(f"- {point}" for point in points)])

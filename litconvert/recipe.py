@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
 
 PROJECTIONS = ("q", "k", "v", "o")
+STAGES = ("attention_transfer", "hybrid")
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -51,7 +52,7 @@ class Source(Section):
     """The checkpoint to start from, and hints for what its shapes cannot tell."""
 
     path: str | None = None
-    """A file, a folder, a Hub id (`owner/name`, `owner/name@revision`) or `asset:NAME`. A positional SRC replaces it."""
+    """File, folder, Hub id (`owner/name`, `owner/name@revision`) or `asset:NAME`. A positional SRC replaces it."""
     file: str | None = None
     """The file to read where a folder or repository holds several."""
     family: Literal["dit"] | None = None
@@ -86,11 +87,14 @@ class Student(Section):
     """Of the written weights; None: the source's."""
 
 
+Combination = Annotated[str, Field(pattern=r"^(none|all|[qkvo](\s*[+,]\s*[qkvo])*)$")]
+
+
 def _projections(value: Any) -> Any:
     """`none`, `all`, `q`, `k+v`, `[q, k]` to a tuple in the order q, k, v, o."""
     if isinstance(value, str):
         value = {"none": [], "all": list(PROJECTIONS)}.get(value, re.split(r"\s*[+,]\s*", value))
-    if not isinstance(value, (list, tuple)) or set(value) - set(PROJECTIONS):
+    if not isinstance(value, (list, tuple)) or any(name not in PROJECTIONS for name in value):
         raise ValueError("must be none, all, or a combination of q, k, v and o, such as k+v")
     return tuple(name for name in PROJECTIONS if name in value)
 
@@ -100,7 +104,10 @@ class Inherit(Section):
 
     weights: Literal["auto", "ema", "model"] = "auto"
     """Of a training checkpoint. auto: EMA if present, else the only set."""
-    attention: Annotated[tuple[Literal["q", "k", "v", "o"], ...], BeforeValidator(_projections)] = ()
+    attention: Annotated[
+        tuple[Literal["q", "k", "v", "o"], ...],
+        BeforeValidator(_projections, json_schema_input_type=Combination | list[Literal["q", "k", "v", "o"]]),
+    ] = ()
     """Attention projections to inherit: none | all | any combination of q, k, v, o."""
 
 
@@ -246,7 +253,44 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Every key resolved."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+_NUMBER = re.compile(
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars, as editors read them: `no` and `12:30` are strings, `1e-3` is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would read as something else than a string."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    """YAML as nodes, which know their lines, and as plain data.
+
+    Aliases are refused: a recipe may come from the Hub, and a few lines of them can expand to any size.
+    """
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            problem = "aliases (*name) are not read, write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=cast(yaml.Mark, event.start_mark))
+    return yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader)
 
 
 @dataclass(frozen=True)
@@ -327,11 +371,11 @@ class _Tree:
 
 def _read_yaml(path: Path) -> _Tree:
     try:
-        text = path.read_text()
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        node, data = _parse(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not a text file, so not a recipe") from error
+    except RecursionError as error:
+        raise UsageError(f"{path}: nested too deeply to be a recipe") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
@@ -359,24 +403,21 @@ def _read_yaml(path: Path) -> _Tree:
     return _Tree(data, lines)
 
 
-def _override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
-    """Set `a.b.0.c=value` in plain data; returns the key's parts."""
+def _override(data: dict[str, Any], assignment: str) -> tuple[str, Any]:
+    """Set `a.b.0.c=value` in plain data; returns the key and the value."""
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {assignment!r}: write it as key=value, for example --set student.conv_size=3")
     parts = tuple(key.strip().split("."))
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        _, value = _parse(text)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"--set {assignment!r}: the value is not valid YAML") from error
-    # YAML 1.1 reads 1e-3 as a string.
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d+)?[eE][-+]?\d+", value):
-        value = float(value)
     target: Any = data
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(target, list):
-            if not part.isdigit() or int(part) >= len(target):
+            if not part.isdecimal() or int(part) >= len(target):
                 known = f"0 to {len(target) - 1}" if target else "nothing"
                 raise UsageError(f"--set {key}: {'.'.join(parts[:depth])} is a list that holds {known}, not {part!r}")
             if last:
@@ -392,7 +433,7 @@ def _override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
                 target = target[part]
         else:
             raise UsageError(f"--set {key}: {'.'.join(parts[:depth])} is a value, not a section")
-    return parts
+    return ".".join(parts), value
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:
@@ -420,21 +461,26 @@ def _problems(
 ) -> list[str]:
     problems = []
     for detail in error.errors():
-        tags = ("attention_transfer", "hybrid")
-        location = tuple(part for part in detail["loc"] if part not in tags)
+        location = tuple(part for part in detail["loc"] if part not in STAGES)
         key = ".".join(str(part) for part in location)
         nearest = location
         while nearest and nearest not in lines:
             nearest = nearest[:-1]
         where = f"{source}:{lines[nearest]}" if nearest else source
-        if any(key == given or given.startswith(f"{key}.") for given in sets):
+        if any(f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}.") for given in sets):
             where = "--set"
         if detail["type"] == "extra_forbidden":
             message = f"unknown key{did_you_mean(str(location[-1]), _known_keys(location))}"
         elif detail["type"] == "missing":
             message = "is missing"
+        elif detail["type"] == "union_tag_not_found":
+            message = f"objective is missing; there are {' and '.join(STAGES)}"
+        elif detail["type"] == "union_tag_invalid":
+            tag = str(detail["ctx"]["tag"])
+            message = f"unknown objective {tag!r}{did_you_mean(tag, STAGES)}; there are {' and '.join(STAGES)}"
         else:
             message = detail["msg"].removeprefix("Value error, ")
+            message = message.replace("a valid array", "a list").replace("an object", "a section of key: value")
             message = message[:1].lower() + message[1:]
             if not isinstance(detail["input"], dict):
                 message += f", got {detail['input']!r}"
@@ -465,11 +511,13 @@ def _resolve(
         origins[".".join(str(part) for part in location)] = f"{label}:{line}"
     sets = set()
     for assignment in overrides:
-        key = ".".join(_override(data, assignment))
+        key, value = _override(data, assignment)
         sets.add(key)
-        origins[key] = "--set"
+        origins = {old: origin for old, origin in origins.items() if not old.startswith(f"{key}.")}
+        origins |= {leaf: "--set" for leaf, _ in flatten(value, key)}
     try:
-        recipe = Recipe.model_validate(data)
+        # As JSON, in which a list may stand for a tuple: strict, so that nothing is coerced (yes is no integer).
+        recipe = Recipe.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         problems = _problems(error, label, lines, sets)
         raise UsageError("\n".join(problems)) from error

@@ -292,13 +292,14 @@ def sample_to_files(
     if recipe is None and (Path(path) / "recipe.yaml").is_file():
         recipe = path
     settings = (resolve(recipe, overrides) if recipe else resolve_data({}, overrides, "command line")).recipe
-    hints = Source(num_attention_heads=num_attention_heads)
-    sources = [open_source(hints.model_copy(update={"path": path}))]
-    if teacher is not None:
-        # The recipe's hints describe its source; another teacher must tell its own.
-        same = settings.source.path == teacher or settings.source.path == str(Path(teacher).resolve())
-        own = settings.source if same else hints.model_copy(update={"path": teacher})
-        sources.insert(0, open_source(own))
+
+    def source_of(name: str) -> Source:
+        # The recipe's hints describe its own source; any other checkpoint must tell for itself.
+        if settings.source.path in (name, str(Path(name).resolve())):
+            return settings.source
+        return Source(path=name, num_attention_heads=num_attention_heads)
+
+    sources = [open_source(source_of(name)) for name in ([teacher] if teacher else []) + [path]]
     models = [
         read_model(source, torch.float32).to("cuda" if torch.cuda.is_available() else "cpu") for source in sources
     ]

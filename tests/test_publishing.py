@@ -24,12 +24,19 @@ from torch import Tensor
 import litconvert
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.publishing import check_repo_id, planned_files, without_local_paths
+from tests.conftest import dit_state
 from tests.hub_server import HubServer
+
+# Of huggingface_hub's own upload of large files, and of diffusers' own call of huggingface_hub.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning"),
+]
 
 TOKEN = "hf_secretSecretSecret"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECIPE = """
-source: {num_attention_heads: 2, sample_size: 8, license: {id: cc-by-nc-4.0}}
+source: {num_attention_heads: 2, license: {id: cc-by-nc-4.0}}
 student: {num_attention_heads: 2}
 sample: {scheduler: ddim, steps: 3, guidance: 2.0}
 """
@@ -71,33 +78,6 @@ save_file({name: value.contiguous() for name, value in outputs.items()}, folder 
 """
 
 
-def pico_checkpoint(path: Path, channels: int) -> Path:
-    """A DiT of two layers and width 16 in the original layout, on disk."""
-    width, patch, classes = 16, 2, 3
-    linears = {
-        "t_embedder.mlp.0": (width, 256),
-        "t_embedder.mlp.2": (width, width),
-        "final_layer.adaLN_modulation.1": (2 * width, width),
-        "final_layer.linear": (patch * patch * 2 * channels, width),
-    }
-    for layer in range(2):
-        block = f"blocks.{layer}"
-        linears |= {
-            f"{block}.attn.qkv": (3 * width, width),
-            f"{block}.attn.proj": (width, width),
-            f"{block}.mlp.fc1": (2 * width, width),
-            f"{block}.mlp.fc2": (width, 2 * width),
-            f"{block}.adaLN_modulation.1": (6 * width, width),
-        }
-    shapes: dict[str, tuple[int, ...]] = {"y_embedder.embedding_table.weight": (classes + 1, width)}
-    shapes |= {"x_embedder.proj.weight": (width, channels, patch, patch), "x_embedder.proj.bias": (width,)}
-    for name, shape in linears.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    generator = torch.Generator().manual_seed(0)
-    save_file({name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}, path)
-    return path
-
-
 @dataclass(frozen=True)
 class Picos:
     """Converted models on disk: one of pixels, one of latents with the decoder that its recipe names."""
@@ -117,16 +97,11 @@ def picos(tmp_path_factory: pytest.TempPathFactory) -> Picos:
     decoder.save_pretrained(folder / "decoder")
     (folder / "pixels.yaml").write_text(RECIPE)
     vae = f"vae: {{path: {folder / 'decoder'}, scaling_factor: 0.5}}"
-    (folder / "latents.yaml").write_text(
-        RECIPE.replace("num_attention_heads: 2, s", f"num_attention_heads: 2, {vae}, s")
-    )
-    models = [
-        litconvert.convert(
-            pico_checkpoint(folder / f"{name}.safetensors", channels), folder / name, str(folder / f"{name}.yaml")
-        )
-        for name, channels in (("pixels", 1), ("latents", 4))
-    ]
-    return Picos(folder, *models)
+    (folder / "latents.yaml").write_text(RECIPE.replace("license:", f"{vae}, license:"))
+    for name, channels in (("pixels", 1), ("latents", 4)):
+        save_file(dit_state(width=16, channels=channels), folder / f"{name}.safetensors")
+        litconvert.convert(folder / f"{name}.safetensors", folder / name, str(folder / f"{name}.yaml"))
+    return Picos(folder, folder / "pixels", folder / "latents")
 
 
 @pytest.fixture
@@ -144,6 +119,8 @@ def _enter(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def sent(hub: HubServer, repo_id: str, revision: str = "main") -> dict[str, bytes]:
@@ -168,7 +145,7 @@ def edited(model: Path, tmp_path: Path, **changes: Any) -> Path:
     return copy
 
 
-def card_of(hub: HubServer, repo_id: str) -> ModelCard:
+def card_of(hub: HubServer, repo_id: str) -> Any:
     return ModelCard(hub.files(repo_id)["README.md"].decode())
 
 
@@ -182,7 +159,7 @@ class Loaded:
 
 
 @pytest.fixture(scope="module")
-def loaded(picos: Picos, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+def loaded(picos: Picos, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """Push every layout, then load all of it in one fresh process that has no litconvert."""
     folder = tmp_path_factory.mktemp("stranger")
     generator = torch.Generator().manual_seed(1)
@@ -237,7 +214,7 @@ def loaded(picos: Picos, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
         with torch.no_grad():
             decoded = decoder.decode(drawn / 0.5).sample if channels == 4 else drawn
         before |= {f"{name}_latent": drawn, f"{name}_pt": (decoded / 2 + 0.5).clamp(0, 1)}
-    yield Loaded(before, load_file(folder / "outputs.safetensors"), process.stderr)
+    return Loaded(before, load_file(folder / "outputs.safetensors"), process.stderr)
 
 
 def load_decoder(folder: Path) -> Any:
@@ -383,6 +360,12 @@ def test_without_a_login_offline_and_without_a_network_each_name_the_way_out(
     assert hub.requests == []
 
 
+def test_a_card_that_the_hub_refuses_names_the_licence(hub: HubServer, picos: Picos) -> None:
+    hub.fail_next("POST", "/api/validate-yaml", 400)
+    with pytest.raises(LitconvertError, match=r"refuses the card .*: correct source.license"):
+        litconvert.push(picos.pixels, "tester/m")
+
+
 def test_an_upload_that_broke_is_completed_by_the_same_command(hub: HubServer, picos: Picos) -> None:
     hub.fail_next("POST", "/commit/", 400)
     with pytest.raises(LitconvertError, match="failure asked for by the test"):
@@ -460,18 +443,23 @@ def test_the_card_of_a_distilled_run_shows_its_stages_scores_and_pictures(
     spread = {"standard_deviation": 0.25, "seeds": [100, 101], "num_samples": 1000}
     record = json.loads((picos.pixels / "litconvert.json").read_text())
     run = tmp_path / "run"
-    edited(picos.pixels, run.parent, **{
+    changes = {
         "source": {**record["source"], "path": "facebook/DiT-XL-2-256@main", "revision": "0" * 40},
-        "distillation": {"steps": 1234, "stages": [{"objective": "hybrid", "steps": 1234}], "teacher": {"sha256": "abc"}},
+        "distillation": {
+            "steps": 1234,
+            "stages": [{"objective": "hybrid", "steps": 1234}],
+            "teacher": {"sha256": "abc"},
+        },
         "metrics": {
             "frechet_distance": {"mean": 1.5, **spread},
             "teacher_frechet_distance": {"mean": 0.5, **spread},
             "class_accuracy": 0.875,
             "num_samples": 1000,
         },
-    })  # fmt: skip
+    }
+    model = edited(picos.pixels, tmp_path, **changes)
     (run / "samples").mkdir(parents=True)
-    (tmp_path / "copy").rename(run / "model")
+    model.rename(run / "model")
     for name in ("curves", *(f"samples/step-{step:08d}" for step in range(6)), "samples/before", "samples/after"):
         Image.new("L", (4, 4)).save(run / f"{name}.png")
     litconvert.push(run, "tester/m")
@@ -537,7 +525,7 @@ def test_a_pipeline_of_latents_needs_a_decoder_that_fits(
     model = copied(picos.latents, tmp_path)
     recipe = (model / "recipe.yaml").read_text()
     (model / "recipe.yaml").write_text(re.sub(r"  vae:\n(    .*\n)+", "  vae: null\n", recipe))
-    with pytest.raises(UsageError, match="its recipe names no decoder: give the pipeline one"):
+    with pytest.raises(UsageError, match=r"its recipe names no decoder: set source\.vae\.path"):
         litconvert.push(model, "tester/m", pipeline=True)
     with pytest.raises(UsageError, match="decodes latents of 4 channels, the model makes 1"):
         litconvert.push(picos.pixels, "tester/m", pipeline=True, vae=str(picos.folder / "decoder"))
@@ -547,3 +535,33 @@ def test_a_pipeline_of_latents_needs_a_decoder_that_fits(
     assert hub.requests == []
     litconvert.push(model, "tester/m", pipeline=True, vae=str(picos.folder / "decoder"))
     assert json.loads(sent(hub, "tester/m")["vae/config.json"])["scaling_factor"] == 0.18215
+
+
+@pytest.mark.parametrize("pipeline", [False, True], ids=["plain", "pipeline"])
+def test_litconvert_loads_what_it_pushed(
+    hub: HubServer, picos: Picos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: bool
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    litconvert.push(picos.pixels, "tester/m", pipeline=pipeline)
+    expected = litconvert.load(picos.pixels).state_dict()
+    loaded = litconvert.load("tester/m").state_dict()
+    assert list(loaded) == list(expected)
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_decoder_of_the_hub_goes_along_and_a_later_dry_run_finds_it_in_the_cache(
+    hub: HubServer, picos: Picos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    api = huggingface_hub.HfApi(endpoint=hub.url)
+    api.create_repo("tester/decoder")
+    api.upload_folder(repo_id="tester/decoder", folder_path=picos.folder / "decoder", path_in_repo="vae")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("license:", "vae: {path: tester/decoder, subfolder: vae}, license:"))
+    model = litconvert.convert(picos.folder / "latents.safetensors", tmp_path / "model", str(recipe))
+    litconvert.push(model, "tester/m", pipeline=True)
+    assert "[tester/decoder](https://huggingface.co/tester/decoder)" in card_of(hub, "tester/m").text
+    count = len(hub.requests)
+    planned = planned_files(model, "tester/m", pipeline=True)
+    assert len(hub.requests) == count
+    assert planned == sorted((path, len(data)) for path, data in sent(hub, "tester/m").items())

@@ -7,7 +7,7 @@ A family owes
 3. tests on a checkpoint made on disk: its outputs against an independent implementation, and its refusals.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +60,22 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading:
     """
     from litconvert.families import dit, litconvert_model
 
-    readers: Iterable[Callable[[Checkpoint, Source], Reading | None]] = (litconvert_model.recognise, dit.recognise)
-    for reader in readers:
+    readers: dict[str, Callable[[Checkpoint, Source], Reading | None]] = {
+        "litconvert": litconvert_model.recognise,
+        "dit": dit.recognise,
+    }
+    for family, reader in readers.items():
+        if hints.family not in (None, family):
+            continue
         reading = reader(checkpoint, hints)
         if reading is not None:
             check_tensors(checkpoint, reading)
             return reading
     some = ", ".join(list(checkpoint.tensors)[:4])
+    what = f"not of family {hints.family}" if hints.family else "unknown architecture"
     raise UsageError(
-        f"{checkpoint.source}: unknown architecture (keys: {some}, ...); litconvert reads DiT (the original and the "
-        "diffusers layout) and its own models"
+        f"{checkpoint.source}: {what} (keys: {some}, ...); litconvert reads DiT (the original and the diffusers "
+        "layout) and its own model directories"
     )
 
 

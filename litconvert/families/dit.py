@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from litconvert.checkpoints import Checkpoint, TensorInfo
+from litconvert.checkpoints import Checkpoint
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families import Origin, Reading
 from litconvert.recipe import Source
@@ -43,10 +43,10 @@ KEYS = (
 )
 LAYOUTS = {"original": 1, "diffusers": 2}
 
-# What must be in a file's keys for it to be tried as this layout.
-MARKS = {"original": "blocks.0.attn.qkv.weight", "diffusers": "transformer_blocks.0.norm1.emb.class_embedder"}
+# What must be in a file's keys, for some block {i}, for it to be tried as this layout.
+MARKS = {"original": "blocks.{i}.attn.qkv", "diffusers": "transformer_blocks.{i}.norm1.emb.class_embedder"}
 
-# Config values of diffusers that change the function and that no released DiT has.
+# Config values of diffusers; others would change the function, and no released DiT has them.
 DIFFUSERS_CONFIG = {
     "norm_type": "ada_norm_zero",
     "activation_fn": "gelu-approximate",
@@ -58,11 +58,12 @@ DIFFUSERS_CONFIG = {
 def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
     """A DiT in either layout, or None."""
     keys = checkpoint.tensors
-    layout = next((name for name, mark in MARKS.items() if any(key.startswith(mark) for key in keys)), None)
+    patterns = {layout: re.compile(re.escape(mark).replace(r"\{i\}", r"\d+")) for layout, mark in MARKS.items()}
+    layout = next((name for name, pattern in patterns.items() if any(map(pattern.match, keys))), None)
     if layout is None or any(".cross_attn." in key for key in keys):
         return None
     column = LAYOUTS[layout]
-    num_layers = _count_layers(keys, "blocks" if layout == "original" else "transformer_blocks")
+    num_layers = _count_layers(checkpoint, "blocks" if layout == "original" else "transformer_blocks")
     origins = {}
     for row in KEYS:
         ours, theirs = row[0], row[column]
@@ -74,7 +75,7 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
     return Reading(
         family="dit",
         layout=layout,
-        because=f"it has {MARKS[layout]} and no cross-attention",
+        because=f"it has {_fill(MARKS[layout], 0)} and no cross-attention",
         config=config,
         origins=origins,
         recomputed={"pos_embed": "pos_embed"} if layout == "original" and "pos_embed" in keys else {},
@@ -96,9 +97,16 @@ def _origin(pattern: str, block: int | None, num_layers: int, suffix: str) -> Or
     return Origin(names, part, parts)
 
 
-def _count_layers(keys: Mapping[str, TensorInfo], prefix: str) -> int:
-    found = (re.match(rf"{prefix}\.(\d+)\.", key) for key in keys)
-    return 1 + max(int(match.group(1)) for match in found if match)
+def _count_layers(checkpoint: Checkpoint, prefix: str) -> int:
+    keys = checkpoint.tensors
+    found = [match for key in keys if (match := re.match(rf"{prefix}\.(\d{{1,9}})\.", key))]
+    last = max(found, key=lambda match: int(match.group(1)))
+    if int(last.group(1)) >= len(keys):
+        raise LitconvertError(
+            f"{checkpoint.source}: {last.string} names a layer beyond the file's {len(keys)} tensors; "
+            "use the complete, unmodified checkpoint"
+        )
+    return 1 + int(last.group(1))
 
 
 def _config(
@@ -117,22 +125,38 @@ def _config(
             )
         return info.shape
 
-    theirs = checkpoint.config or {}
-    if layout == "diffusers":
-        for key, value in DIFFUSERS_CONFIG.items():
-            if theirs.get(key, value) != value:
-                raise UsageError(
-                    f"{checkpoint.source}: config.json has {key}={theirs[key]!r}; litconvert reads DiT with {value!r} only"
-                )
+    theirs = (checkpoint.config or {}) if layout == "diffusers" else {}
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
     rows = shape("conditioning.class_embedder.weight", 2)[0]
+    out_channels = shape("final_layer.linear.weight", 2)[0] // patch_size**2
     unsure = []
+    if layout == "original" and hints.family is None:
+        unsure.append(
+            "read as DiT: SiT's checkpoints have the same keys and shapes, and litconvert does not read SiT yet "
+            "(family=dit says that it is DiT)"
+        )
+    _check_config(
+        checkpoint.source,
+        theirs,
+        tensors={
+            "num_layers": num_layers,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+        },
+        hints={
+            "num_attention_heads": hints.num_attention_heads,
+            "sample_size": hints.sample_size,
+            "num_embeds_ada_norm": hints.num_classes,
+        },
+    )
 
     num_classes = hints.num_classes or theirs.get("num_embeds_ada_norm")
     if num_classes is None:
         num_classes = rows - 1
         unsure.append(
-            f"the class table's {rows} rows are read as {num_classes} classes and a null class: num_classes={rows} for none"
+            f"the class table's {rows} rows are read as {num_classes} classes and a null class: "
+            f"num_classes={rows} for none"
         )
     if num_classes not in (rows, rows - 1):
         raise UsageError(
@@ -149,7 +173,8 @@ def _config(
         )
     if hidden_size % num_heads:
         raise UsageError(
-            f"{checkpoint.source}: num_attention_heads={num_heads} does not divide the width {hidden_size}; give one that does"
+            f"{checkpoint.source}: num_attention_heads={num_heads} does not divide the width {hidden_size}; "
+            "give one that does"
         )
 
     timestep_freq_shift = 0.0 if hints.timestep_freq_shift is None else hints.timestep_freq_shift
@@ -160,10 +185,10 @@ def _config(
             "timestep_freq_shift=1 norm_eps=1e-5 for weights trained in diffusers"
         )
     return {
-        "sample_size": _sample_size(checkpoint, hints, patch_size, theirs),
+        "sample_size": _sample_size(checkpoint, hints, hidden_size, patch_size, theirs),
         "patch_size": patch_size,
         "in_channels": in_channels,
-        "out_channels": shape("final_layer.linear.weight", 2)[0] // patch_size**2,
+        "out_channels": out_channels,
         "hidden_size": hidden_size,
         "num_layers": num_layers,
         "num_attention_heads": num_heads,
@@ -176,11 +201,40 @@ def _config(
     }, unsure
 
 
-def _sample_size(checkpoint: Checkpoint, hints: Source, patch_size: int, theirs: Mapping[str, Any]) -> int:
+def _check_config(
+    source: str, theirs: Mapping[str, Any], *, tensors: Mapping[str, int], hints: Mapping[str, int | None]
+) -> None:
+    """Refuse a diffusers config.json that contradicts the tensors, the hints, or what a DiT is."""
+    for key, value in DIFFUSERS_CONFIG.items():
+        if theirs.get(key, value) != value:
+            raise UsageError(
+                f"{source}: config.json has {key}={theirs[key]!r}; litconvert reads DiT with {value!r} only"
+            )
+    for key, number in {**tensors, **hints}.items():
+        told = theirs.get(key)
+        if told is not None and (type(told) is not int or told < 1):
+            raise LitconvertError(f"{source}: config.json has {key}={told!r}, not a number from 1; download it again")
+        if told is None or number is None or told == number:
+            continue
+        if key in hints:
+            raise UsageError(f"{source}: config.json has {key}={told}, but the hint says {number}; leave the hint out")
+        raise LitconvertError(
+            f"{source}: config.json has {key}={told}, but the tensors have {number}; "
+            "use the complete, unmodified checkpoint"
+        )
+
+
+def _sample_size(
+    checkpoint: Checkpoint, hints: Source, hidden_size: int, patch_size: int, theirs: Mapping[str, Any]
+) -> int:
     """Side of the latent, from the position embedding, diffusers' config or the hint."""
     stored = checkpoint.tensors.get("pos_embed")
+    if stored is not None and (len(stored.shape) != 3 or stored.shape[0] != 1 or stored.shape[2] != hidden_size):
+        raise LitconvertError(
+            f"{checkpoint.source}: pos_embed has shape {stored.shape}, expected (1, positions, {hidden_size})"
+        )
     told = hints.sample_size or theirs.get("sample_size")
-    if stored is None or len(stored.shape) != 3:
+    if stored is None:
         if told is None:
             raise UsageError(
                 f"{checkpoint.source}: the size of the latent is missing: there is no position embedding to tell it. "

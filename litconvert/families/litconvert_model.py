@@ -29,8 +29,9 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
             )
     try:
         names = list(model_tensors(values))
-    except (ValueError, TypeError) as error:
-        raise LitconvertError(f"{checkpoint.source}: config.json: {error}") from error
+    except (LitconvertError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0]
+        raise LitconvertError(f"{checkpoint.source}: config.json: {reason}; restore it, or convert again") from error
     return Reading(
         family="litconvert",
         layout="litconvert",

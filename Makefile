@@ -1,0 +1,37 @@
+# Every target makes its own virtual environment in .venv and installs under the tested versions.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint format benchmarks table clean
+
+demo: $(INSTALLED)        ## the whole line on the embedded model: no network, no GPU, results on one screen
+	$(BIN)/litconvert demo
+
+test: $(INSTALLED)        ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)        ## lint, format check and the strict type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)      ## mend what lint can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+table: $(INSTALLED)       ## the README's table: about three hours on two cores, resumable
+	$(BIN)/python -m benchmarks.digits_table
+
+benchmarks: $(INSTALLED)  ## start-up time, and a full-size conversion
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.full_size
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[distill,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

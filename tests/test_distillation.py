@@ -1,0 +1,396 @@
+"""Distillation: what the two networks see, what a run leaves behind, and that it resumes exactly."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import litconvert
+from litconvert.distillation import Interrupted, StepReport, draw_batch
+from litconvert.errors import LitconvertError, UsageError
+from litconvert.latents import LatentDataset, open_latents, synthesize, write_latents
+from litconvert.modeling_lit import LiTTransformer2DModel
+from litconvert.run_directory import RunDirectory
+from tests.conftest import dit_state
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Ten random latents of the pico model."""
+    generator = torch.Generator().manual_seed(7)
+    latents = torch.rand((10, 1, 8, 8), generator=generator) * 2 - 1
+    return write_latents(latents, torch.arange(10) % 4, tmp_path / "data", "random")
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return dict(load_file(run / "model" / WEIGHTS))
+
+
+def steps_of(run: Path) -> list[int]:
+    return [int(row["step"]) for row in RunDirectory(run).read_metrics()]
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def test_a_run_leaves_its_recipe_metrics_curves_samples_checkpoints_and_model(
+    tmp_path: Path, pico_student: Path, data: Path
+) -> None:
+    run = litconvert.distill(pico_student, tmp_path / "run", data=data)
+    assert steps_of(run) == list(range(1, 9))
+    for name in ("recipe.yaml", "curves.png", "samples/teacher.png", "samples/before.png", "samples/after.png"):
+        assert (run / name).stat().st_size > 0
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    model = litconvert.load(run / "model")
+    assert model.config.attention == ["linear", "linear"]
+    before = load_file(pico_student / WEIGHTS)
+    assert all(not torch.equal(value, before[name]) for name, value in weights(run).items() if "attn" in name)
+
+
+def test_attention_transfer_trains_the_linear_attention_and_nothing_else(
+    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path, data: Path
+) -> None:
+    stages = "distill.stages=[{objective: attention_transfer, steps: 3, batch_size: 4, learning_rate: 1.0e-2}]"
+    sets = [stages, "student.softmax_layers=[0]"]
+    student = litconvert.convert(pico_checkpoint, tmp_path / "student", str(pico_recipe), sets)
+    run = litconvert.distill(student, tmp_path / "run", str(pico_recipe), data=data, overrides=sets)
+    before = load_file(student / WEIGHTS)
+    changed = {name for name, value in weights(run).items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("blocks.1.attn.")}
+
+
+def test_teacher_and_student_receive_the_same_noise_timestep_and_condition(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received: dict[str, list[tuple[Tensor, ...]]] = {"softmax": [], "linear": []}
+    forward = LiTTransformer2DModel.forward
+
+    def spy(self: LiTTransformer2DModel, hidden: Tensor, timestep: Tensor, labels: Tensor, **more: Any) -> Any:
+        if timestep.dim() == 1:  # sampling passes a scalar
+            kind = self.config.attention[0]
+            received[kind].append((hidden.clone(), timestep.clone(), labels.clone()))
+            assert self.training == (kind == "linear")
+            if kind == "softmax":
+                assert torch.is_inference_mode_enabled()
+        return forward(self, hidden, timestep, labels, **more)
+
+    monkeypatch.setattr(LiTTransformer2DModel, "forward", spy)
+    stages = "distill.stages=[{objective: hybrid, steps: 6, batch_size: 8, condition_dropout: 0.5}]"
+    litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[stages])
+    assert len(received["softmax"]) == len(received["linear"]) == 6
+    for teacher, student in zip(received["softmax"], received["linear"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(teacher, student, strict=True))
+    labels = torch.cat([call[2] for call in received["linear"]])
+    assert 0.2 < (labels == 4).float().mean() < 0.8  # dropped to the null class, for both
+
+
+def test_the_loss_falls_and_ends_near_the_teacher(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    schedule = "batch_size: 8, learning_rate: 3.0e-3, schedule: cosine, condition_dropout: 0"
+    stages = f"distill.stages=[{{objective: attention_transfer, steps: 60, {schedule}}}]"
+    run = litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[stages])
+    losses = [float(row["loss"]) for row in RunDirectory(run).read_metrics()]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_draws_do_not_depend_on_how_the_batch_is_split(data: Path) -> None:
+    dataset = open_latents(data)
+
+    def draw(positions: range) -> tuple[Tensor, ...]:
+        batch = draw_batch(
+            dataset,
+            positions,
+            seed=3,
+            step=5,
+            batch_size=8,
+            num_timesteps=1000,
+            null_class=4,
+            condition_dropout=0.5,
+        )
+        return batch.clean, batch.noise, batch.timestep, batch.class_labels
+
+    whole, halves = draw(range(8)), (draw(range(4)), draw(range(4, 8)))
+    for index, tensor in enumerate(whole):
+        assert torch.equal(tensor, torch.cat([half[index] for half in halves]))
+
+
+def test_an_epoch_visits_every_sample_once(tmp_path: Path) -> None:
+    latents = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 1, 2, 2)
+    dataset = open_latents(write_latents(latents.contiguous(), torch.zeros(10, dtype=torch.int64), tmp_path / "d", "x"))
+    settings = {"seed": 0, "batch_size": 4, "num_timesteps": 10, "null_class": 0, "condition_dropout": 0.0}
+    seen = [draw_batch(dataset, range(4), step=step, **settings).clean[:, 0, 0, 0] for step in range(5)]  # type: ignore[arg-type]
+    visits = torch.cat(seen)
+    assert sorted(visits[:10].tolist()) == sorted(visits[10:].tolist()) == list(range(10))
+    assert visits[:10].tolist() != visits[10:].tolist()
+
+
+def test_accumulation_gives_the_same_weights_as_one_batch(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    stages = "distill.stages=[{objective: hybrid, steps: 3, batch_size: 8, max_grad_norm: 1.0}]"
+    runs = [
+        litconvert.distill(
+            pico_student,
+            tmp_path / f"run-{parts}",
+            data=data,
+            overrides=[stages, f"distill.gradient_accumulation_steps={parts}"],
+        )
+        for parts in (1, 4)
+    ]
+    first, second = weights(runs[0]), weights(runs[1])
+    # Adam's first steps turn rounding of tiny gradients into steps; the loss is the steadier witness.
+    assert all((first[name] - second[name]).abs().max() < 2e-4 for name in first)
+    losses = [[float(row["loss"]) for row in RunDirectory(run).read_metrics()] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    runs = [
+        litconvert.distill(
+            pico_student, tmp_path / f"run-{on}", data=data, overrides=[f"distill.gradient_checkpointing={on}"]
+        )
+        for on in ("false", "true")
+    ]
+    first, second = weights(runs[0]), weights(runs[1])
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+
+
+def test_schedule_warmup_clipping_and_ema_are_as_the_recipe_says(
+    tmp_path: Path, pico_student: Path, data: Path
+) -> None:
+    run = litconvert.distill(pico_student, tmp_path / "run", data=data)
+    rows = RunDirectory(run).read_metrics()
+    hybrid = [row for row in rows if row["stage"] == "1:hybrid"]
+    assert [float(row["learning_rate"]) for row in hybrid] == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3])
+    # The first average is the first weights; then min(0.9, (1 + s) / (10 + s)).
+    assert [float(row["ema_decay"]) for row in hybrid] == pytest.approx([0, 2 / 11, 3 / 12, 4 / 13, 5 / 14])
+
+
+def test_a_second_run_of_the_same_command_does_nothing(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    run = litconvert.distill(pico_student, tmp_path / "run", data=data)
+    before = (run / "model" / WEIGHTS).stat().st_mtime_ns
+    steps: list[StepReport] = []
+    litconvert.distill(pico_student, tmp_path / "run", data=data, on_step=steps.append)
+    assert not steps
+    assert (run / "model" / WEIGHTS).stat().st_mtime_ns == before
+
+
+def test_a_run_of_other_inputs_is_refused_and_force_replaces_it(
+    tmp_path: Path, pico_student: Path, data: Path
+) -> None:
+    run = litconvert.distill(pico_student, tmp_path / "run", data=data)
+    with pytest.raises(LitconvertError, match="other inputs.*--force"):
+        litconvert.distill(pico_student, run, data=data, overrides=["seed=1"])
+    assert steps_of(run) == list(range(1, 9))
+    litconvert.distill(pico_student, run, data=data, overrides=["seed=1"], force=True)
+    assert steps_of(run) == list(range(1, 9))
+
+
+def test_a_failure_in_any_step_resumes_to_the_same_weights(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    expected = weights(litconvert.distill(pico_student, tmp_path / "whole", data=data))
+
+    class Crash(Exception):
+        pass
+
+    def crash_at(step: int) -> Callable[[StepReport], None]:
+        def on_step(report: StepReport) -> None:
+            if report.global_step == step:
+                raise Crash
+
+        return on_step
+
+    run = tmp_path / "crashed"
+    for step in (1, 4, 7):  # before the first checkpoint, in the second stage, after a checkpoint
+        with pytest.raises(Crash):
+            litconvert.distill(pico_student, run, data=data, on_step=crash_at(step))
+    litconvert.distill(pico_student, run, data=data)
+    assert steps_of(run) == list(range(1, 9))
+    assert_same(weights(run), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first_and_the_same_command_goes_on(
+    tmp_path: Path, pico_student: Path, data: Path, number: signal.Signals
+) -> None:
+    expected = weights(litconvert.distill(pico_student, tmp_path / "whole", data=data))
+
+    def interrupt(report: StepReport) -> None:
+        if report.global_step == 5:
+            os.kill(os.getpid(), number)
+
+    run = tmp_path / "interrupted"
+    with pytest.raises(Interrupted, match="step 6 of 8, saved"):
+        litconvert.distill(pico_student, run, data=data, on_step=interrupt)
+    assert (run / "checkpoints" / "step-00000006").is_dir()
+    litconvert.distill(pico_student, run, data=data)
+    assert steps_of(run) == list(range(1, 9))
+    assert_same(weights(run), expected)
+
+
+def test_a_killed_process_resumes_to_the_same_weights_bit_for_bit(
+    tmp_path: Path, pico_student: Path, data: Path
+) -> None:
+    stages = (
+        "distill.stages=[{objective: attention_transfer, steps: 20, batch_size: 4},"
+        "{objective: hybrid, steps: 60, batch_size: 4, schedule: cosine}]"
+    )
+    sets = [stages, "distill.checkpoint_every=7"]
+    torch.set_num_threads(1)
+    expected = weights(litconvert.distill(pico_student, tmp_path / "whole", data=data, overrides=sets))
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "litconvert", "distill", str(pico_student), str(run), "--data", str(data), "-q"]
+    command += [part for one in sets for part in ("--set", one)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    victim = random.randrange(2, 75)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    while process.poll() is None and len(steps_of(run)) < victim:
+        time.sleep(0.002)
+    process.kill()
+    _, message = process.communicate()
+    assert process.returncode == -signal.SIGKILL, message.decode()
+    assert not (run / "model").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert steps_of(run) == list(range(1, 81))
+    assert_same(weights(run), expected)
+
+
+def test_nan_stops_the_run_with_the_step_and_the_tensor_named(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, calls = LatentDataset.read, [0]
+
+    def poisoned(self: LatentDataset, indices: Any) -> tuple[Tensor, Tensor]:
+        calls[0] += 1
+        clean, labels = read(self, indices)
+        return clean * float("nan") if calls[0] == 5 else clean, labels
+
+    monkeypatch.setattr(LatentDataset, "read", poisoned)
+    with pytest.raises(LitconvertError, match=r"step 5: the data holds NaN.*step 4 is kept"):
+        litconvert.distill(pico_student, tmp_path / "run", data=data)
+    monkeypatch.setattr(LatentDataset, "read", read)
+    litconvert.distill(pico_student, tmp_path / "run", data=data)
+    assert steps_of(tmp_path / "run") == list(range(1, 9))
+
+
+def test_an_exploding_gradient_is_named(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    stages = "distill.stages=[{objective: hybrid, steps: 9, batch_size: 4, learning_rate: 1.0e+30}]"
+    with pytest.raises(LitconvertError, match=r"step \d: .* holds NaN or infinite values.*Lower learning_rate"):
+        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[stages])
+
+
+def test_a_larger_teacher_may_serve_the_hybrid_stage(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    torch.save(dit_state(width=48, layers=3, seed=9), tmp_path / "large.pt")
+    sets = ["distill.teacher.num_attention_heads=3"]
+    run = litconvert.distill(
+        pico_student, tmp_path / "run", data=data, teacher=str(tmp_path / "large.pt"), overrides=sets
+    )
+    own = litconvert.distill(pico_student, tmp_path / "own", data=data)
+    rows, own_rows = RunDirectory(run).read_metrics(), RunDirectory(own).read_metrics()
+    assert [row["attention"] for row in rows[:3]] == [row["attention"] for row in own_rows[:3]]
+    assert rows[3]["teacher_noise"] != own_rows[3]["teacher_noise"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channels": 2}, "in_channels is 2, the student's is 1"),
+        ({"sample_size": 16}, "sample_size is 16, the student's is 8"),
+        ({"rows": 4}, "num_classes is 3, the student's is 4"),
+    ],
+)
+def test_a_teacher_that_cannot_see_the_same_input_is_refused(
+    tmp_path: Path, pico_student: Path, data: Path, change: dict[str, int], message: str
+) -> None:
+    torch.save(dit_state(**change), tmp_path / "other.pt")
+    sets = ["distill.teacher.num_attention_heads=2"]
+    with pytest.raises(UsageError, match=message):
+        litconvert.distill(
+            pico_student, tmp_path / "run", data=data, teacher=str(tmp_path / "other.pt"), overrides=sets
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_launched_processes_in_no_group_are_refused(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litconvert.distillation.Accelerator.num_processes", property(lambda self: 1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("litconvert.distillation.Accelerator.__init__", lambda self, **settings: None)
+    with pytest.raises(UsageError, match="no process group.*accelerate launch"):
+        litconvert.distill(pico_student, tmp_path / "run", data=data)
+
+
+def test_with_no_data_the_teacher_draws_it(tmp_path: Path, pico_student: Path) -> None:
+    litconvert.distill(pico_student, tmp_path / "run")
+    assert len(open_latents(tmp_path / "run-latents")) == 12
+
+
+def test_synthesis_resumes_after_a_crash_to_the_same_data(
+    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
+) -> None:
+    recipe = str(pico_recipe)
+    whole = open_latents(synthesize(pico_checkpoint, tmp_path / "whole", recipe))
+
+    def crash(done: int, total: int) -> None:
+        if done > 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(pico_checkpoint, tmp_path / "data", recipe, on_progress=crash)
+    assert not (tmp_path / "data").exists()
+    drawn: list[int] = []
+    synthesize(pico_checkpoint, tmp_path / "data", recipe, on_progress=lambda done, total: drawn.append(done))
+    assert drawn[0] == 0
+    assert 4 not in drawn  # the first shard was kept
+    resumed = open_latents(tmp_path / "data")
+    for first, second in zip(whole.read(range(12)), resumed.read(range(12)), strict=True):
+        assert torch.equal(first, second)
+    assert not list(tmp_path.glob(".data*"))
+
+
+def test_synthesis_of_other_inputs_is_refused_beside_the_same_ones(
+    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
+) -> None:
+    recipe = str(pico_recipe)
+    synthesize(pico_checkpoint, tmp_path / "data", recipe)
+    synthesize(pico_checkpoint, tmp_path / "data", recipe)
+    with pytest.raises(LitconvertError, match="not drawn from these inputs"):
+        synthesize(pico_checkpoint, tmp_path / "data", recipe, ["data.synthesize.seed=5"])
+
+
+def test_a_source_that_changed_since_the_conversion_is_refused(
+    tmp_path: Path, pico_student: Path, pico_checkpoint: Path, data: Path
+) -> None:
+    torch.save(dit_state(seed=3), pico_checkpoint)
+    with pytest.raises(LitconvertError, match=r"has changed since .* converted"):
+        litconvert.distill(pico_student, tmp_path / "run", data=data)
+
+
+def test_the_result_keeps_the_lineage(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    import json
+
+    run = litconvert.distill(pico_student, tmp_path / "run", data=data)
+    record = json.loads((run / "model" / "litconvert.json").read_text())
+    before = json.loads((pico_student / "litconvert.json").read_text())
+    assert record["source"] == before["source"]
+    assert record["distillation"]["steps"] == 8
+    assert [stage["objective"] for stage in record["distillation"]["stages"]] == ["attention_transfer", "hybrid"]
+
+
+def test_a_hand_made_data_set_of_the_right_columns_is_read(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match="not a complete data set"):
+        open_latents(tmp_path)
