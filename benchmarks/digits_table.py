@@ -1,6 +1,6 @@
 """The README's table: what each part of the method is worth on the digits teacher, at equal budgets.
 
-    python -m benchmarks.digits_table            everything: seven rows and the floor, three seeds (about two hours on 2 cores)
+    python -m benchmarks.digits_table            everything, three seeds: hours on 2 cores, resumable
     python -m benchmarks.digits_table --table    print the table of what is there
 
 200 optimiser steps at batch 64 in all; 1,000 samples on noise independent of the reference's. One JSON file a row and
@@ -80,7 +80,8 @@ def floor(seed: int, reference: torch.Tensor) -> dict[str, Any]:
 
 def load_teacher() -> litconvert.modeling_lit.LiTTransformer2DModel:
     """The embedded teacher in float32."""
-    return litconvert.load("asset:dit-digits", recipe="digits").float()
+    model = litconvert.load("asset:dit-digits", recipe="digits")
+    return model.float()  # type: ignore[no-any-return]
 
 
 def run(rows: Sequence[str], seeds: Sequence[int], work: Path) -> None:

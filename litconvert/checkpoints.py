@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -225,19 +226,24 @@ def _load_pickle(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
+            # What torch warns of (old pickles, TorchScript) is read whole or refused below.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand)[^A-Za-z_]*)\s*([\w.]+)", str(error))
-        if found and "." in found.group(1):
+        remedy = "Save the state dict alone: torch.save(model.state_dict(), path)"
+        if found := re.search(r"GLOBAL\s+([\w.]+)", str(error)):
             raise LitconvertError(
-                f"{path}: holds code ({found.group(1)}), not only tensors; refused and not run. "
-                "Save the state dict alone: torch.save(model.state_dict(), path)"
+                f"{path}: holds code or objects ({found.group(1)}), not only tensors; refused and not run. {remedy}"
             ) from error
-        raise LitconvertError(f"{path}: not a checkpoint that can be read safely; it may be damaged") from error
+        raise LitconvertError(
+            f"{path}: not a checkpoint that can be read safely; it may be damaged: download it again. {remedy}"
+        ) from error
     except Exception as error:  # a damaged pickle raises whatever it leads to
         if isinstance(error, OSError) and (cause := system_cause(error)):
             raise LitconvertError(f"cannot read {path}: {cause}") from error
+        if "TorchScript" in str(error):
+            raise LitconvertError(f"{path}: a TorchScript program, not a state dict; refused and not run") from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LitconvertError(
             f"{path}: not a complete PyTorch file ({reason}); it may be truncated or damaged: download it again"
@@ -269,7 +275,9 @@ def _open_pickles(
         elif isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         for name, value in content.items():
-            if not isinstance(value, Tensor) or not isinstance(name, str):
+            if not isinstance(name, str):
+                raise LitconvertError(f"{path}: has the key {name!r}, not a name, so this is not a plain state dict")
+            if not isinstance(value, Tensor):
                 raise LitconvertError(
                     f"{path}: {name!r} is a {type(value).__name__}, not a tensor, so this is not a plain state dict"
                 )

@@ -147,7 +147,7 @@ def convert(
         console.data({"out": None if dry_run else str(out), **made.to_json()})
     else:
         console.show_plan(made)
-        console.note(f"nothing written (--dry-run); would write {out}" if dry_run else f"written: {out}")
+    console.note(f"nothing written (--dry-run); would write {out}" if dry_run else f"written: {out}")
 
 
 @latents_app.command("synthesize")

@@ -32,7 +32,7 @@ def be_quiet(quiet: bool) -> None:
 def note(message: str) -> None:
     """A line on stderr."""
     if not _settings["quiet"]:
-        err.print(message, markup=False)
+        err.print(message, markup=False, soft_wrap=True)
 
 
 def data(value: Any) -> None:
@@ -59,9 +59,12 @@ def table(
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr; call what it gives with (done, total, a short remark). Plain lines where there is no terminal."""
+    """A bar on stderr, plain lines where there is no terminal; call what it gives with (done, total, remark)."""
     if _settings["quiet"]:
-        yield lambda done, total, remark="": None
+
+        def silent(done: int, total: int, remark: str = "") -> None: ...
+
+        yield silent
         return
     if not err.is_terminal:
         last = [-1]
@@ -120,8 +123,8 @@ def show_source(source: "OpenSource", values: Sequence[str] = ()) -> None:
         ("attention", _attention(config["attention"])),
         (
             "latent",
-            f"{config['in_channels']} x {config['sample_size']} x {config['sample_size']}, patch {config['patch_size']}, "
-            f"{config['out_channels']} output channels",
+            f"{config['in_channels']} x {config['sample_size']} x {config['sample_size']}, "
+            f"patch {config['patch_size']}, {config['out_channels']} output channels",
         ),
         ("classes", f"{config['num_classes']}{' and a null class' if config['null_class'] else ''}"),
         *(("assumed", text) for text in reading.unsure),
@@ -137,7 +140,7 @@ def _attention(kinds: Sequence[str]) -> str:
 def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
     """The plan: the four groups, parameters, multiply-accumulates, and with `tensors` every tensor."""
     groups, totals = plan.groups, plan.totals
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         (fate, g["source_tensors"] or "-", g["student_tensors"] or "-", count(g["parameters"]), size(g["bytes"]))
         for fate, g in groups.items()
     ]
@@ -178,7 +181,8 @@ def show_scores(results: Mapping[str, Any]) -> None:
     for name, scores in results["models"].items():
         distance, accuracy = scores["frechet_distance"], scores["class_accuracy"]
         rows.append((name, _spread(distance, "{:.2f}"), _spread(accuracy, "{:.1%}")))
-    title = f"{results['num_samples']} samples a seed, {len(results['seeds'])} seeds, {results['scheduler']} in {results['steps']} steps"
+    title = f"{results['num_samples']} samples a seed, {len(results['seeds'])} seeds, "
+    title += f"{results['scheduler']} in {results['steps']} steps"
     table(("", "Fréchet distance to the teacher", "read as the class asked for"), rows, numbers=(1, 2), title=title)
 
 
@@ -200,7 +204,7 @@ def show_result(result: "LineResult") -> None:
         line("")
         show_scores(result.scores)
     line("")
-    rows = [
+    rows: list[tuple[str, Any]] = [
         ("model", result.run / "model"),
         ("samples on the same noise", result.run / "comparison.png"),
         ("loss curves", result.run / "curves.png"),

@@ -502,6 +502,8 @@ def conversion_digest(plan: ConversionPlan, sha256: str) -> str:
         "source": sha256,
         "weights": plan.source.checkpoint.weights,
         "source_config": plan.source.reading.config,
+        # Recorded with the result, and read again by distill and push: the licence, the decoder, the hints.
+        "recorded": recipe.source.model_dump(mode="json", exclude={"path"}),
         "student": recipe.student.model_dump(mode="json"),
         "inherit": recipe.inherit.attention,
         "license": recipe.source.license.model_dump(mode="json"),

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litconvert.checkpoints import digest_of, read_json, require_space, system_cause, whole_directory, write_whole
+from litconvert.checkpoints import digest_of, read_json, require_space, whole_directory, write_whole
 from litconvert.conversion import open_source, read_model, with_source
 from litconvert.draws import generator_of
-from litconvert.errors import LitconvertError, UsageError
+from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe import Recipe, ResolvedRecipe, resolve
 from litconvert.sampling import draw
@@ -71,7 +71,8 @@ def open_latents(path: str | Path) -> LatentDataset:
         data = load_from_disk(str(folder))
     except Exception as error:  # Arrow and datasets raise many kinds for a folder that is not theirs
         raise UsageError(
-            f"{folder}: not a complete data set ({str(error).splitlines()[0]}); draw one with `litconvert latents synthesize`"
+            f"{folder}: not a complete data set ({str(error).splitlines()[0]}); "
+            "draw one with `litconvert latents synthesize`"
         ) from error
     features = getattr(data, "features", {})
     latent = features.get("latent")

@@ -21,10 +21,11 @@ from litconvert.conversion import (
     read_model,
     with_source,
 )
-from litconvert.distillation import StepReport, distill
+from litconvert.distillation import distill
 from litconvert.evaluation import evaluate, evaluation_passes, reference_samples
 from litconvert.latents import synthesize_resolved
 from litconvert.recipe import Recipe, resolve
+from litconvert.trainer import StepReport
 
 
 @dataclass(frozen=True)

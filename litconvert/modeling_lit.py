@@ -98,9 +98,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, eps: float
     Returns: (N, T, D) in the dtype of v.
 
     The state S (d, d) is not built when T < d: (q k^T) v is the same function and then the cheaper order.
-    Mean of k, denominator and division are float32. Each channel of k is scaled to a mean near 1 / T by a power of two,
-    which rounds nothing, and q the other way; and q is divided, not the product. S is then hardly larger than v, and
-    the product is the result: half precision rounds it once, and float16 does not overflow.
+    Mean of k, denominator and division are float32. v and each channel of k (to a mean near 1) are scaled by T^-1/2, by
+    powers of two, which round nothing, and q the other way; and q is divided, not the product. S is then no larger than
+    v, and the product is the result: half precision rounds it once, and float16 does not overflow.
     Source: LiT (arXiv 2501.12976), the attention listing.
     """
     tokens, width = v.shape[1:]
@@ -109,10 +109,12 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, eps: float
     # Autocast would send the float32 products back to half precision.
     with torch.autocast(v.device.type, enabled=False):
         k_mean = k.mean(dim=1, keepdim=True, dtype=wide_dtype(k))  # (N, 1, D)
-        # The scale cancels out, in the gradient too. Its bounds: GELU's mean may be near zero, float16 ends at 2^-24.
+        v_scale = 2.0 ** -round(math.log2(tokens) / 2)
+        # The scales cancel out, in the gradient too. The minimum is for GELU, whose mean can be near zero.
         with torch.no_grad():
-            k_scale = torch.exp2(-torch.log2(k_mean.abs().clamp(min=0.125) * tokens).ceil()).clamp(min=2.0**-24)
-            q_scale = 1 / (k_scale * tokens)
+            k_scale = v_scale * torch.exp2(-k_mean.abs().clamp(min=0.125).log2().ceil())
+            q_scale = 1 / (k_scale * v_scale * tokens)
+        v = v * v_scale
         k = (k * k_scale.to(k.dtype)).to(v.dtype)
         q = q * q_scale  # (N, T, D) float32
         k_mean = (k_mean / q_scale).transpose(1, 2)  # (N, D, 1)

@@ -15,6 +15,16 @@ from torch import Tensor
 Scheduler: TypeAlias = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
 
 
+def set_timesteps(scheduler: Scheduler, steps: int) -> None:
+    """Space the timesteps; DDPM as the original DiT does (first and last included), which diffusers has no name for."""
+    if isinstance(scheduler, DDPMScheduler):
+        last = scheduler.config.num_train_timesteps - 1
+        spaced = [round(index * last / max(steps - 1, 1)) for index in range(steps)]
+        scheduler.set_timesteps(timesteps=spaced[::-1])
+    else:
+        scheduler.set_timesteps(steps)
+
+
 def predict(
     transformer: Any,
     latents: Tensor,
@@ -130,7 +140,7 @@ class LiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         if latents is None:
             shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        set_timesteps(self.scheduler, num_inference_steps)
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             latents = denoise(
                 self.transformer,

@@ -1,10 +1,9 @@
 """Publishing: what goes up is laid out in a folder, rehearsed, described on a card, and pushed to the Hub."""
 
 import json
-import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
@@ -13,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from litconvert.checkpoints import WEIGHT_SUFFIXES, read_json
-from litconvert.conversion import FATES, WEIGHTS_NAME, OpenSource, open_source, read_provenance
+from litconvert.card import is_hub_id, model_card
+from litconvert.checkpoints import read_json
+from litconvert.conversion import WEIGHTS_NAME, OpenSource, open_source, read_provenance
 from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.recipe import Recipe, Source, Vae, read_recorded
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 REPO_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 AUTO_MAP = {"AutoModel": "modeling_lit.LiTTransformer2DModel"}
 # Of the pictures drawn while training, the newest so many go up; those drawn before and after it always do.
@@ -28,7 +27,6 @@ REPLACED = ["config.json", "diffusion_pytorch_model*", "model_index.json", "pipe
 REPLACED += ["transformer/*", "scheduler/*", "vae/*", "images/*"]
 # How huggingface_hub begins the error of a card that did not pass the Hub's validation.
 CARD_REFUSED = "Invalid metadata in README.md."
-TASK = "unconditional-image-generation"
 
 
 def push(
@@ -301,12 +299,6 @@ def without_local_paths(value: Any, key: str = "") -> Any:
     return PureWindowsPath(value).name if absolute or local else value
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether a recorded source is a repository of the Hub rather than a file."""
-    path = Path(source)
-    return HUB_ID.fullmatch(source) is not None and path.suffix not in WEIGHT_SUFFIXES and not path.exists()
-
-
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
@@ -383,264 +375,3 @@ def _cached(vae: Vae) -> Vae:
             f"fetch it first (`hf download {vae.path}`)"
         ) from error
     return vae.model_copy(update={"path": str(Path(config).parent), "subfolder": None})
-
-
-def model_card(
-    provenance: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    config: Mapping[str, Any],
-    repo_id: str,
-    *,
-    pipeline: bool = False,
-    pictures: Sequence[str] = (),
-) -> str:
-    """README.md: where the model comes from, what was inherited, what was measured, its limits, and how to load it.
-
-    Args:
-        provenance: litconvert.json, without local paths; every part beyond `source` may be missing.
-        recipe: recipe.yaml, without local paths.
-        config: config.json.
-        repo_id, pipeline: where and how it is pushed, for the lines that load it.
-        pictures: paths in the repository.
-    """
-    from huggingface_hub import ModelCardData
-
-    name = repo_id.split("/")[1]
-    source = provenance["source"]
-    terms, base = source.get("license") or {}, source.get("path") or ""
-    front_matter: dict[str, Any] = {
-        "license": terms.get("id") or "unknown",
-        "license_name": terms.get("name"),
-        "license_link": terms.get("link"),
-        "library_name": "diffusers",
-        "pipeline_tag": TASK,
-        "tags": ["litconvert", "lit", "linear-attention", "diffusion", "class-conditional"],
-    }
-    if is_hub_id(base):
-        front_matter |= {"base_model": base.partition("@")[0], "base_model_relation": "finetune"}
-    scores = _scores(provenance.get("metrics") or {})
-    if results := _eval_results(scores):
-        front_matter |= {"model_name": name, "eval_results": results}
-    sections = [
-        f"# {name}",
-        _introduction(provenance, config),
-        _samples_section(pictures),
-        _lineage(provenance),
-        _counts(provenance.get("plan") or {}),
-        _measured(scores),
-        _loading(recipe["sample"], repo_id, pipeline=pipeline),
-        _limits(provenance, config, recipe["source"]["vae"] if pipeline else None),
-    ]
-    return (
-        f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n\n"
-        + "\n\n".join(section for section in sections if section)
-        + "\n"
-    )
-
-
-def _scores(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Metrics by name, each with a finite "mean" and, where known, "standard_deviation", "seeds" and "num_samples"."""
-    # A bare float is a score; a bare integer (samples, steps, a seed) says how scores were made.
-    scores = {name: {"mean": value} if isinstance(value, float) else value for name, value in metrics.items()}
-    return {
-        name: score
-        for name, score in scores.items()
-        if isinstance(score, dict) and isinstance(score.get("mean"), int | float) and math.isfinite(score["mean"])
-    }
-
-
-def _eval_results(scores: Mapping[str, Mapping[str, Any]]) -> list[Any]:
-    """The model's own scores for the model-index; the teacher's are only on the card."""
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            task_type=TASK,
-            dataset_type="teacher-samples",
-            dataset_name="Samples of the teacher",
-            metric_type=name,
-            metric_name=_words(name),
-            metric_value=score["mean"],
-        )
-        for name, score in scores.items()
-        if not name.startswith("teacher_")
-    ]
-
-
-def _short(count: float) -> str:
-    """A count with three digits and K, M, G or T."""
-    for unit in ("", "K", "M", "G"):
-        if count < 999.5:  # 1000 would be written 1e+03
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:,.3g}T"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").replace("frechet", "Fréchet").capitalize()
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]], numbers_from: int = 1) -> str:
-    rule = ["---" if column < numbers_from else "---:" for column in range(len(header))]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows))
-
-
-def _introduction(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    kinds = config["attention"] or ["softmax"] * config["num_layers"]
-    linear = kinds.count("linear")
-    text = (
-        f"A class-conditional diffusion transformer with linear attention in {linear} of its {len(kinds)} layers "
-        "([LiT](https://arxiv.org/abs/2501.12976)), made from "
-        f"{_source_name(provenance['source'].get('path'))} with litconvert."
-    )
-    if not provenance.get("distillation"):
-        text += (
-            "\n\n> **This model is untrained.** It was converted and not distilled: its new layers hold their initial "
-            "values, and it draws noise, not pictures. It is a starting point for `litconvert distill`."
-        )
-    return text
-
-
-def _source_name(path: str | None) -> str:
-    if not path:
-        return "an unnamed checkpoint"
-    if is_hub_id(path):
-        return f"[{path}](https://huggingface.co/{path.partition('@')[0]})"
-    return f"`{path.removeprefix('asset:')}`"
-
-
-def _samples_section(pictures: Sequence[str]) -> str:
-    shown = [f"{Path(picture).stem.replace('-', ' ')}:\n\n![{Path(picture).stem}]({picture})" for picture in pictures]
-    return "\n\n".join(["## Pictures", *shown]) if shown else ""
-
-
-def _lineage(provenance: Mapping[str, Any]) -> str:
-    source, distillation = provenance["source"], provenance.get("distillation") or {}
-    teacher = distillation.get("teacher") or {}
-    terms = source.get("license") or {}
-    facts = {
-        "Source": _source_name(source.get("path")),
-        "Revision": source.get("revision"),
-        "Family and layout": " / ".join(filter(None, (source.get("family"), source.get("layout")))),
-        "Weights set": source.get("weights"),
-        "SHA-256 of the source": source.get("sha256"),
-        "Licence, inherited from the source": terms.get("name") or terms.get("id"),
-        "Teacher": _source_name(teacher.get("path") or source.get("path")) if distillation else None,
-        "SHA-256 of the teacher": teacher.get("sha256"),
-        "Distilled for": f"{distillation['steps']:,} steps" if distillation.get("steps") else None,
-        "Seed": provenance.get("seed"),
-        "Made with": ", ".join(f"{package} {number}" for package, number in provenance.get("versions", {}).items()),
-    }
-    rows = [(fact, value) for fact, value in facts.items() if value not in (None, "")]
-    parts = ["## Lineage", _table(("", ""), rows, numbers_from=2)]
-    columns = ("objective", "steps", "batch_size", "learning_rate", "schedule", "ema_decay")
-    if stages := distillation.get("stages"):
-        header = ("stage", *(column.replace("_", " ") for column in columns))
-        numbered = [(index, *(stage.get(column, "") for column in columns)) for index, stage in enumerate(stages, 1)]
-        parts += ["Stages of the distillation:", _table(header, numbered)]
-    return "\n\n".join([*parts, "The full recipe is in `recipe.yaml`, the full record in `litconvert.json`."])
-
-
-def _counts(plan: Mapping[str, Any]) -> str:
-    parts = []
-    if groups := plan.get("groups"):
-        columns = ("source_tensors", "student_tensors", "parameters")
-        rows = [(fate, *(f"{groups[fate][column]:,}" for column in columns)) for fate in FATES if fate in groups]
-        parts += [_table(("fate", "tensors of the source", "tensors of this model", "parameters"), rows)]
-    if totals := plan.get("totals"):
-        rows = [
-            (label, f"{totals[key]:,}", f"{totals[f'{key}_with_pos_embed']:,}")
-            for label, key in (("source", "source_parameters"), ("this model", "student_parameters"))
-        ]
-        parts += [_table(("parameters", "without the fixed position embedding", "with it"), rows)]
-    if macs := plan.get("macs"):
-        rows = [
-            (
-                f"{row['image_size']:,} x {row['image_size']:,}",
-                f"{row['tokens']:,}",
-                _short(row["source_macs"]),
-                _short(row["student_macs"]),
-                f"{row['ratio']:.2f}",
-            )
-            for row in macs
-        ]
-        header = ("pixels", "tokens", "source", "this model", "ratio")
-        parts += [
-            "Multiply-accumulates of one forward pass:",
-            _table(header, rows),
-            "These are counts, not times. Linear attention is not faster than softmax below about 1K pixels of a "
-            "latent model (4,096 tokens): there the rest of the network dominates, and softmax kernels are good.",
-        ]
-    return "\n\n".join(["## What was inherited", *parts]) if parts else ""
-
-
-def _measured(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    if not scores:
-        return "## Metrics\n\nNone were measured."
-    rows = []
-    for name, score in scores.items():
-        deviation, seeds, samples = score.get("standard_deviation"), score.get("seeds"), score.get("num_samples")
-        rows.append(
-            (
-                _words(name),
-                f"{score['mean']:.4g}",
-                f"{deviation:.2g}" if deviation is not None else "",
-                f"{samples:,}" if samples is not None else "",
-                ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds if seeds is not None else "",
-            )
-        )
-    header = ("metric", "mean over seeds", "standard deviation", "samples a seed", "seeds")
-    note = "Measured against the teacher's own samples, not against photographs, so they are no FID of the literature."
-    return "\n\n".join(["## Metrics", _table(header, rows), note])
-
-
-def _loading(sample: Mapping[str, Any], repo_id: str, *, pipeline: bool) -> str:
-    settings = f"num_inference_steps={sample['steps']}, guidance_scale={sample['guidance']}"
-    if sample["guidance_channels"] is not None:
-        settings += f", guidance_channels={sample['guidance_channels']}"
-
-    def call(loader: str, pin: str = "", subfolder: str = "") -> str:
-        return f'{loader}.from_pretrained("{repo_id}", {subfolder}{pin}trust_remote_code=True)'
-
-    loader, pin = "DiffusionPipeline" if pipeline else "AutoModel", 'revision="<commit sha>", '
-    name = "pipeline" if pipeline else "model"
-    lines = [f"from diffusers import {loader}", "", f"{name} = {call(loader)}"]
-    parts = ["## How to load it", "In diffusers, without litconvert:"]
-    if pipeline:
-        lines += [f"image = pipeline(class_labels=[0], {settings}).images[0]"]
-        model_call = call("AutoModel", subfolder='subfolder="transformer", ')
-        model_lines = ["from diffusers import AutoModel", "", f"model = {model_call}"]
-        parts += [_python(*lines), "The transformer alone:", _python(*model_lines)]
-    else:
-        parts += [_python(*lines)]
-    return "\n\n".join(
-        [
-            *parts,
-            "`trust_remote_code=True` runs the Python files of this repository. Read them, and pin the commit that you "
-            "have read:",
-            _python(f"{name} = {call(loader, pin)}"),
-            "The sha is under *Files and versions*, *History*, and "
-            f'`huggingface_hub.model_info("{repo_id}").sha` is the newest one.',
-            "Where remote code is not wanted, with `pip install litconvert`:",
-            _python("import litconvert", "", f'model = litconvert.load("{repo_id}")'),
-        ]
-    )
-
-
-def _python(*lines: str) -> str:
-    return "\n".join(["```python", *lines, "```"])
-
-
-def _limits(provenance: Mapping[str, Any], config: Mapping[str, Any], decoder: Mapping[str, Any] | None) -> str:
-    side = config["sample_size"] * (1 if config["in_channels"] in (1, 3) else 8)
-    points = [
-        f"Made for {side} x {side} pixels and {config['num_classes']:,} classes; other sizes run, and are not tested.",
-        "It imitates its teacher: it inherits the biases and the failures of the source, and adds its own.",
-        "Nothing filters what it draws.",
-    ]
-    terms = provenance["source"].get("license") or {}
-    if (terms.get("id") or "unknown") == "unknown":
-        points += ["The licence of the source was not recorded: find it out before you use the weights."]
-    if decoder is not None:
-        points += [f"The decoder in `vae/` is {_source_name(decoder['path'])}, under its own licence."]
-    return "\n".join(["## Limits", "", *(f"- {point}" for point in points)])

@@ -16,7 +16,7 @@ from litconvert.draws import generator_of
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.objectives import linear_betas
-from litconvert.pipeline_lit import Scheduler, denoise
+from litconvert.pipeline_lit import Scheduler, denoise, set_timesteps
 from litconvert.recipe import Guidance, Recipe, Source, Vae, resolve, resolve_data
 
 
@@ -37,18 +37,6 @@ def make_scheduler(name: str, num_timesteps: int = 1000) -> Scheduler:
     if name == "dpm-solver++":
         return DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", timestep_spacing="linspace")
     raise UsageError(f"unknown scheduler {name!r}; there are ddpm, ddim and dpm-solver++")
-
-
-def set_timesteps(scheduler: Scheduler, steps: int) -> None:
-    """Space the timesteps; DDPM as the original does (first and last included), which diffusers has no name for."""
-    total = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= total:
-        raise UsageError(f"steps must be 1 to {total}, got {steps}")
-    if isinstance(scheduler, DDPMScheduler):
-        spaced = np.round(np.linspace(0, total - 1, steps)).astype(int)[::-1]
-        scheduler.set_timesteps(timesteps=spaced.tolist())
-    else:
-        scheduler.set_timesteps(steps)
 
 
 @torch.inference_mode()
@@ -96,6 +84,8 @@ def sample(
         raise UsageError(
             "the DDPM sampler needs a learned variance, which this model has not; use ddim or dpm-solver++"
         )
+    if not 1 <= steps <= num_timesteps:
+        raise UsageError(f"steps must be 1 to {num_timesteps}, got {steps}")
     instance = make_scheduler(scheduler, num_timesteps)
     set_timesteps(instance, steps)
     return denoise(

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import litconvert
-from litconvert.distillation import Interrupted, StepReport, draw_batch
+from litconvert.draws import draw_batch
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.latents import LatentDataset, open_latents, synthesize, write_latents
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.run_directory import RunDirectory
+from litconvert.trainer import Interrupted, StepReport
 from tests.conftest import dit_state
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -191,7 +192,7 @@ def test_a_run_of_other_inputs_is_refused_and_force_replaces_it(
     tmp_path: Path, pico_student: Path, data: Path
 ) -> None:
     run = litconvert.distill(pico_student, tmp_path / "run", data=data)
-    with pytest.raises(LitconvertError, match="other inputs.*--force"):
+    with pytest.raises(LitconvertError, match=r"other inputs.*--force"):
         litconvert.distill(pico_student, run, data=data, overrides=["seed=1"])
     assert steps_of(run) == list(range(1, 9))
     litconvert.distill(pico_student, run, data=data, overrides=["seed=1"], force=True)
@@ -329,7 +330,7 @@ def test_launched_processes_in_no_group_are_refused(
     monkeypatch.setattr("litconvert.distillation.Accelerator.num_processes", property(lambda self: 1))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("litconvert.distillation.Accelerator.__init__", lambda self, **settings: None)
-    with pytest.raises(UsageError, match="no process group.*accelerate launch"):
+    with pytest.raises(UsageError, match=r"no process group.*accelerate launch"):
         litconvert.distill(pico_student, tmp_path / "run", data=data)
 
 

@@ -7,6 +7,18 @@ from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.families import Origin, Reading
 from litconvert.recipe import Source
 
+SIZES = (
+    "sample_size",
+    "patch_size",
+    "in_channels",
+    "out_channels",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "linear_num_heads",
+    "num_classes",
+)
+
 
 def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
     """A directory whose config.json names LiTTransformer2DModel, or None."""
@@ -26,6 +38,13 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
             raise LitconvertError(
                 f"{checkpoint.source}: config.json has an unknown key {key!r}{did_you_mean(key, parameters)}; "
                 "it may be of a newer litconvert"
+            )
+    for key in SIZES:
+        value = values.get(key, 1)
+        # More layers than tensors: the model alone would take for ever to lay out.
+        if type(value) is not int or value < 1 or (key == "num_layers" and value > len(checkpoint.tensors)):
+            raise LitconvertError(
+                f"{checkpoint.source}: config.json has {key}={value!r}, which cannot be; restore it, or convert again"
             )
     try:
         names = list(model_tensors(values))
