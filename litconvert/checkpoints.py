@@ -212,11 +212,12 @@ def _open_safetensors(files: list[Path]) -> tuple[dict[str, TensorInfo], Callabl
                     raise LitconvertError(f"{path}: {name!r} is in two shards; download the checkpoint again")
                 tensors[name] = TensorInfo(tuple(part.get_shape()), dtype)
                 handles[name] = handle
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             if cause := system_cause(error):
                 raise LitconvertError(f"cannot read {path}: {cause}") from error
             raise LitconvertError(
-                f"{path}: not a complete safetensors file ({error}); it may be truncated: download it again"
+                f"{path}: not a complete safetensors file ({str(error).splitlines()[0]}); it may be truncated: "
+                "download it again"
             ) from error
     return tensors, lambda name: cast(Tensor, handles[name].get_tensor(name))
 

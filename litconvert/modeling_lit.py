@@ -8,6 +8,7 @@ Shapes in comments: N batch, T tokens, D width, C latent channels, H and W the l
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -30,13 +31,18 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-@lru_cache(maxsize=16)
 def sincos_position_embedding(hidden_size: int, grid: tuple[int, int], base_size: int, device: torch.device) -> Tensor:
     """Fixed 2-D sine-cosine position embedding, (1, T, D) float32, tokens row-major.
 
     Half of the channels encode the column, half the row, each sin then cos at frequencies 10000^(-2i/(D/2)) (MAE, DiT).
     `base_size` is the grid's side at training time: other grids are stretched over the same extent, as diffusers does.
     """
+    # While torch.export or torch.compile trace, tensors are stand-ins, which must not be kept for later calls.
+    build = _sincos_position_embedding if torch.compiler.is_compiling() else _kept_position_embedding
+    return build(hidden_size, grid, base_size, device)
+
+
+def _sincos_position_embedding(hidden_size: int, grid: tuple[int, int], base_size: int, device: torch.device) -> Tensor:
     # Computed outside inference mode: a cached inference tensor could not be used in training later.
     with torch.inference_mode(False):
         frequencies: Tensor = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
@@ -50,6 +56,15 @@ def sincos_position_embedding(hidden_size: int, grid: tuple[int, int], base_size
         columns = encode(torch.arange(width, dtype=torch.float64) * (base_size / width))
         embedding = torch.cat([columns.repeat(height, 1), rows.repeat_interleave(width, dim=0)], dim=1)
         return embedding.float().unsqueeze(0).to(device)
+
+
+_kept_position_embedding = lru_cache(maxsize=16)(_sincos_position_embedding)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast switched off on the tensor's device; the meta device has none."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -107,7 +122,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, eps: float
     head_dim = width // num_heads
     heads = []
     # Autocast would send the float32 products back to half precision.
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         k_mean = k.mean(dim=1, keepdim=True, dtype=wide_dtype(k))  # (N, 1, D)
         v_scale = 2.0 ** -round(math.log2(tokens) / 2)
         # The scales cancel out, in the gradient too. The minimum is for GELU, whose mean can be near zero.
@@ -221,7 +236,7 @@ class LinearAttention(Attention):
         image = v.unflatten(1, grid).permute(0, 3, 1, 2)  # (N, D, H/p, W/p)
         # Half-precision depth-wise convolutions have no fast CPU kernel.
         dtype = torch.float32 if v.device.type == "cpu" else v.dtype
-        with torch.autocast(v.device.type, enabled=False):
+        with without_autocast(v):
             out = F.conv2d(
                 image.to(dtype),
                 weight.to(dtype),

@@ -6,11 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litconvert.errors import UsageError
 from litconvert.recipe import Hybrid
 
 
 def linear_betas(num_timesteps: int) -> Tensor:
-    """Ho et al.'s linear schedule, float64: 1e-4 to 0.02 at 1000 timesteps, scaled to keep the same total noise."""
+    """Ho et al.'s linear schedule, float64: 1e-4 to 0.02 at 1000 timesteps, scaled to keep the same total noise.
+
+    Raises UsageError for 20 timesteps and fewer, whose last beta would not be below 1.
+    """
+    if num_timesteps <= 20:
+        raise UsageError(f"diffusion.num_timesteps must be more than 20, got {num_timesteps}")
     scale = 1000 / num_timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 Scheduler: TypeAlias = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
 
 def set_timesteps(scheduler: Scheduler, steps: int) -> None:
     """Space the timesteps; DDPM as the original DiT does (first and last included), which diffusers has no name for."""
@@ -136,10 +138,19 @@ class LiTPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(
                 "this model was trained without a null class, so it cannot be guided: use guidance_scale=1"
             )
+        if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
+            raise ValueError(f"guidance_channels must be 1 to {config.in_channels}, got {guidance_channels}")
+        total = self.scheduler.config.num_train_timesteps
+        if not 1 <= num_inference_steps <= total:
+            raise ValueError(f"num_inference_steps must be 1 to {total}, got {num_inference_steps}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         device = self._execution_device
         if latents is None:
             shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if latents.dim() != 4 or latents.shape[:2] != (len(labels), config.in_channels):
+            raise ValueError(f"latents must be ({len(labels)}, {config.in_channels}, H, W), got {tuple(latents.shape)}")
         set_timesteps(self.scheduler, num_inference_steps)
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             latents = denoise(

@@ -182,6 +182,12 @@ def test_evaluate_of_a_model_without_a_known_metric_says_so(tmp_path: Path, pico
     assert "not a finished run" in result.err
 
 
+def test_the_schema_that_recipes_name_is_the_one_printed() -> None:
+    assert json.loads((ROOT / "recipes" / "recipe.schema.json").read_text()) == json.loads(
+        command("recipes", "schema").out
+    )
+
+
 def test_env_names_versions() -> None:
     facts = json.loads(command("env", "--json").out)
     assert facts["torch"].startswith("2.")

@@ -262,7 +262,7 @@ def pico(**changes: Any) -> LiTTransformer2DModel:
         "linear_conv_size": 3,
         "num_classes": 4,
     }
-    model = LiTTransformer2DModel(**config | changes)
+    model: LiTTransformer2DModel = LiTTransformer2DModel(**config | changes)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1, generator=generator)
@@ -387,6 +387,16 @@ def test_a_model_that_has_sampled_can_be_trained() -> None:
     assert gradient.any()
 
 
+def test_a_model_that_was_exported_works_as_before() -> None:
+    # An export runs on stand-ins for tensors: the position embedding must not be kept from one.
+    model = pico().requires_grad_(False)
+    inputs = normal(1, 1, 10, 14, seed=6).float(), torch.tensor([3]), torch.tensor([2])
+    exported = torch.export.export(model, inputs, {"return_dict": False}, strict=False)
+    output = model(*inputs).sample
+    assert type(output) is Tensor
+    torch.testing.assert_close(exported.module()(*inputs, return_dict=False)[0], output, rtol=1e-5, atol=1e-5)
+
+
 def test_bf16_autocast_stays_close_to_float32() -> None:
     model = pico(attention=["linear", "linear"])
     exact = call(model, 24, 40)
@@ -440,6 +450,17 @@ def test_counted_multiply_accumulates_are_those_torch_counts(kind: str, side: in
         model(torch.randn(1, 1, side, side), torch.tensor([3]), torch.tensor([0]))
     denominators = 2 * tokens * 32 if kind == "linear" else 0
     assert counter.get_total_flops() == 2 * (count_macs(model.config, side) + denominators)
+
+
+@pytest.mark.parametrize("kind", ["linear", "softmax"])
+def test_a_full_size_model_is_counted_without_memory_for_it(kind: str) -> None:
+    with torch.device("meta"):
+        model = LiTTransformer2DModel(attention=[kind] * 28)
+        inputs = torch.zeros(1, 4, 64, 64), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(*inputs)
+    denominators = 28 * 1024 * 1152 if kind == "linear" else 0
+    assert counter.get_total_flops() == 2 * (count_macs(model.config, 64) + denominators)
 
 
 @pytest.mark.parametrize(("image", "expected"), [(512, 1.10), (1024, 1.53), (2048, 3.23)])

@@ -118,10 +118,11 @@ def _config(
         name = origins[ours].names[0]
         info = checkpoint.tensors.get(name)
         if info is None:
-            raise LitconvertError(f"{checkpoint.source}: {name} is missing; use the complete checkpoint")
+            raise LitconvertError(f"{checkpoint.source}: {name} is missing; use the complete, unmodified checkpoint")
         if len(info.shape) != dimensions or 0 in info.shape:
             raise LitconvertError(
-                f"{checkpoint.source}: {name} has shape {info.shape}, expected {dimensions} dimensions"
+                f"{checkpoint.source}: {name} has shape {info.shape}, expected {dimensions} dimensions, none of them 0; "
+                "use the complete, unmodified checkpoint"
             )
         return info.shape
 
