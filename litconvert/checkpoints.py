@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from litconvert.errors import LitconvertError, UsageError, system_cause
+from litconvert.errors import LitconvertError, UsageError, did_you_mean, system_cause
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
@@ -130,6 +130,8 @@ def open_checkpoint(
         files, config = _files_of_folder(path, file)
     else:
         files = [path]
+        if file is not None and path.name != Path(file).name:
+            raise UsageError(f"{source}: is a file, so source.file={file!r} cannot be chosen from it; leave it out")
     if all(one.suffix == ".safetensors" for one in files):
         tensors, read = _open_safetensors(files)
         if weights != "auto":
@@ -163,7 +165,9 @@ def _files_of_folder(folder: Path, file: str | None) -> tuple[list[Path], dict[s
     if len(found) == 1:
         return found, config
     if not found:
-        raise UsageError(f"{folder}: holds no weights ({', '.join(WEIGHT_SUFFIXES)})")
+        raise UsageError(
+            f"{folder}: holds no weights ({', '.join(WEIGHT_SUFFIXES)}); give the folder or file that does"
+        )
     names = ", ".join(path.name for path in found)
     raise UsageError(f"{folder}: holds several weight files ({names}); choose one with --set source.file=NAME")
 
@@ -304,10 +308,13 @@ def _strip_prefixes(
 
 @contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    from huggingface_hub.errors import (
+    """What goes wrong while reading from the Hub, as a sentence."""
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -327,13 +334,23 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise LitconvertError(f"{repo_id}: no such revision on the Hub") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise LitconvertError(f"{repo_id}: the Hub cannot be reached, and there is no local copy") from error
+        raise LitconvertError(
+            f"{repo_id}: the Hub cannot be reached, and there is no local copy; check the network (and HF_HUB_OFFLINE)"
+        ) from error
     except EntryNotFoundError as error:
         raise LitconvertError(f"{repo_id}: a file is missing on the Hub: {str(error).splitlines()[-1]}") from error
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id}: not a Hub id: {str(error).splitlines()[0]}") from error
     except HfHubHTTPError as error:
-        raise LitconvertError(f"{repo_id}: the Hub refused: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if error.response.status_code == 401:
+            reason = "the token is not accepted; run `hf auth login` again, or set HF_TOKEN to a valid token"
+        raise LitconvertError(f"{repo_id}: the Hub refused: {reason}") from error
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise LitconvertError(f"{repo_id}: the Hub cannot be reached; check the network, then try again") from error
     except OSError as error:
-        raise LitconvertError(f"{repo_id}: {system_cause(error) or error}") from error
+        reason = system_cause(error) or str(error).splitlines()[0]
+        raise LitconvertError(f"{repo_id}: {reason}") from error
 
 
 def download(repo_id: str, filename: str, *, revision: str | None) -> Path:
@@ -344,40 +361,58 @@ def download(repo_id: str, filename: str, *, revision: str | None) -> Path:
         return Path(hf_hub_download(repo_id, filename, revision=revision))
 
 
-def _download_weights(repo_id: str, revision: str | None, file: str | None) -> tuple[Path, str | None]:
-    """The transformer of a Hub repository: its folder (or the one file) in the cache, and the commit."""
+def _download_weights(repo_id: str, revision: str | None, file: str | None) -> tuple[Path, str]:
+    """The transformer of a Hub repository: its folder (or the one file) in the cache, and the commit.
+
+    Where the Hub cannot be reached, what an earlier download left in the cache is used.
+    """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     with _hub_errors(repo_id):
-        info = HfApi().model_info(repo_id, revision=revision)
-        names = {sibling.rfilename for sibling in info.siblings or ()}
-        if file is not None:
-            return download(repo_id, file, revision=info.sha), info.sha
-        folder = "transformer/" if "transformer/config.json" in names else ""
-        here = {name for name in names if name.startswith(folder) and "/" not in name[len(folder) :]}
-        stems = [f"{folder}diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".bin")]
-        wanted = next(
-            (stem for stem in stems if stem in here or f"{stem}.index.json" in here),
-            None,
+        try:
+            info = HfApi().model_info(repo_id, revision=revision)
+        except HfHubHTTPError:
+            raise
+        except (HTTPError, OfflineModeIsEnabled):
+            # No file has this name: nothing is asked for but the folder.
+            root = snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns="no such file")
+            return _cached_weights(Path(root), file), Path(root).name
+        patterns = _wanted_files(repo_id, {sibling.rfilename for sibling in info.siblings or ()}, file)
+        # By the name asked for, not by the commit: so the cache knows it by that name when there is no network.
+        root = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+        return _cached_weights(Path(root), file), Path(root).name
+
+
+def _cached_weights(root: Path, file: str | None) -> Path:
+    """In a downloaded snapshot: the file asked for, or the folder of the transformer, or of the one file there is."""
+    if file is not None:
+        return root / file
+    if (root / "transformer" / "config.json").is_file():
+        return root / "transformer"
+    found = [path for path in root.rglob("*") if path.suffix in WEIGHT_SUFFIXES]
+    return found[0] if len(found) == 1 and found[0].parent != root else root
+
+
+def _wanted_files(repo_id: str, names: set[str], file: str | None) -> list[str]:
+    """Which files of a repository to download: the transformer's, or the one weights file."""
+    if file is not None:
+        if file not in names:
+            raise UsageError(f"{repo_id}: holds no file {file!r}{did_you_mean(file, names)}")
+        return [file]
+    folder = "transformer/" if "transformer/config.json" in names else ""
+    for suffix in ("safetensors", "bin"):
+        stem = f"{folder}diffusion_pytorch_model"
+        if {f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"} & names:
+            weights = [f"{stem}*.{suffix}", f"{stem}.{suffix}.index.json"]
+            return [*weights, f"{folder}config.json", f"{folder}litconvert.json"]
+    found = sorted(name for name in names if Path(name).suffix in WEIGHT_SUFFIXES)
+    if len(found) != 1:
+        raise UsageError(
+            f"{repo_id}: not a diffusers model; its weight files are {', '.join(found) or 'none'}: "
+            "choose one with --set source.file=NAME"
         )
-        if wanted is None:
-            weights = sorted(name for name in names if Path(name).suffix in WEIGHT_SUFFIXES)
-            if len(weights) != 1:
-                listed = ", ".join(weights) or "none"
-                raise UsageError(
-                    f"{repo_id}: not a diffusers model; its weight files are {listed}: "
-                    "choose one with --set source.file=NAME"
-                )
-            return download(repo_id, weights[0], revision=info.sha), info.sha
-        stem, suffix = wanted.rsplit(".", 1)
-        patterns = [
-            f"{stem}*.{suffix}",
-            f"{stem}*.{suffix}.index.json",
-            f"{folder}config.json",
-            f"{folder}litconvert.json",
-        ]
-        root = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns))
-        return root / folder, info.sha
+    return found
 
 
 def write_safetensors(
@@ -431,7 +466,7 @@ def require_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise LitconvertError(
-            f"{folder}: {nbytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+            f"{folder}: {nbytes / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; "
             "free some space, or write elsewhere"
         )
 

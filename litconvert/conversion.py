@@ -487,6 +487,8 @@ def already_done(out: Path, digest: str, *, force: bool) -> bool:
     except LitconvertError:
         found = None
     if found == digest:
+        if not all((out / name).is_file() for name in (WEIGHTS_NAME, "config.json", "modeling_lit.py", "recipe.yaml")):
+            raise LitconvertError(f"{out} is incomplete: a file was taken out of it; make it again with --force")
         return True
     if out.is_dir() and not any(out.iterdir()):
         return False

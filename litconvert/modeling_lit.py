@@ -155,24 +155,29 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(hidden_size, hidden_size)
         self.to_v = nn.Linear(hidden_size, hidden_size)
         self.to_out = nn.Linear(hidden_size, hidden_size)
-        self.to_qkv: nn.Linear | None = None
+        self.qkv_weight: Tensor | None
+        self.qkv_bias: Tensor | None
+        # Not persistent: a fused model saves the same tensors as any other.
+        self.register_buffer("qkv_weight", None, persistent=False)
+        self.register_buffer("qkv_bias", None, persistent=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (N, T, D) each."""
-        if self.to_qkv is not None:
-            q, k, v = self.to_qkv(x).chunk(3, dim=-1)
+        if self.qkv_weight is not None:
+            q, k, v = F.linear(x, self.qkv_weight, self.qkv_bias).chunk(3, dim=-1)
             return q, k, v
         return self.to_q(x), self.to_k(x), self.to_v(x)
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """One product for Q, K and V. The separate projections stay (and share no memory with the fused one)."""
+        """One product for Q, K and V. The separate projections stay, and share no memory with the fused one."""
         parts = (self.to_q, self.to_k, self.to_v)
-        weight = torch.cat([part.weight for part in parts])
-        fused = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-        fused.weight.copy_(weight)
-        fused.bias.copy_(torch.cat([part.bias for part in parts]))
-        self.to_qkv = fused
+        self.qkv_weight = torch.cat([part.weight for part in parts])
+        self.qkv_bias = torch.cat([part.bias for part in parts])
+
+    def unfuse(self) -> None:
+        """Back to the separate projections."""
+        self.qkv_weight = self.qkv_bias = None
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         raise TypeError("use a kind of attention: SoftmaxAttention or LinearAttention")
@@ -454,7 +459,7 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Back to separate projections, which were kept."""
         for module in self.modules():
             if isinstance(module, Attention):
-                module.to_qkv = None
+                module.unfuse()
 
     def forward(
         self,

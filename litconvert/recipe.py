@@ -16,6 +16,7 @@ PROJECTIONS = ("q", "k", "v", "o")
 STAGES = ("attention_transfer", "hybrid")
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SchedulerName = Literal["ddpm", "ddim", "dpm-solver++"]
 
@@ -129,7 +130,7 @@ class Synthesize(Guidance):
     batch_size: Positive = 64
     shard_size: Positive = 1_000
     """Samples a shard; a resumed run loses at most one."""
-    seed: NonNegative = 1
+    seed: Seed = 1
     """Of noise and labels. Apart from the evaluation's seeds, so that the two share no noise."""
 
 
@@ -204,7 +205,7 @@ class Sample(Guidance):
     """The pictures that are drawn."""
 
     num_images: Positive = 40
-    seed: NonNegative = 0
+    seed: Seed = 0
     batch_size: Positive = 64
 
 
@@ -214,9 +215,9 @@ class Evaluate(Guidance):
     features: Literal["digits"] | None = None
     """The classifier whose features and verdicts are used; None: no metrics are known for this data."""
     num_samples: Positive = 1000
-    seeds: tuple[NonNegative, ...] = (100, 101, 102)
+    seeds: tuple[Seed, ...] = (100, 101, 102)
     """One evaluation each; the mean and the spread are reported."""
-    reference_seed: NonNegative = 99
+    reference_seed: Seed = 99
     """Of the teacher's reference samples; never one of `seeds`."""
     batch_size: Positive = 250
 
@@ -239,7 +240,7 @@ class Publish(Section):
 class Recipe(Section):
     """Everything one conversion needs, in the order of the line."""
 
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Of fresh weights and of every draw in distillation."""
     source: Source = Source()
     diffusion: Diffusion = Diffusion()

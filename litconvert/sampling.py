@@ -50,6 +50,7 @@ def sample(
     guidance: float = 1.0,
     guidance_channels: int | None = None,
     seed: int = 0,
+    first: int = 0,
     num_timesteps: int = 1000,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
@@ -63,7 +64,8 @@ def sample(
         steps: of the scheduler.
         guidance: classifier-free guidance scale, 1 for none.
         guidance_channels: guide the first so many channels only; None: all.
-        seed: of the noise that DDPM adds at each step.
+        seed: of the noise that DDPM adds at each step, each sample's a function of (seed, first + its index).
+        first: index of the first sample, so that a set can be drawn in batches of any size.
         num_timesteps: of the forward process the model was trained with.
         on_step: called after each step.
 
@@ -76,6 +78,9 @@ def sample(
         raise UsageError(
             f"class_labels must be ({noise.shape[0]},), one for each noise, got {tuple(class_labels.shape)}"
         )
+    rows = config.num_classes + config.null_class
+    if len(class_labels) and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < rows:
+        raise UsageError(f"class_labels must be 0 to {rows - 1}, got {class_labels.min()} to {class_labels.max()}")
     if guidance != 1.0 and not config.null_class:
         raise UsageError("this model was trained without a null class, so it cannot be guided; use guidance 1")
     if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
@@ -95,7 +100,7 @@ def sample(
         class_labels.to(model.device),
         guidance_scale=guidance,
         guidance_channels=guidance_channels,
-        generator=torch.Generator(model.device).manual_seed(seed),
+        generator=[generator_of(seed, "ddpm", first + index) for index in range(len(noise))],
         on_step=on_step,
     )
 
@@ -130,22 +135,32 @@ def draw(
             steps=guidance.steps,
             guidance=guidance.guidance,
             guidance_channels=guidance.guidance_channels,
-            # DDPM's own noise must differ from batch to batch.
-            seed=seed * 1_000_003 + first + start,
+            seed=seed,
+            first=first + start,
             num_timesteps=num_timesteps,
             on_step=on_step,
         ).cpu()
 
 
 def load_vae(vae: Vae) -> Any:
-    """The image decoder of a recipe, in eval mode."""
+    """The image decoder of a recipe, in eval mode.
+
+    Raises LitconvertError when it is not an AutoencoderKL, whole.
+    """
     from diffusers import AutoencoderKL
 
     try:
         with _hub_errors(vae.path):
-            model = AutoencoderKL.from_pretrained(vae.path, subfolder=vae.subfolder)
-    except (ValueError, KeyError) as error:
+            model, loaded = AutoencoderKL.from_pretrained(vae.path, subfolder=vae.subfolder, output_loading_info=True)
+    except (ValueError, KeyError, RuntimeError) as error:
         raise LitconvertError(f"{vae.path}: not a diffusers AutoencoderKL ({error}); set source.vae.path") from error
+    # diffusers fills what is missing with random values, and says so in a log alone.
+    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
+    if wrong:
+        raise LitconvertError(
+            f"{vae.path}: not a complete AutoencoderKL ({wrong[0]}, and {len(wrong) - 1} more, do not fit); "
+            "set source.vae.path to one"
+        )
     return model.eval().requires_grad_(False)
 
 

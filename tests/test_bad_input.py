@@ -32,7 +32,7 @@ def assert_refused(outcome: Outcome, code: int, *words: str) -> None:
     assert outcome.err.startswith("litconvert: ")
     assert len(outcome.err.splitlines()) == 1, outcome.err
     assert "Traceback" not in outcome.err
-    assert "unexpected" not in outcome.err
+    assert not outcome.err.startswith("litconvert: unexpected")
     for word in words:
         assert word in outcome.err
     assert outcome.code == code
@@ -188,11 +188,10 @@ def renamed(old: str, new: str) -> Callable[[State], State]:
         ),
     ],
 )
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_missing_extra_and_misshapen_tensors(
-    bench: Bench, pico_state: State, suffix: str, change: Callable[[State], State], complaint: str
+    bench: Bench, pico_state: State, change: Callable[[State], State], complaint: str
 ) -> None:
-    path = save(change(pico_state), bench.folder / f"dit.{suffix}")
+    path = save(change(pico_state), bench.folder / "dit.safetensors")
     bench.assert_refuses(path, 1, complaint, "use the complete")
     assert_refused(command("plan", path, "--recipe", bench.recipe), 1, complaint)
     bench.assert_converts(save(pico_state, path))
@@ -226,18 +225,17 @@ def test_a_shard_index_that_points_outside_its_folder(bench: Bench, pico_state: 
     bench.assert_converts(folder)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "name",
+    ("suffix", "name", "value"),
     [
-        "blocks.1.mlp.fc1.weight",
-        "y_embedder.embedding_table.weight",
-        "blocks.0.attn.qkv.weight",  # dropped
-        "blocks.1.attn.proj.bias",  # dropped
-        "pos_embed",  # recomputed
+        ("safetensors", "blocks.1.mlp.fc1.weight", float("nan")),
+        ("pt", "blocks.1.mlp.fc1.weight", float("nan")),
+        ("safetensors", "y_embedder.embedding_table.weight", float("-inf")),
+        ("safetensors", "blocks.0.attn.qkv.weight", float("nan")),  # dropped
+        ("pt", "blocks.1.attn.proj.bias", float("inf")),  # dropped
+        ("safetensors", "pos_embed", float("nan")),  # recomputed
     ],
 )
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_nan_weights(bench: Bench, pico_state: State, suffix: str, name: str, value: float) -> None:
     broken = {**pico_state, name: pico_state[name].clone()}
     broken[name].view(-1)[-1] = value
@@ -316,12 +314,7 @@ def test_a_disk_that_fills_up(
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * 150_000)
     # Foreseen before the work.
-    assert_refused(
-        command(*arguments),
-        1,
-        "MB are needed" if "MB" in command(*arguments).err else "GB are needed",
-        "free some space",
-    )
+    assert_refused(command(*arguments), 1, "MB are needed", "MB are free; free some space")
     # Not foreseen: another process filled it meanwhile.
     with monkeypatch.context() as patch:
         patch.setattr("litconvert.conversion.require_space", lambda folder, nbytes: None)
@@ -346,7 +339,7 @@ def test_a_full_disk_while_distilling_and_the_same_command_goes_on(
     arguments = ("distill", pico_student, tmp_path / "run", "--data", data, *SHORT)
     with file_size_limit(60_000):
         outcome = command(*arguments)
-    assert_refused(outcome, 1, "cannot ", "file-size limit")
+    assert_refused(outcome, 1, "file-size limit")
     assert not (tmp_path / "run" / "model").exists()
     assert not list((tmp_path / "run").rglob("*partial*"))
     assert_done(command(*arguments))
@@ -419,10 +412,13 @@ def test_an_empty_data_set(tmp_path: Path, pico_student: Path, data: Path) -> No
     from datasets import Array3D, Dataset, Features, Value
 
     features = Features({"latent": Array3D((1, 8, 8), "float32"), "class_label": Value("int64")})
-    Dataset.from_dict({"latent": [], "class_label": []}, features=features).save_to_disk(str(tmp_path / "empty"))
-    outcome = command("distill", pico_student, tmp_path / "run", "--data", tmp_path / "empty", *SHORT)
-    assert_refused(outcome, 2, "the data set is empty", "litconvert latents synthesize")
-    assert not (tmp_path / "run").exists()
+    empty = Dataset.from_dict({"latent": [], "class_label": []}, features=features)
+    # Without a shard there is no file of rows at all, and `datasets` cannot read back what it wrote.
+    for shards, complaint in {1: "the data set is empty", None: "data set"}.items():
+        empty.save_to_disk(str(tmp_path / f"empty-{shards}"), num_shards=shards)
+        outcome = command("distill", pico_student, tmp_path / "run", "--data", tmp_path / f"empty-{shards}", *SHORT)
+        assert_refused(outcome, 2, f"empty-{shards}", complaint, "litconvert latents synthesize")
+        assert not (tmp_path / "run").exists()
     assert_done(command("distill", pico_student, tmp_path / "run", "--data", data, *SHORT))
 
 
@@ -439,42 +435,30 @@ def test_data_that_is_none(tmp_path: Path, pico_student: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("shape", [(4, 2, 8, 8), (4, 1, 7, 8)])
-def test_data_of_the_wrong_shape(tmp_path: Path, pico_student: Path, shape: tuple[int, ...]) -> None:
-    wrong, right = (
-        save_data(torch.zeros(shape), tmp_path / "wrong"),
-        save_data(torch.zeros(4, 1, 8, 8), tmp_path / "right"),
-    )
-    outcome = command("distill", pico_student, tmp_path / "run", "--data", wrong, *SHORT)
-    assert_refused(outcome, 2, "the data set's latents are", "draw or encode the data for this model")
-    assert not (tmp_path / "run").exists()
+def test_data_of_the_wrong_shape(tmp_path: Path, pico_student: Path) -> None:
+    for index, shape in enumerate([(4, 2, 8, 8), (4, 1, 7, 8)]):
+        wrong = save_data(torch.zeros(shape), tmp_path / f"wrong-{index}")
+        outcome = command("distill", pico_student, tmp_path / "run", "--data", wrong, *SHORT)
+        assert_refused(outcome, 2, "the data set's latents are", "draw or encode the data for this model")
+        assert not (tmp_path / "run").exists()
+    right = save_data(torch.zeros(4, 1, 8, 8), tmp_path / "right")
     assert_done(command("distill", pico_student, tmp_path / "run", "--data", right, *SHORT))
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"channels": 2}, "in_channels is 2"),
-        ({"sample_size": 16}, "sample_size is 16"),
-        ({"rows": 7}, "num_classes is 6"),
-    ],
-    ids=str,
-)
-def test_a_teacher_of_another_latent_or_other_classes(
-    tmp_path: Path, pico_student: Path, data: Path, change: dict[str, int], complaint: str
-) -> None:
-    heads = ("--set", "distill.teacher.num_attention_heads=2")
+def test_a_teacher_of_another_latent_or_other_classes(tmp_path: Path, pico_student: Path, data: Path) -> None:
     sound = {"channels": 1, "sample_size": 8, "rows": 5}
-    for name, sizes in {"wrong": {**sound, **change}, "larger": sound}.items():
-        torch.save(dit_state(width=48, layers=3, seed=4, **sizes), tmp_path / f"{name}.pt")
 
-    def distill(name: str) -> Outcome:
-        teacher = tmp_path / f"{name}.pt"
-        return command("distill", pico_student, tmp_path / "run", "--data", data, "--teacher", teacher, *heads, *SHORT)
+    def distill(**changes: int) -> Outcome:
+        torch.save(dit_state(width=48, layers=3, seed=4, **(sound | changes)), tmp_path / "teacher.pt")
+        heads = ("--set", "distill.teacher.num_attention_heads=2")
+        teacher = ("--teacher", tmp_path / "teacher.pt", *heads)
+        return command("distill", pico_student, tmp_path / "run", "--data", data, *teacher, *SHORT)
 
-    assert_refused(distill("wrong"), 2, f"the teacher's {complaint}", "--teacher")
+    assert_refused(distill(channels=2), 2, "the teacher's in_channels is 2, the student's is 1", "--teacher")
+    assert_refused(distill(sample_size=16), 2, "the teacher's sample_size is 16, the student's is 8", "--teacher")
+    assert_refused(distill(rows=7), 2, "the teacher's num_classes is 6, the student's is 4", "--teacher")
     assert not (tmp_path / "run").exists()
-    assert_done(distill("larger"))
+    assert_done(distill())
 
 
 def test_a_student_that_is_none(tmp_path: Path, pico_checkpoint: Path, pico_student: Path, data: Path) -> None:
@@ -484,15 +468,15 @@ def test_a_student_that_is_none(tmp_path: Path, pico_checkpoint: Path, pico_stud
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "litconvert.json", "recipe.yaml"])
-def test_a_student_with_a_broken_file(tmp_path: Path, pico_student: Path, data: Path, name: str) -> None:
-    whole = (pico_student / name).read_bytes()
-    (pico_student / name).write_bytes(b"{")
-    outcome = command("distill", pico_student, tmp_path / "run", "--data", data, *SHORT)
-    assert_refused(outcome, 2 if name == "recipe.yaml" else 1, name)
-    assert not (tmp_path / "run").exists()
-    (pico_student / name).write_bytes(whole)
-    assert_done(command("distill", pico_student, tmp_path / "run", "--data", data, *SHORT))
+def test_a_student_with_a_broken_file(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    arguments = ("distill", pico_student, tmp_path / "run", "--data", data, *SHORT)
+    for name in ("config.json", "litconvert.json", "recipe.yaml"):
+        whole = (pico_student / name).read_bytes()
+        (pico_student / name).write_bytes(b"{")
+        assert_refused(command(*arguments), 2 if name == "recipe.yaml" else 1, name)
+        assert not (tmp_path / "run").exists()
+        (pico_student / name).write_bytes(whole)
+    assert_done(command(*arguments))
 
 
 def test_a_source_that_changed_since_the_conversion(

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +28,7 @@ from litconvert.checkpoints import (
 )
 from litconvert.errors import LitconvertError, UsageError
 from tests.checkpoint_files import dit_shapes, write_hollow
+from tests.hub_server import Blob, HubServer, Repository
 
 STATE = {
     "weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -125,6 +127,10 @@ def test_several_weight_files_ask_which(tmp_path: Path) -> None:
     assert list(open_checkpoint(str(tmp_path), file="other.safetensors").tensors) == ["other"]
     with pytest.raises(UsageError, match=r"holds no file 'third\.safetensors'"):
         open_checkpoint(str(tmp_path), file="third.safetensors")
+    one = str(tmp_path / "other.safetensors")
+    assert list(open_checkpoint(one, file="other.safetensors").tensors) == ["other"]
+    with pytest.raises(UsageError, match=r"is a file, so source\.file='state\.safetensors' cannot be chosen"):
+        open_checkpoint(one, file="state.safetensors")
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
@@ -207,6 +213,141 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
         archive.writestr("script/version", b"3\n")
     with pytest.raises(LitconvertError, match="a TorchScript program, not a state dict; refused and not run"):
         open_checkpoint(str(tmp_path / "script.pt"))
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub, which this process has downloaded nothing from."""
+    with HubServer() as server:
+        # huggingface_hub reads the environment when it is imported, which was long before.
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, server.url)
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield server
+
+
+def publish(hub: HubServer, repo_id: str, folder: Path) -> str:
+    """Put a folder into a repository; returns the commit."""
+    repository = hub.repositories.setdefault(repo_id, Repository(repo_id, private=False))
+    files = {
+        str(path.relative_to(folder)): Blob(path.read_bytes(), lfs=path.suffix == ".safetensors")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    return repository.add_commit("main", files, "files").oid
+
+
+def downloaded(hub: HubServer) -> list[str]:
+    return [
+        path.rpartition("/resolve/")[2].split("/", 1)[1]
+        for method, path, _ in hub.requests
+        if method == "GET" and "/resolve/" in path
+    ]
+
+
+def test_a_hub_repository_is_read_by_its_id(tmp_path: Path, hub: HubServer) -> None:
+    root = tmp_path / "pipeline"
+    folder = root / "transformer"
+    folder.mkdir(parents=True)
+    (root / "vae").mkdir()
+    save_file(STATE, folder / "diffusion_pytorch_model.safetensors")
+    save_file(STATE, root / "vae" / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text('{"num_layers": 3}')
+    (root / "model_index.json").write_text("{}")
+    first = publish(hub, "tester/dit", root)
+    checkpoint = open_checkpoint("tester/dit")
+    assert torch.equal(checkpoint.read("weight"), STATE["weight"])
+    assert (checkpoint.config, checkpoint.revision) == ({"num_layers": 3}, first)
+    # The transformer alone.
+    assert sorted(downloaded(hub)) == ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
+    save_file({"weight": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
+    second = publish(hub, "tester/dit", root)
+    assert open_checkpoint("tester/dit").revision == second
+    for source, revision in ((f"tester/dit@{first}", None), ("tester/dit", first)):
+        assert torch.equal(open_checkpoint(source, revision=revision).read("weight"), STATE["weight"])
+
+
+def test_a_hub_repository_of_plain_files(tmp_path: Path, hub: HubServer) -> None:
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    torch.save(STATE, folder / "one.pt")
+    (folder / "README.md").write_text("a card")
+    publish(hub, "tester/plain", folder)
+    assert torch.equal(open_checkpoint("tester/plain").read("weight"), STATE["weight"])
+    torch.save({"other": torch.zeros(1)}, folder / "two.pt")
+    publish(hub, "tester/plain", folder)
+    with pytest.raises(
+        UsageError, match=r"its weight files are one\.pt, two\.pt: choose one with --set source\.file=NAME"
+    ):
+        open_checkpoint("tester/plain")
+    assert list(open_checkpoint("tester/plain", file="two.pt").tensors) == ["other"]
+    with pytest.raises(UsageError, match=r"holds no file 'tow\.pt' \(did you mean 'two\.pt'\?\)"):
+        open_checkpoint("tester/plain", file="tow.pt")
+
+
+def test_without_a_network_the_cache_serves(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(STATE, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text("{}")
+    commit = publish(hub, "tester/dit", folder)
+    publish(hub, "tester/other", folder)
+    open_checkpoint("tester/dit")
+
+    def assert_cached() -> None:
+        checkpoint = open_checkpoint("tester/dit")
+        assert (checkpoint.revision, checkpoint.config) == (commit, {})
+        assert torch.equal(checkpoint.read("weight"), STATE["weight"])
+        with pytest.raises(LitconvertError, match="the Hub cannot be reached, and there is no local copy"):
+            open_checkpoint("tester/other")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert_cached()
+    hub.close()
+    assert_cached()
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("tester/missing", "no such Hub repository, or it is private: log in"),
+        ("tester/dit@missing", "no such revision on the Hub"),
+        ("tester/bad--name", "not a Hub id"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_refused(tmp_path: Path, hub: HubServer, source: str, complaint: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(STATE, folder / "diffusion_pytorch_model.safetensors")
+    publish(hub, "tester/dit", folder)
+    assert len(open_checkpoint("tester/dit").tensors) == len(STATE)
+    with pytest.raises(LitconvertError, match=complaint):
+        open_checkpoint(source)
+
+
+def test_a_wrong_token_is_refused_with_the_command_that_renews_it(
+    tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(STATE, folder / "diffusion_pytorch_model.safetensors")
+    publish(hub, "tester/dit", folder)
+    open_checkpoint("tester/dit")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(LitconvertError, match="the token is not accepted; run `hf auth login`") as caught:
+        open_checkpoint("tester/dit")
+    assert "hf_wrong" not in str(caught.value)
 
 
 # Writing
@@ -339,7 +480,7 @@ def test_a_text_file_is_written_whole_or_refused(tmp_path: Path) -> None:
 
 def test_space_is_asked_for_before_the_work(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "there" / "yet", 1)
-    with pytest.raises(LitconvertError, match=r"1000000000\.00 GB are needed and .* GB are free"):
+    with pytest.raises(LitconvertError, match=r"1,000,000,000,000\.0 MB are needed and .* MB are free"):
         require_space(tmp_path / "not" / "there" / "yet", 10**18)
 
 

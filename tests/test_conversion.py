@@ -447,6 +447,18 @@ def test_other_inputs_are_refused_and_force_replaces(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pico.pt", "pico.yaml"]
 
 
+def test_a_directory_that_lost_a_file_is_not_taken_for_done(
+    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
+) -> None:
+    out = tmp_path / "out"
+    litconvert.convert(pico_checkpoint, out, str(pico_recipe))
+    (out / WEIGHTS).unlink()
+    with pytest.raises(LitconvertError, match=r"out is incomplete: .*--force"):
+        litconvert.convert(pico_checkpoint, out, str(pico_recipe))
+    litconvert.convert(pico_checkpoint, out, str(pico_recipe), force=True)
+    assert (out / WEIGHTS).is_file()
+
+
 def test_another_source_is_another_input(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> None:
     out = tmp_path / "out"
     litconvert.convert(pico_checkpoint, out, str(pico_recipe))

@@ -216,17 +216,19 @@ def test_the_cheaper_order_is_the_one_computed(tokens: int, head_dim: int, cheap
 def test_the_convolution_reads_v_where_it_lies(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     attention = LinearAttention(32, 2, "relu", 5, EPS)
     v = torch.randn(count, 15, 32)
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
     convolve = F.conv2d
 
     def spy(image: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        seen.append(image)
-        return convolve(image, *arguments, **options)
+        seen.append((image, convolve(image, *arguments, **options)))
+        return seen[0][1]
 
     monkeypatch.setattr(F, "conv2d", spy)
     attention.convolve(v, (3, 5))
-    assert seen[0].data_ptr() == v.data_ptr()
-    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    image, result = seen[0]
+    assert image.data_ptr() == v.data_ptr()
+    # The result's layout tells whether torch took the input for channels-last: at batch 1 its strides alone do not.
+    assert result.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_grid_is_what_is_passed_and_not_guessed_from_the_token_count() -> None:
@@ -379,7 +381,7 @@ def test_gradient_checkpointing_changes_no_bit() -> None:
 
 
 def test_a_model_that_has_sampled_can_be_trained() -> None:
-    # The position embedding is cached: one made in inference mode could not be saved for the backward pass.
+    # The position embedding is kept: one made in inference mode must not get in the way of a backward pass.
     model = pico()
     with torch.inference_mode():
         call(model, 14, 6)

@@ -399,7 +399,17 @@ def test_a_string_that_looks_like_something_else_stays_a_string(tmp_path: Path, 
 def fits(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
     """Whether a JSON schema accepts a value: the keywords that ours uses, and no other."""
     known = {"$defs", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default", "description", "enum"}
-    known |= {"discriminator", "exclusiveMinimum", "items", "maxItems", "maximum", "minItems", "minimum", "oneOf"}
+    known |= {
+        "discriminator",
+        "exclusiveMaximum",
+        "exclusiveMinimum",
+        "items",
+        "maxItems",
+        "maximum",
+        "minItems",
+        "minimum",
+        "oneOf",
+    }
     known |= {"pattern", "prefixItems", "properties", "required", "title", "type"}
     assert set(schema) <= known
     if "$ref" in schema and not fits(root["$defs"][schema["$ref"].removeprefix("#/$defs/")], value, root):
@@ -420,7 +430,8 @@ def fits(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
         return False
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         within = value >= schema.get("minimum", value) and value <= schema.get("maximum", value)
-        if not within or value <= schema.get("exclusiveMinimum", value - 1):
+        above = value > schema.get("exclusiveMinimum", value - 1)
+        if not within or not above or value >= schema.get("exclusiveMaximum", value + 1):
             return False
     if isinstance(value, str) and "pattern" in schema and not re.search(schema["pattern"], value):
         return False
@@ -466,6 +477,8 @@ STAGE = {"objective": "hybrid", "steps": 1}
         {"student": {"eps": 0}},
         {"student": {"eps": 1}},
         {"seed": -1},
+        {"seed": 2**32 - 1},
+        {"seed": 2**32},
         {"seed": "1"},
         {"seed": True},
         {"source": {"vae": None}},

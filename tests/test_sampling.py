@@ -452,3 +452,25 @@ def test_ddpm_is_spaced_from_the_first_timestep_to_the_last(model: LiTTransforme
     pipe([0], 4, output_type="latent")
     assert isinstance(pipe.scheduler, DDPMScheduler)
     assert pipe.scheduler.timesteps.tolist() == [999, 666, 333, 0]
+
+
+def test_ancestral_samples_do_not_depend_on_the_batch_size(pico_checkpoint: Path) -> None:
+    model = litconvert.load(pico_checkpoint, num_attention_heads=2)
+    settings = Guidance(scheduler="ddpm", steps=3)
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    drawn = [
+        torch.cat(list(draw(model, settings, labels, seed=5, batch_size=size, num_timesteps=1000))) for size in (2, 5)
+    ]
+    torch.testing.assert_close(drawn[0], drawn[1], atol=1e-5, rtol=0)
+
+
+def test_a_decoder_that_is_not_one_is_refused(tmp_path: Path, pico_student: Path) -> None:
+    with pytest.raises(LitconvertError, match=r"AutoencoderKL.*source\.vae\.path"):
+        load_vae(Vae(path=str(pico_student)))
+
+
+def test_a_fused_model_saves_the_same_tensors(tmp_path: Path, pico_student: Path) -> None:
+    model = litconvert.load(pico_student)
+    names = list(model.state_dict())
+    model.fuse_qkv_projections()
+    assert list(model.state_dict()) == names

@@ -121,8 +121,8 @@ def _config(
             raise LitconvertError(f"{checkpoint.source}: {name} is missing; use the complete, unmodified checkpoint")
         if len(info.shape) != dimensions or 0 in info.shape:
             raise LitconvertError(
-                f"{checkpoint.source}: {name} has shape {info.shape}, expected {dimensions} dimensions, none of them 0; "
-                "use the complete, unmodified checkpoint"
+                f"{checkpoint.source}: {name} has shape {info.shape}, expected {dimensions} dimensions, "
+                "none of them 0; use the complete, unmodified checkpoint"
             )
         return info.shape
 
@@ -170,7 +170,8 @@ def _config(
         raise UsageError(
             f"{checkpoint.source}: the number of attention heads is missing: the file does not tell it, and width "
             f"{hidden_size} is none of the published sizes ({', '.join(map(str, HEADS_OF_WIDTH))}). "
-            "Give num_attention_heads=N (--num-attention-heads N, or source.num_attention_heads in the recipe)"
+            "Give num_attention_heads=N (--num-attention-heads N, or source.num_attention_heads in the recipe; "
+            "for another teacher distill.teacher.num_attention_heads)"
         )
     if hidden_size % num_heads:
         raise UsageError(
