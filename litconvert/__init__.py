@@ -7,17 +7,18 @@ from litconvert.errors import LitconvertError
 
 if TYPE_CHECKING:
     from litconvert import objectives
-    from litconvert.conversion import convert, load, plan
+    from litconvert.conversion import convert, plan
     from litconvert.distillation import distill
     from litconvert.publishing import push
     from litconvert.sampling import sample
+    from litconvert.sources import load
 
 __version__ = "0.1.0"
 __all__ = ["LitconvertError", "convert", "distill", "load", "objectives", "plan", "push", "sample"]
 
 _HOMES = {
     "convert": "conversion",
-    "load": "conversion",
+    "load": "sources",
     "plan": "conversion",
     "distill": "distillation",
     "push": "publishing",

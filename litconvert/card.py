@@ -151,7 +151,7 @@ def _samples_section(pictures: Sequence[str]) -> str:
 def _lineage(provenance: Mapping[str, Any]) -> str:
     source, distillation = provenance["source"], provenance.get("distillation") or {}
     teacher = distillation.get("teacher") or {}
-    terms = source.get("license") or {}
+    terms, teacher_terms = source.get("license") or {}, teacher.get("license") or {}
     facts = {
         "Source": _source_name(source.get("path")),
         "Revision": source.get("revision"),
@@ -161,6 +161,7 @@ def _lineage(provenance: Mapping[str, Any]) -> str:
         "Licence, inherited from the source": terms.get("name") or terms.get("id"),
         "Teacher": _source_name(teacher.get("path") or source.get("path")) if distillation else None,
         "SHA-256 of the teacher": teacher.get("sha256"),
+        "Licence of the teacher": teacher_terms.get("name") or teacher_terms.get("id"),
         "Distilled for": f"{distillation['steps']:,} steps" if distillation.get("steps") else None,
         "Seed": provenance.get("seed"),
         "Made with": ", ".join(f"{package} {number}" for package, number in provenance.get("versions", {}).items()),

@@ -1,17 +1,14 @@
 """Any checkpoint as lazily read named tensors, and writing that appears whole or not at all."""
 
 import argparse
-import glob
 import hashlib
 import json
 import os
 import pickle
 import re
-import shutil
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from litconvert.errors import LitconvertError, UsageError, did_you_mean, system_cause
+from litconvert.errors import LitconvertError, UsageError, system_cause
+from litconvert.files import read_json
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
 SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -33,8 +32,11 @@ SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
 DTYPES_OF_SAFETENSORS = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "base_model.")
+
 # Training scripts store their command line beside the weights; nothing else that is code is let in.
 _SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 
@@ -122,7 +124,9 @@ def open_checkpoint(
         name, _, at = source.partition("@")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or Path(name).suffix in WEIGHT_SUFFIXES:
             raise UsageError(f"{source}: no such file or folder, and not a Hub id (owner/name)")
-        path, revision = _download_weights(name, revision or at or None, file)
+        from litconvert.hub import download_weights
+
+        path, revision = download_weights(name, revision or at or None, file)
     config = None
     chosen: str | None = None
     sets: tuple[str, ...] = ()
@@ -185,17 +189,6 @@ def _files_of_index(index: Path) -> list[Path]:
             raise LitconvertError(f"{index}: names the shard {name}, which is missing; download it again")
         files.append(index.parent / name)
     return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a LitconvertError."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise LitconvertError(f"{path}: not valid JSON ({error}); download or write it again") from error
-    if not isinstance(data, dict):
-        raise LitconvertError(f"{path}: not a JSON object")
-    return data
 
 
 def _open_safetensors(files: list[Path]) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:
@@ -306,115 +299,6 @@ def _strip_prefixes(
     return tensors, lambda name: read(prefix + name)
 
 
-@contextmanager
-def _hub_errors(repo_id: str) -> Iterator[None]:
-    """What goes wrong while reading from the Hub, as a sentence."""
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except GatedRepoError as error:
-        raise LitconvertError(
-            f"{repo_id}: access must be asked for on its Hub page, and you must be logged in"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise LitconvertError(
-            f"{repo_id}: no such Hub repository, or it is private: log in with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise LitconvertError(f"{repo_id}: no such revision on the Hub") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise LitconvertError(
-            f"{repo_id}: the Hub cannot be reached, and there is no local copy; check the network (and HF_HUB_OFFLINE)"
-        ) from error
-    except EntryNotFoundError as error:
-        raise LitconvertError(f"{repo_id}: a file is missing on the Hub: {str(error).splitlines()[-1]}") from error
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id}: not a Hub id: {str(error).splitlines()[0]}") from error
-    except HfHubHTTPError as error:
-        reason = str(error).splitlines()[0]
-        if error.response.status_code == 401:
-            reason = "the token is not accepted; run `hf auth login` again, or set HF_TOKEN to a valid token"
-        raise LitconvertError(f"{repo_id}: the Hub refused: {reason}") from error
-    except (HTTPError, ConnectionError, TimeoutError) as error:
-        raise LitconvertError(f"{repo_id}: the Hub cannot be reached; check the network, then try again") from error
-    except OSError as error:
-        reason = system_cause(error) or str(error).splitlines()[0]
-        raise LitconvertError(f"{repo_id}: {reason}") from error
-
-
-def download(repo_id: str, filename: str, *, revision: str | None) -> Path:
-    """One file of a Hub repository, through the Hub's cache."""
-    from huggingface_hub import hf_hub_download
-
-    with _hub_errors(repo_id):
-        return Path(hf_hub_download(repo_id, filename, revision=revision))
-
-
-def _download_weights(repo_id: str, revision: str | None, file: str | None) -> tuple[Path, str]:
-    """The transformer of a Hub repository: its folder (or the one file) in the cache, and the commit.
-
-    Where the Hub cannot be reached, what an earlier download left in the cache is used.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
-
-    with _hub_errors(repo_id):
-        try:
-            info = HfApi().model_info(repo_id, revision=revision)
-        except HfHubHTTPError:
-            raise
-        except (HTTPError, OfflineModeIsEnabled):
-            # No file has this name: nothing is asked for but the folder.
-            root = snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns="no such file")
-            return _cached_weights(Path(root), file), Path(root).name
-        patterns = _wanted_files(repo_id, {sibling.rfilename for sibling in info.siblings or ()}, file)
-        # By the name asked for, not by the commit: so the cache knows it by that name when there is no network.
-        root = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
-        return _cached_weights(Path(root), file), Path(root).name
-
-
-def _cached_weights(root: Path, file: str | None) -> Path:
-    """In a downloaded snapshot: the file asked for, or the folder of the transformer, or of the one file there is."""
-    if file is not None:
-        return root / file
-    if (root / "transformer" / "config.json").is_file():
-        return root / "transformer"
-    found = [path for path in root.rglob("*") if path.suffix in WEIGHT_SUFFIXES]
-    return found[0] if len(found) == 1 and found[0].parent != root else root
-
-
-def _wanted_files(repo_id: str, names: set[str], file: str | None) -> list[str]:
-    """Which files of a repository to download: the transformer's, or the one weights file."""
-    if file is not None:
-        if file not in names:
-            raise UsageError(f"{repo_id}: holds no file {file!r}{did_you_mean(file, names)}")
-        return [file]
-    folder = "transformer/" if "transformer/config.json" in names else ""
-    for suffix in ("safetensors", "bin"):
-        stem = f"{folder}diffusion_pytorch_model"
-        if {f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"} & names:
-            weights = [f"{stem}*.{suffix}", f"{stem}.{suffix}.index.json"]
-            return [*weights, f"{folder}config.json", f"{folder}litconvert.json"]
-    found = sorted(name for name in names if Path(name).suffix in WEIGHT_SUFFIXES)
-    if len(found) != 1:
-        raise UsageError(
-            f"{repo_id}: not a diffusers model; its weight files are {', '.join(found) or 'none'}: "
-            "choose one with --set source.file=NAME"
-        )
-    return found
-
-
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, TensorInfo],
@@ -452,93 +336,3 @@ def write_safetensors(
             on_tensor(name)
         file.flush()
         os.fsync(file.fileno())
-
-
-def digest_of(inputs: Any) -> str:
-    """sha256 of resolved inputs (plain data), to tell whether an output is that of these inputs."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def require_space(folder: Path, nbytes: int) -> None:
-    """Refuse before the work where a full disk can be foreseen."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < nbytes:
-        raise LitconvertError(
-            f"{folder}: {nbytes / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; "
-            "free some space, or write elsewhere"
-        )
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextmanager
-def whole_directory(out: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `out` when the block ends well, and vanishes when it does not.
-
-    What a killed process left behind is removed on the next try. An existing `out` is replaced.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-            pid = stale.name.rsplit("-", 1)[1]
-            if not pid.isdigit() or not _alive(int(pid)):
-                shutil.rmtree(stale, ignore_errors=True)
-        temporary = out.parent / f".{out.name}.partial-{os.getpid()}"
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir()
-    except OSError as error:
-        raise LitconvertError(f"cannot write {out}: {system_cause(error) or error}") from error
-    try:
-        yield temporary
-        _sync(temporary)
-        if out.exists():
-            retired = out.parent / f".{out.name}.partial-{os.getpid()}-old"
-            out.rename(retired)
-            try:
-                temporary.rename(out)
-            except OSError:
-                retired.rename(out)
-                raise
-            shutil.rmtree(retired) if retired.is_dir() else retired.unlink()
-        else:
-            temporary.rename(out)
-        _sync(out.parent, recurse=False)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, Exception) and not isinstance(error, LitconvertError) and (cause := system_cause(error)):
-            raise LitconvertError(f"cannot write {out}: {cause}") from error
-        raise
-
-
-def _sync(folder: Path, *, recurse: bool = True) -> None:
-    """Flush a folder (and what is in it) to disk, so that a rename never precedes the bytes."""
-    paths = [folder, *(folder.rglob("*") if recurse else ())]
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise LitconvertError(f"cannot write {path}: {system_cause(error) or error}") from error

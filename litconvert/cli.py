@@ -75,16 +75,17 @@ def inspect(
 
     Example: litconvert inspect DiT-XL-2-256x256.pt
     """
-    from litconvert import conversion
+    from litconvert.conversion import with_source
     from litconvert.recipe import resolve, resolve_data
+    from litconvert.sources import check_values, describe, open_source
 
     given = _overrides(sets, num_attention_heads, sample_size)
     resolved = resolve(recipe, given) if recipe else resolve_data({}, given, "command line")
-    settings = conversion.with_source(resolved, source).recipe
-    opened = conversion.open_source(settings.source, settings.inherit.weights)
-    facts = conversion.check_values(opened) if weights else []
+    settings = with_source(resolved, source).recipe
+    opened = open_source(settings.source, settings.inherit.weights)
+    facts = check_values(opened) if weights else []
     if as_json:
-        console.data(conversion.describe(opened, facts))
+        console.data(describe(opened, facts))
     else:
         console.show_source(opened, facts)
 
@@ -350,8 +351,8 @@ def env(as_json: JsonOption = False) -> None:
     """Versions and devices, for bug reports."""
     import torch
 
-    from litconvert.conversion import versions
     from litconvert.distillation import bf16_in_hardware
+    from litconvert.model_directory import versions
 
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or ["cpu"]
     facts = {**versions(), "devices": ", ".join(devices), "bf16 in hardware": bf16_in_hardware()}
@@ -402,7 +403,7 @@ def recipes_copy(
 
     Example: litconvert recipes copy digits my-digits.yaml
     """
-    from litconvert.checkpoints import write_whole
+    from litconvert.files import write_whole
     from litconvert.recipe import find_recipe
 
     path = find_recipe(name)

@@ -16,8 +16,9 @@ from rich.table import Table
 from litconvert.errors import LitconvertError, system_cause
 
 if TYPE_CHECKING:
-    from litconvert.conversion import ConversionPlan, OpenSource
+    from litconvert.conversion import ConversionPlan
     from litconvert.line import LineResult
+    from litconvert.sources import OpenSource
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -139,6 +140,11 @@ def _attention(kinds: Sequence[str]) -> str:
 
 def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
     """The plan: the four groups, parameters, multiply-accumulates, and with `tensors` every tensor."""
+    reading = plan.source.reading
+    line(f"{plan.source.checkpoint.source}: {reading.family}, {reading.layout} layout, because {reading.because}")
+    for text in reading.unsure:
+        line(f"assumed: {text}")
+    line("")
     groups, totals = plan.groups, plan.totals
     rows: list[tuple[Any, ...]] = [
         (fate, g["source_tensors"] or "-", g["student_tensors"] or "-", count(g["parameters"]), size(g["bytes"]))

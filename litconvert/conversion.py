@@ -1,201 +1,29 @@
 """The plan of a conversion, tensor by tensor, and carrying it out."""
 
 import hashlib
-import json
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from litconvert.checkpoints import (
-    Checkpoint,
-    TensorInfo,
-    digest_of,
-    open_checkpoint,
-    read_json,
-    require_space,
-    whole_directory,
-    write_safetensors,
-)
-from litconvert.errors import LitconvertError, UsageError, did_you_mean
-from litconvert.families import Origin, Reading, recognise
-from litconvert.modeling_lit import LiTTransformer2DModel, count_macs, sincos_position_embedding
+from litconvert.checkpoints import TensorInfo
+from litconvert.errors import LitconvertError, UsageError
+from litconvert.families import Origin
+from litconvert.files import digest_of, require_space, whole_directory, write_whole
+from litconvert.model_directory import FORMAT_VERSION, already_done, versions, write_model_directory
+from litconvert.modeling_lit import count_macs
 from litconvert.recipe import Recipe, ResolvedRecipe, Source, resolve
+from litconvert.shapes import model_tensors
+from litconvert.sources import OpenSource, describe, open_source
 
-FORMAT_VERSION = 1
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Fate = Literal["inherited", "fresh", "recomputed", "dropped"]
+
 FATES: tuple[Fate, ...] = ("inherited", "fresh", "recomputed", "dropped")
-
-
-def empty_model(config: Mapping[str, Any]) -> LiTTransformer2DModel:
-    """The model on the meta device: shapes, no memory.
-
-    Raises UsageError for a config that the model refuses.
-    """
-    try:
-        with torch.device("meta"):
-            model: LiTTransformer2DModel = LiTTransformer2DModel(**config)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return model
-
-
-def model_tensors(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, TensorInfo]:
-    """Name and shape of every tensor the model of this config stores."""
-    return {name: TensorInfo(tuple(value.shape), dtype) for name, value in empty_model(config).state_dict().items()}
-
-
-def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with the model's defaults filled in, and the kind of every layer named."""
-    full = {key: value for key, value in dict(empty_model(config).config).items() if not key.startswith("_")}
-    return {**full, "attention": list(full["attention"] or ["softmax"] * full["num_layers"])}
-
-
-@dataclass(frozen=True)
-class OpenSource:
-    """A recognised checkpoint: its headers and what they mean."""
-
-    checkpoint: Checkpoint
-    reading: Reading
-
-    def values(self, name: str) -> Tensor:
-        """A model tensor's values from the source, checked: finite, and copies equal.
-
-        Raises LitconvertError when they are not.
-        """
-        origin = self.reading.origins[name]
-        first = self.checkpoint.read(origin.names[0])
-        rows = first.shape[0] // origin.parts
-        value = first[origin.part * rows : (origin.part + 1) * rows]
-        if not torch.isfinite(value).all():
-            raise LitconvertError(
-                f"{self.checkpoint.source}: {origin.names[0]} holds NaN or infinite values; "
-                "the checkpoint is broken: use another one (or another weights= set)"
-            )
-        for name_of_copy in origin.names[1:]:
-            copy = self.checkpoint.read(name_of_copy)
-            if copy.dtype != first.dtype or not torch.equal(copy, first):
-                raise LitconvertError(
-                    f"{self.checkpoint.source}: {origin.names[0]} and {name_of_copy} differ. The layout stores one "
-                    "embedder in every block, so they must be equal; a model fine-tuned with separate copies cannot be "
-                    "read as DiT"
-                )
-        return value
-
-    def check_recomputed(self) -> None:
-        """Refuse a stored position embedding that the formula does not give: dropping it would change the function."""
-        for name in self.reading.recomputed:
-            stored = self.checkpoint.read(name).float()
-            config = self.reading.config
-            side = config["sample_size"] // config["patch_size"]
-            formula = sincos_position_embedding(config["hidden_size"], (side, side), side, torch.device("cpu"))
-            difference = (stored - formula).abs().max().item() if stored.shape == formula.shape else float("inf")
-            if not difference < 4e-3:  # bfloat16 rounding of values up to 1
-                raise LitconvertError(
-                    f"{self.checkpoint.source}: {name} differs from the fixed sine-cosine embedding by "
-                    f"{difference:.2g}; a trained one is not supported: use a checkpoint with the fixed one"
-                )
-
-    def dtype(self) -> torch.dtype:
-        """The one dtype that holds every weight."""
-        result = None
-        for origin in self.reading.origins.values():
-            found = self.checkpoint.tensors[origin.names[0]].dtype
-            result = found if result is None else torch.promote_types(result, found)
-        assert result is not None
-        return result
-
-
-def open_source(source: Source, weights: str = "auto") -> OpenSource:
-    """Open and recognise a recipe's source: headers only."""
-    if source.path is None:
-        raise UsageError("no source is named: give SRC, or source.path in the recipe")
-    checkpoint = open_checkpoint(source.path, file=source.file, weights=weights)
-    reading = recognise(checkpoint, source)
-    return OpenSource(checkpoint, Reading(**{**reading.__dict__, "config": full_config(reading.config)}))
-
-
-def read_model(source: OpenSource, dtype: torch.dtype | None = None) -> LiTTransformer2DModel:
-    """The source's own model with its weights, in eval mode."""
-    source.check_recomputed()
-    dtype = dtype or source.dtype()
-    model = empty_model(source.reading.config)
-    state = {name: source.values(name).to(dtype) for name in source.reading.origins}
-    # Values mapped from disk are cloned: the file may change or vanish while the model lives.
-    model.load_state_dict({name: value.clone() for name, value in state.items()}, strict=True, assign=True)
-    model.eval().requires_grad_(True)
-    return model
-
-
-def check_values(source: OpenSource) -> list[str]:
-    """Read every value: finite, embedder copies equal, position embedding as the formula; and what looks odd.
-
-    Raises LitconvertError for what cannot be used.
-    """
-    source.check_recomputed()
-    zero = [name for name in source.reading.origins if not source.values(name).any()]
-    facts = ["every value is finite, copies are equal, the position embedding is the fixed one"]
-    if zero:
-        facts.append(f"{len(zero)} tensors are all zero ({', '.join(zero[:3])}): is the model trained?")
-    return facts
-
-
-def describe(source: OpenSource, facts: Sequence[str] = ()) -> dict[str, Any]:
-    """What a checkpoint is, as plain data."""
-    checkpoint, reading = source.checkpoint, source.reading
-    return {
-        "path": checkpoint.source,
-        "family": reading.family,
-        "layout": reading.layout,
-        "because": reading.because,
-        "weights": checkpoint.weights,
-        "sets": list(checkpoint.sets),
-        "revision": checkpoint.revision,
-        "tensors": len(checkpoint.tensors),
-        "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
-        "parameters": sum(info.numel for info in model_tensors(reading.config).values()),
-        "dtype": str(source.dtype()).removeprefix("torch."),
-        "config": reading.config,
-        "unsure": list(reading.unsure),
-        "values": list(facts),
-    }
-
-
-def load(
-    source: str | Path, *, recipe: str | None = None, weights: str | None = None, **hints: Any
-) -> LiTTransformer2DModel:
-    """Load any recognised checkpoint as it is: softmax layers stay softmax.
-
-    Args:
-        source: file, folder, Hub id or `asset:NAME`.
-        recipe: name or path of a recipe whose `source` section carries hints.
-        weights: `ema` or `model` of a training checkpoint; None: EMA if present, else the only set.
-        hints: keys of a recipe's `source` section, such as num_attention_heads=6.
-
-    Returns: the model in eval mode, in the dtype of the source.
-
-    Raises UsageError when a hint is missing or unknown, LitconvertError when the checkpoint cannot be read whole.
-    """
-    resolved = resolve(recipe).recipe if recipe else Recipe()
-    known = [name for name in Source.model_fields if name != "path"]
-    for name in hints:
-        if name not in known:
-            raise UsageError(f"unknown hint {name!r}{did_you_mean(name, known)}; hints are {', '.join(known)}")
-    try:
-        merged = Source.model_validate({**resolved.source.model_dump(), **hints, "path": str(source)}, strict=True)
-    except ValidationError as error:
-        problems = "; ".join(f"hint {problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
-        raise UsageError(f"{source}: {problems}") from error
-    return read_model(open_source(merged, weights or resolved.inherit.weights))
 
 
 @dataclass(frozen=True)
@@ -429,73 +257,6 @@ def fresh_tensor(name: str, info: TensorInfo, seed: int, conv_size: int) -> Tens
     return nn.init.xavier_uniform_(tensor, generator=generator)
 
 
-def versions() -> dict[str, str]:
-    """What the result was made with."""
-    packages = {name: version(name) for name in ("litconvert", "torch", "diffusers", "safetensors")}
-    return {"python": platform.python_version(), **packages}
-
-
-def write_model_directory(
-    folder: Path,
-    *,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    produce: Callable[[str], Tensor],
-    recipe: Recipe,
-    provenance: Mapping[str, Any],
-    on_tensor: Callable[[str], None] = lambda name: None,
-) -> None:
-    """Fill a (temporary) folder as a model directory: config, weights, the model's source, recipe and provenance."""
-    header = {
-        "_class_name": "LiTTransformer2DModel",
-        "_diffusers_version": version("diffusers"),
-        "auto_map": {"AutoModel": "modeling_lit.LiTTransformer2DModel"},
-    }
-    (folder / "config.json").write_text(json.dumps({**header, **config}, indent=2) + "\n")
-    model_source = Path(__file__).with_name("modeling_lit.py").read_text()
-    (folder / "modeling_lit.py").write_text(model_source)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    (folder / "litconvert.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    metadata = {"format": "pt", "litconvert": str(provenance["digest"])}
-    write_safetensors(folder / WEIGHTS_NAME, tensors, produce, metadata, on_tensor=on_tensor)
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """litconvert.json of a model directory.
-
-    Raises UsageError when the folder is none.
-    """
-    path = folder / "litconvert.json"
-    if not path.is_file():
-        raise UsageError(
-            f"{folder}: not a model directory of litconvert (no litconvert.json); convert a checkpoint first"
-        )
-    data = read_json(path)
-    if data.get("format") != FORMAT_VERSION:
-        raise LitconvertError(
-            f"{path}: format {data.get('format')}, this litconvert reads {FORMAT_VERSION}; upgrade it"
-        )
-    return data
-
-
-def already_done(out: Path, digest: str, *, force: bool) -> bool:
-    """Whether `out` is the result of these very inputs. Raises when it is something else and is not to be replaced."""
-    if force or not out.exists():
-        return False
-    try:
-        found = read_provenance(out).get("digest") if out.is_dir() else None
-    except LitconvertError:
-        found = None
-    if found == digest:
-        if not all((out / name).is_file() for name in (WEIGHTS_NAME, "config.json", "modeling_lit.py", "recipe.yaml")):
-            raise LitconvertError(f"{out} is incomplete: a file was taken out of it; make it again with --force")
-        return True
-    if out.is_dir() and not any(out.iterdir()):
-        return False
-    what = "was made from other inputs" if found else "is not a result of litconvert"
-    raise LitconvertError(f"{out} exists and {what}; choose another path, or replace it with --force")
-
-
 def conversion_digest(plan: ConversionPlan, sha256: str) -> str:
     """Digest of what determines the result."""
     recipe = plan.recipe
@@ -546,7 +307,11 @@ def carry_out(
         raise UsageError(f"{out} is or holds the source itself; choose another path")
     sha256 = plan.source.checkpoint.sha256()
     digest = conversion_digest(plan, sha256)
+    recipe = _with_absolute_sources(plan.recipe)
     if already_done(out, digest, force=force):
+        # The weights are those of these inputs; what comes after them in the recipe may have changed.
+        if (out / "recipe.yaml").read_text() != recipe.to_yaml():
+            write_whole(out / "recipe.yaml", recipe.to_yaml())
         return out
     require_space(out.parent, plan.totals["student_bytes"])
     plan.source.check_recomputed()
@@ -562,7 +327,6 @@ def carry_out(
             return _cast(plan.source.values(name), tensors[name].dtype, name)
         return fresh_tensor(name, tensors[name], plan.recipe.seed, plan.recipe.student.conv_size)
 
-    recipe = _with_absolute_sources(plan.recipe)
     provenance = {
         "format": FORMAT_VERSION,
         "digest": digest,

@@ -8,23 +8,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from litconvert.checkpoints import TensorInfo, digest_of, read_json, require_space, whole_directory
-from litconvert.conversion import (
-    DTYPES,
-    FORMAT_VERSION,
-    OpenSource,
-    open_source,
-    read_model,
-    read_provenance,
-    versions,
-    write_model_directory,
-)
+from litconvert.checkpoints import TensorInfo
+from litconvert.conversion import DTYPES
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.files import digest_of, read_json, require_space, whole_directory
 from litconvert.latents import LatentDataset, open_latents, synthesize_resolved
+from litconvert.model_directory import FORMAT_VERSION, read_provenance, versions, write_model_directory
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe import AttentionTransfer, Hybrid, Recipe, ResolvedRecipe, Source, read_recorded, resolve
 from litconvert.run_directory import RunDirectory
 from litconvert.sampling import SampleSheet
+from litconvert.sources import OpenSource, open_source, read_model
 from litconvert.trainer import StepReport, Trainer
 
 
@@ -63,6 +57,11 @@ def check_pair(
         raise UsageError(
             f"the data set's latents are {data.shape}, the student takes {mine.in_channels} channels and sides that "
             f"are multiples of {mine.patch_size}; draw or encode the data for this model"
+        )
+    if not 0 <= data.labels[0] <= data.labels[1] < mine.num_classes:
+        raise UsageError(
+            f"the data set's class labels are {data.labels[0]} to {data.labels[1]}, the model's classes are 0 to "
+            f"{mine.num_classes - 1}; draw or label the data for this model"
         )
     if not recipe.distill.stages:
         raise UsageError("the recipe has no distill.stages; `litconvert recipes show digits` shows an example")
@@ -156,6 +155,9 @@ def distill(
     """
     student, out = Path(student), Path(out)
     provenance = read_provenance(student)
+    inputs_in_out = [path for path in (student, data) if path and Path(path).resolve().is_relative_to(out.resolve())]
+    if inputs_in_out:
+        raise UsageError(f"{out} holds {inputs_in_out[0]}, which the run reads; write the run beside it")
     resolved, _ = resolve_run(student, recipe, overrides, teacher)
     settings = resolved.recipe
     accelerator = make_accelerator(settings.distill.mixed_precision)
@@ -252,6 +254,7 @@ def _write_result(
                 "path": teacher.checkpoint.source,
                 "weights": teacher.checkpoint.weights,
                 "sha256": teacher.checkpoint.sha256(),
+                "license": (recipe.distill.teacher or recipe.source).license.model_dump(),
             },
             "data": {"samples": len(trainer.data), "digest": trainer.data.digest},
             "seed": recipe.seed,

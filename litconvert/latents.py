@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litconvert.checkpoints import digest_of, read_json, require_space, whole_directory, write_whole
-from litconvert.conversion import open_source, read_model, with_source
+from litconvert.conversion import with_source
 from litconvert.draws import generator_of
 from litconvert.errors import LitconvertError, UsageError, system_cause
+from litconvert.files import digest_of, read_json, require_space, whole_directory, write_whole
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe import Recipe, ResolvedRecipe, resolve
 from litconvert.sampling import draw
+from litconvert.sources import open_source, read_model
 
 RECORD = "litconvert-latents.json"
 
@@ -27,10 +28,12 @@ class LatentDataset:
 
     Attributes:
         shape: (C, H, W) of a latent.
+        labels: smallest and largest class label.
         digest: of what the data was made from; for data from elsewhere, of its content's fingerprint.
     """
 
     shape: tuple[int, int, int]
+    labels: tuple[int, int]
     digest: str
     _data: Any
 
@@ -62,11 +65,15 @@ def open_latents(path: str | Path) -> LatentDataset:
 
     Raises UsageError for a folder that is none, and for an empty one.
     """
+    import pyarrow.compute
     from datasets import Array3D, load_from_disk
 
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data set; draw one with `litconvert latents synthesize`")
+    state = folder / "state.json"
+    if state.is_file() and not read_json(state).get("_data_files"):
+        raise UsageError(f"{folder}: the data set is empty; draw one with `litconvert latents synthesize`")
     try:
         data = load_from_disk(str(folder))
     except Exception as error:  # Arrow and datasets raise many kinds for a folder that is not theirs
@@ -85,7 +92,9 @@ def open_latents(path: str | Path) -> LatentDataset:
     record = folder / RECORD
     digest = str(read_json(record)["digest"]) if record.is_file() else str(data._fingerprint)
     channels, height, width = latent.shape
-    return LatentDataset((channels, height, width), digest, data.with_format("torch"))
+    labels = data.data.column("class_label")
+    bounds = pyarrow.compute.min_max(labels).as_py()
+    return LatentDataset((channels, height, width), (bounds["min"], bounds["max"]), digest, data.with_format("torch"))
 
 
 def write_latents(latents: Tensor, labels: Tensor, out: Path, digest: str) -> Path:
@@ -150,10 +159,16 @@ def synthesize_resolved(
     recipe = resolved.recipe
     opened = open_source(recipe.source, recipe.inherit.weights)
     digest = synthesis_digest(recipe, opened.checkpoint.sha256(), opened.checkpoint.weights)
-    if out.exists() and not force and any(out.iterdir() if out.is_dir() else [out]):
-        if out.is_dir() and (out / RECORD).is_file() and read_json(out / RECORD).get("digest") == digest:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        found = read_json(out / RECORD).get("digest") if (out / RECORD).is_file() else None
+        if found is None:  # not even --force deletes what is not a data set of ours
+            raise LitconvertError(f"{out} exists and is not a data set of litconvert; choose another path")
+        if found == digest and not force:
             return out
-        raise LitconvertError(f"{out} exists and was not drawn from these inputs; choose another path, or use --force")
+        if not force:
+            raise LitconvertError(
+                f"{out} exists and was not drawn from these inputs; choose another path, or replace it with --force"
+            )
     model = read_model(opened, torch.float32)
     if torch.cuda.is_available():
         model = model.to("cuda")

@@ -11,20 +11,13 @@ import torch
 from PIL import Image
 
 from litconvert import console
-from litconvert.checkpoints import digest_of, read_json, write_whole
-from litconvert.conversion import (
-    ConversionPlan,
-    carry_out,
-    load,
-    open_source,
-    plan_conversion,
-    read_model,
-    with_source,
-)
+from litconvert.conversion import ConversionPlan, carry_out, plan_conversion, with_source
 from litconvert.distillation import distill
 from litconvert.evaluation import evaluate, evaluation_passes, reference_samples
+from litconvert.files import digest_of, read_json, write_whole
 from litconvert.latents import synthesize_resolved
 from litconvert.recipe import Recipe, resolve
+from litconvert.sources import load, open_source, read_model
 from litconvert.trainer import StepReport
 
 

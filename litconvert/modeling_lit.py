@@ -325,7 +325,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = attn
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
-        self.ff = FeedForward(hidden_size, int(hidden_size * mlp_ratio))
+        self.ff = FeedForward(hidden_size, round(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Linear(hidden_size, 6 * hidden_size)
 
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -432,6 +432,12 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.gradient_checkpointing = False
         self.initialize_weights()
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Without auto_map: diffusers reads it to find this class, and then warns that it is unexpected."""
+        known = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        return super().extract_init_dict(known, **kwargs)
+
     def initialize_weights(self) -> None:
         """DiT's initialisation; the convolutions of linear layers keep Conv2d's default."""
         for module in self.modules():
@@ -526,7 +532,7 @@ def count_macs(config: dict[str, Any], latent_size: int) -> int:
         "linear": 2 * min(tokens, head_dim) * d_model + config["linear_conv_size"] ** 2 * d_model,
     }
     kinds = config["attention"] or ["softmax"] * config["num_layers"]
-    projections = 4 * d_model**2 + math.floor(2 * config["mlp_ratio"] * d_model**2)
+    projections = 4 * d_model**2 + 2 * round(config["mlp_ratio"] * d_model) * d_model
     per_token: int = p * p * (config["in_channels"] + config["out_channels"]) * d_model
     per_token += sum(projections + core[kind] for kind in kinds)
     per_image = (TimestepEmbedding.channels + d_model) * d_model + (6 * len(kinds) + 2) * d_model**2

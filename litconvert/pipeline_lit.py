@@ -101,6 +101,12 @@ class LiTPipeline(DiffusionPipeline):  # type: ignore[misc]
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ("vae",)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Without auto_map, which is there for AutoModel, and of which diffusers would warn."""
+        known = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        return super().extract_init_dict(known, **kwargs)
+
     def __init__(self, transformer: Any, scheduler: Scheduler, vae: AutoencoderKL | None = None) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)

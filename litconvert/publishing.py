@@ -13,10 +13,11 @@ from typing import Any
 import yaml
 
 from litconvert.card import is_hub_id, model_card
-from litconvert.checkpoints import read_json
-from litconvert.conversion import WEIGHTS_NAME, OpenSource, open_source, read_provenance
 from litconvert.errors import LitconvertError, UsageError, system_cause
+from litconvert.files import read_json
+from litconvert.model_directory import WEIGHTS_NAME, read_provenance
 from litconvert.recipe import Recipe, Source, Vae, read_recorded
+from litconvert.sources import OpenSource, open_source
 
 REPO_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 AUTO_MAP = {"AutoModel": "modeling_lit.LiTTransformer2DModel"}

@@ -353,7 +353,7 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and path.suffix not in (".yaml", ".yml"):
-        from litconvert.checkpoints import download
+        from litconvert.hub import download
 
         return download(name, "recipe.yaml", revision=None)
     raise UsageError(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litconvert.checkpoints import read_json, write_whole
 from litconvert.errors import LitconvertError, system_cause
+from litconvert.files import read_json, write_whole
 
 TERMS = ("attention", "noise", "variational_bound", "teacher_noise", "teacher_variance")
 COLUMNS = ("step", "stage", "loss", *TERMS, "gradient_norm", "learning_rate", "ema_decay", "seconds")
@@ -42,17 +42,18 @@ class RunDirectory:
         """
         record = self.path / RECORD
         found = read_json(record).get("digest") if record.is_file() else None
-        if self.path.exists() and found != digest and not force:
-            if found is not None:
+        if self.path.exists() and found != digest:
+            if found is not None and not force:
                 raise LitconvertError(
                     f"{self.path} holds a run of other inputs (recipe, student, teacher or data); "
                     "choose another path, or replace it with --force"
                 )
-            if not self.path.is_dir() or any(self.path.iterdir()):
+            # Not even --force deletes what is not a run.
+            if found is None and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise LitconvertError(f"{self.path} exists and is not a run of litconvert; choose another path")
         try:
-            if force and found != digest and self.path.exists():
-                shutil.rmtree(self.path) if self.path.is_dir() else self.path.unlink()
+            if found not in (None, digest):
+                shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LitconvertError(f"cannot write {self.path}: {system_cause(error) or error}") from error
@@ -85,7 +86,7 @@ class RunDirectory:
             partial.rename(final)
             for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
                 shutil.rmtree(old)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # torch, safetensors and Python each report a full disk in their own way
             shutil.rmtree(partial, ignore_errors=True)
             cause = system_cause(error)
             # torch's zip writer reports a full disk without the system's error number.

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from litconvert.checkpoints import _hub_errors
 from litconvert.draws import generator_of
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.hub import hub_errors
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.objectives import linear_betas
 from litconvert.pipeline_lit import Scheduler, denoise, set_timesteps
@@ -150,10 +150,13 @@ def load_vae(vae: Vae) -> Any:
     from diffusers import AutoencoderKL
 
     try:
-        with _hub_errors(vae.path):
+        with hub_errors(vae.path):
             model, loaded = AutoencoderKL.from_pretrained(vae.path, subfolder=vae.subfolder, output_loading_info=True)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise LitconvertError(f"{vae.path}: not a diffusers AutoencoderKL ({error}); set source.vae.path") from error
+        reason = str(error).splitlines()[0]
+        raise LitconvertError(
+            f"{vae.path}: not a diffusers AutoencoderKL ({reason}); set source.vae.path to one"
+        ) from error
     # diffusers fills what is missing with random values, and says so in a log alone.
     wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
     if wrong:
@@ -291,7 +294,7 @@ def sample_to_files(
     Returns: the files written.
     """
     from litconvert.checkpoints import TensorInfo, write_safetensors
-    from litconvert.conversion import open_source, read_model
+    from litconvert.sources import open_source, read_model
 
     path = str(Path(model) / "model") if (Path(model) / "model").is_dir() else model
     if recipe is None and (Path(path) / "recipe.yaml").is_file():

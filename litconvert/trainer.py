@@ -282,9 +282,11 @@ class Trainer:
                 kept = (
                     f"The checkpoint of step {latest[1].global_step} is kept" if latest else "No checkpoint was due yet"
                 )
+                advice = "Lower learning_rate, set max_grad_norm, or run with distill.mixed_precision=no"
+                if name == "the data":
+                    advice = "Draw the data again, or look at where it comes from"
                 raise LitconvertError(
-                    f"step {step}: {name} holds NaN or infinite values; nothing was updated. {kept}. "
-                    "Lower learning_rate, set max_grad_norm, or run with distill.mixed_precision=no"
+                    f"step {step}: {name} holds NaN or infinite values; nothing was updated. {kept}. {advice}"
                 )
         raise LitconvertError(f"step {step}: another process met NaN or infinite values; its message names the tensor")
 

@@ -15,18 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from litconvert.checkpoints import (
-    Checkpoint,
-    TensorInfo,
-    digest_of,
-    open_checkpoint,
-    read_json,
-    require_space,
-    whole_directory,
-    write_safetensors,
-    write_whole,
-)
+from litconvert.checkpoints import Checkpoint, TensorInfo, open_checkpoint, write_safetensors
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.files import digest_of, read_json, require_space, whole_directory, write_whole
 from tests.checkpoint_files import dit_shapes, write_hollow
 from tests.hub_server import Blob, HubServer, Repository
 

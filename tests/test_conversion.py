@@ -24,6 +24,7 @@ from litconvert.conversion import ConversionPlan, fresh_tensor
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe import resolve
+from litconvert.shapes import model_tensors
 from tests.checkpoint_files import dit_shapes, write_hollow
 from tests.command import command
 from tests.conftest import dit_state
@@ -67,7 +68,7 @@ def assert_adds_up(plan: ConversionPlan) -> None:
     assert sum(group["source_tensors"] for group in groups.values()) == len(plan.source.checkpoint.tensors)
     assert totals["source_tensors"] == len(plan.source.checkpoint.tensors)
     stored = groups["inherited"]["student_tensors"] + groups["fresh"]["student_tensors"]
-    assert stored == totals["student_tensors_stored"] == len(conversion.model_tensors(plan.config))
+    assert stored == totals["student_tensors_stored"] == len(model_tensors(plan.config))
     assert sum(group["student_tensors"] for group in groups.values()) == totals["student_tensors"] == stored + 1
     kept = groups["inherited"]["parameters"]
     assert kept + groups["fresh"]["parameters"] == totals["student_parameters"]

@@ -188,9 +188,7 @@ def test_a_second_run_of_the_same_command_does_nothing(tmp_path: Path, pico_stud
     assert (run / "model" / WEIGHTS).stat().st_mtime_ns == before
 
 
-def test_a_run_of_other_inputs_is_refused_and_force_replaces_it(
-    tmp_path: Path, pico_student: Path, data: Path
-) -> None:
+def test_a_run_of_other_inputs_is_refused_and_force_replaces_it(tmp_path: Path, pico_student: Path, data: Path) -> None:
     run = litconvert.distill(pico_student, tmp_path / "run", data=data)
     with pytest.raises(LitconvertError, match=r"other inputs.*--force"):
         litconvert.distill(pico_student, run, data=data, overrides=["seed=1"])

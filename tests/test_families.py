@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import litconvert
-from litconvert.conversion import open_source
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe import Source
+from litconvert.sources import open_source
 from tests.checkpoint_files import dit_shapes, write_hollow
 from tests.conftest import dit_state
 

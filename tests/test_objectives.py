@@ -210,7 +210,7 @@ class Rows:
         return {"latent": index.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).float(), "class_label": index % 4}
 
 
-DATA = LatentDataset((1, 2, 2), "rows", Rows())
+DATA = LatentDataset((1, 2, 2), (0, 3), "rows", Rows())
 
 
 def drawn(positions: range, *, seed: int = 1, step: int = 2, condition_dropout: float = 0.5) -> Batch:

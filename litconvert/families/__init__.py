@@ -81,7 +81,7 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading:
 
 def check_tensors(checkpoint: Checkpoint, reading: Reading) -> None:
     """Every source tensor is used, every model tensor has a source, and every shape fits; all problems at once."""
-    from litconvert.conversion import model_tensors
+    from litconvert.shapes import model_tensors
 
     problems = []
     used = set(reading.recomputed)

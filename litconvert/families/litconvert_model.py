@@ -25,8 +25,8 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
     config = checkpoint.config or {}
     if config.get("_class_name") != "LiTTransformer2DModel":
         return None
-    from litconvert.conversion import model_tensors
     from litconvert.modeling_lit import LiTTransformer2DModel
+    from litconvert.shapes import model_tensors
 
     given = [name for name in ("num_attention_heads", "sample_size", "num_classes") if getattr(hints, name) is not None]
     if given:

@@ -1,0 +1,114 @@
+"""Files that appear whole or not at all, and the digests that say what they were made from."""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from litconvert.errors import LitconvertError, system_cause
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a LitconvertError."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise LitconvertError(f"{path}: not valid JSON ({error}); download or write it again") from error
+    if not isinstance(data, dict):
+        raise LitconvertError(f"{path}: not a JSON object")
+    return data
+
+
+def digest_of(inputs: Any) -> str:
+    """sha256 of resolved inputs (plain data), to tell whether an output is that of these inputs."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def require_space(folder: Path, nbytes: int) -> None:
+    """Refuse before the work where a full disk can be foreseen."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise LitconvertError(
+            f"{folder}: {nbytes / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; "
+            "free some space, or write elsewhere"
+        )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def whole_directory(out: Path) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `out` when the block ends well, and vanishes when it does not.
+
+    What a killed process left behind is removed on the next try. An existing `out` is replaced.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+            pid = stale.name.rsplit("-", 1)[1]
+            if not pid.isdigit() or not _alive(int(pid)):
+                shutil.rmtree(stale, ignore_errors=True)
+        temporary = out.parent / f".{out.name}.partial-{os.getpid()}"
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+    except OSError as error:
+        raise LitconvertError(f"cannot write {out}: {system_cause(error) or error}") from error
+    try:
+        yield temporary
+        _sync(temporary)
+        if out.exists():
+            retired = out.parent / f".{out.name}.partial-{os.getpid()}-old"
+            out.rename(retired)
+            try:
+                temporary.rename(out)
+            except OSError:
+                retired.rename(out)
+                raise
+            shutil.rmtree(retired) if retired.is_dir() else retired.unlink()
+        else:
+            temporary.rename(out)
+        _sync(out.parent, recurse=False)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, Exception) and not isinstance(error, LitconvertError) and (cause := system_cause(error)):
+            raise LitconvertError(f"cannot write {out}: {cause}") from error
+        raise
+
+
+def _sync(folder: Path, *, recurse: bool = True) -> None:
+    """Flush a folder (and what is in it) to disk, so that a rename never precedes the bytes."""
+    paths = [folder, *(folder.rglob("*") if recurse else ())]
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise LitconvertError(f"cannot write {path}: {system_cause(error) or error}") from error

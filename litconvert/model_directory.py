@@ -1,0 +1,86 @@
+"""The model directory, what `convert` and `distill` write and `push` publishes."""
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from litconvert.checkpoints import TensorInfo, write_safetensors
+from litconvert.errors import LitconvertError, UsageError
+from litconvert.files import read_json
+from litconvert.recipe import Recipe
+
+FORMAT_VERSION = 1
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+def versions() -> dict[str, str]:
+    """What the result was made with."""
+    packages = {name: version(name) for name in ("litconvert", "torch", "diffusers", "safetensors")}
+    return {"python": platform.python_version(), **packages}
+
+
+def write_model_directory(
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    produce: Callable[[str], Tensor],
+    recipe: Recipe,
+    provenance: Mapping[str, Any],
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Fill a (temporary) folder as a model directory: config, weights, the model's source, recipe and provenance."""
+    header = {
+        "_class_name": "LiTTransformer2DModel",
+        "_diffusers_version": version("diffusers"),
+        "auto_map": {"AutoModel": "modeling_lit.LiTTransformer2DModel"},
+    }
+    (folder / "config.json").write_text(json.dumps({**header, **config}, indent=2) + "\n")
+    model_source = Path(__file__).with_name("modeling_lit.py").read_text()
+    (folder / "modeling_lit.py").write_text(model_source)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "litconvert.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    metadata = {"format": "pt", "litconvert": str(provenance["digest"])}
+    write_safetensors(folder / WEIGHTS_NAME, tensors, produce, metadata, on_tensor=on_tensor)
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """litconvert.json of a model directory.
+
+    Raises UsageError when the folder is none.
+    """
+    path = folder / "litconvert.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{folder}: not a model directory of litconvert (no litconvert.json); convert a checkpoint first"
+        )
+    data = read_json(path)
+    if data.get("format") != FORMAT_VERSION:
+        raise LitconvertError(
+            f"{path}: format {data.get('format')}, this litconvert reads {FORMAT_VERSION}; upgrade it"
+        )
+    return data
+
+
+def already_done(out: Path, digest: str, *, force: bool) -> bool:
+    """Whether `out` is the result of these very inputs. Raises when it is something else and is not to be replaced."""
+    if force or not out.exists():
+        return False
+    try:
+        found = read_provenance(out).get("digest") if out.is_dir() else None
+    except LitconvertError:
+        found = None
+    if found == digest:
+        if not all((out / name).is_file() for name in (WEIGHTS_NAME, "config.json", "modeling_lit.py", "recipe.yaml")):
+            raise LitconvertError(f"{out} is incomplete: a file was taken out of it; make it again with --force")
+        return True
+    if out.is_dir() and not any(out.iterdir()):
+        return False
+    what = "was made from other inputs" if found else "is not a result of litconvert"
+    raise LitconvertError(f"{out} exists and {what}; choose another path, or replace it with --force")
