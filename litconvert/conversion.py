@@ -16,7 +16,7 @@ from litconvert.families import Origin
 from litconvert.files import digest_of, require_space, whole_directory, write_whole
 from litconvert.model_directory import FORMAT_VERSION, already_done, versions, write_model_directory
 from litconvert.modeling_lit import count_macs
-from litconvert.recipe import Recipe, ResolvedRecipe, Source, resolve
+from litconvert.recipe import Recipe, ResolvedRecipe, Source, read_recorded, resolve
 from litconvert.shapes import model_tensors
 from litconvert.sources import OpenSource, describe, open_source
 
@@ -310,7 +310,8 @@ def carry_out(
     recipe = _with_absolute_sources(plan.recipe)
     if already_done(out, digest, force=force):
         # The weights are those of these inputs; what comes after them in the recipe may have changed.
-        if (out / "recipe.yaml").read_text() != recipe.to_yaml():
+        recorded = read_recorded(out / "recipe.yaml").model_copy(update={"source": recipe.source})
+        if recorded != recipe:
             write_whole(out / "recipe.yaml", recipe.to_yaml())
         return out
     require_space(out.parent, plan.totals["student_bytes"])
