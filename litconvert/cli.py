@@ -365,7 +365,7 @@ def recipes_ls(as_json: JsonOption = False) -> None:
 
     Example: litconvert recipes ls
     """
-    from litconvert.recipe import packaged_recipes, summary
+    from litconvert.packaged import packaged_recipes, summary
 
     rows = [(name, summary(path)) for name, path in packaged_recipes().items()]
     if as_json:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
+from litconvert.packaged import packaged_recipes
 
 PROJECTIONS = ("q", "k", "v", "o")
 STAGES = ("attention_transfer", "hybrid")
@@ -320,23 +321,6 @@ def flatten(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from flatten(value, f"{prefix}.{index}")
     else:
         yield prefix, tree
-
-
-def recipes_directory() -> Path:
-    """Where the packaged recipes are: inside the wheel, beside the package in a checkout."""
-    packaged = Path(__file__).parent / "recipes"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
-
-
-def packaged_recipes() -> dict[str, Path]:
-    """Name to file."""
-    return {path.stem: path for path in sorted(recipes_directory().glob("*.yaml"))}
-
-
-def summary(path: Path) -> str:
-    """A packaged recipe's second comment line."""
-    lines = path.read_text().splitlines()
-    return lines[1].removeprefix("# ") if len(lines) > 1 and lines[1].startswith("#") else ""
 
 
 def find_recipe(name: str) -> Path:

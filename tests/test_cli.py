@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from litconvert.line import run_line
-from litconvert.recipe import packaged_recipes
+from litconvert.packaged import packaged_recipes
 from tests.command import command
 
 ROOT = Path(__file__).parents[1]

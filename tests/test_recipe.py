@@ -9,17 +9,8 @@ import pytest
 import yaml
 
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.recipe import (
-    Recipe,
-    Source,
-    find_recipe,
-    json_schema,
-    packaged_recipes,
-    read_recorded,
-    resolve,
-    resolve_data,
-    summary,
-)
+from litconvert.packaged import packaged_recipes, summary
+from litconvert.recipe import Recipe, Source, find_recipe, json_schema, read_recorded, resolve, resolve_data
 from tests.command import command
 
 NAMES = sorted(packaged_recipes())
