@@ -359,11 +359,12 @@ def test_fused_projections_compute_the_same(kind: str) -> None:
     model = pico(attention=[kind, kind])
     before = call(model)
     model.fuse_qkv_projections()
-    assert all(block.attn.to_qkv is not None for block in blocks(model))
+    assert all(block.attn.qkv_weight is not None for block in blocks(model))
     torch.testing.assert_close(call(model), before, rtol=1e-5, atol=1e-5)
     model.unfuse_qkv_projections()
     assert torch.equal(call(model), before)
-    assert not any("to_qkv" in name for name in model.state_dict())
+    assert all(block.attn.qkv_weight is None for block in blocks(model))
+    assert not any("qkv_" in name for name in model.state_dict())
 
 
 def test_gradient_checkpointing_changes_no_bit() -> None:

@@ -461,7 +461,7 @@ def test_ancestral_samples_do_not_depend_on_the_batch_size(pico_checkpoint: Path
     drawn = [
         torch.cat(list(draw(model, settings, labels, seed=5, batch_size=size, num_timesteps=1000))) for size in (2, 5)
     ]
-    torch.testing.assert_close(drawn[0], drawn[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(drawn[0], drawn[1], atol=1e-4, rtol=1e-4)
 
 
 def test_a_decoder_that_is_not_one_is_refused(tmp_path: Path, pico_student: Path) -> None:
