@@ -47,10 +47,10 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "paper": ("the paper's recipe: fresh attention, hybrid stage only", (stages(200),)),
     "no-teacher": ("without the teacher's terms", (stages(200, ", noise_weight: 0, variance_weight: 0"),)),
     "no-convolution": ("without the convolution", (stages(200), "student.conv_size=0")),
-    "transfer": ("70 steps of attention transfer, then 130 hybrid (recipe `digits`)", (stages(130),)),
+    "transfer": ("70 steps of attention transfer, then 130 hybrid (as recipe `digits`)", (stages(130),)),
     "inherit": ("attention inherited, 200 hybrid", (stages(200), "inherit.attention=all")),
     "inherit-transfer": (
-        "attention inherited and transfer (recipe `digits-fast`)",
+        "attention inherited, 70 transfer, 130 hybrid (as recipe `digits-fast`)",
         (stages(130), "inherit.attention=all"),
     ),
     "real-data": ("the paper's recipe on the real digits instead of teacher-drawn data", (stages(200),)),
