@@ -21,7 +21,7 @@ format: $(INSTALLED)      ## mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-table: $(INSTALLED)       ## the README's table: about three hours on two cores, resumable
+table: $(INSTALLED)       ## the README's table: hours on two cores, resumable
 	$(BIN)/python -m benchmarks.digits_table
 
 benchmarks: $(INSTALLED)  ## start-up time, and a full-size conversion

@@ -233,6 +233,8 @@ def fail(error: BaseException) -> int:
         err.print("litconvert: interrupted; run the same command to go on", markup=False)
         return 130
     cause = system_cause(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in ("datasets", "matplotlib", "pyarrow", "torchmetrics"):
+        cause = f"{error.name} is not installed; install what distillation needs: pip install 'litconvert[distill]'"
     message = cause or f"unexpected {type(error).__name__}: {error} (LITCONVERT_DEBUG=1 shows where; please report it)"
     err.print(f"litconvert: {message}", markup=False, soft_wrap=True)
     return 1

@@ -187,6 +187,19 @@ def test_the_schema_that_recipes_name_is_the_one_printed() -> None:
     )
 
 
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
+) -> None:
+    arguments = ("latents", "synthesize", tmp_path / "data", "--source", pico_checkpoint, "--recipe", pico_recipe)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        result = command(*arguments)
+    assert result.code == 1
+    assert "pip install 'litconvert[distill]'" in result.err
+    assert not (tmp_path / "data").exists()
+    assert command(*arguments).code == 0
+
+
 def test_env_names_versions() -> None:
     facts = json.loads(command("env", "--json").out)
     assert facts["torch"].startswith("2.")
