@@ -1,6 +1,7 @@
 """Any checkpoint as lazily read named tensors, and writing that appears whole or not at all."""
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -8,10 +9,13 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +38,9 @@ SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
 }
 
 DTYPES_OF_SAFETENSORS = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+
+# What training scripts call their sets of weights.
+_SETS = {"ema": "ema", "state_dict_ema": "ema", "model": "model", "state_dict": "state_dict"}
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "base_model.")
 
@@ -58,45 +65,94 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """Where a tensor's bytes lie: one run of a file, row-major."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Tensors on disk.
+
+    Attributes:
+        files: that hold the weights.
+        tensors: header of every tensor.
+        read: values by name, mapped from disk where the format allows.
+        extent: where the bytes of a tensor are, None where they are not one run of a file.
+    """
+
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorInfo]
+    read: Callable[[str], Tensor]
+    extent: Callable[[str], Extent | None]
+
+    def without_prefix(self, prefix: str) -> "Stored":
+        """The same tensors, their names without what a wrapper put before them all."""
+        return replace(
+            self,
+            tensors={name.removeprefix(prefix): info for name, info in self.tensors.items()},
+            read=lambda name: self.read(prefix + name),
+            extent=lambda name: self.extent(prefix + name),
+        )
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Named tensors of one set of weights, read when asked for.
 
     Attributes:
         source: what the user named.
-        files: the files that hold the weights.
         config: config.json, where there is one.
         tensors: header of every tensor, wrapper prefixes removed.
         weights: which set of a training checkpoint this is (`ema`, `model`), or None where there is only one.
         sets: all sets the file holds.
         revision: commit of a Hub source.
+        download_bytes: what has to be downloaded before a value can be read.
     """
 
     source: str
-    files: tuple[Path, ...]
     config: dict[str, Any] | None
     tensors: Mapping[str, TensorInfo]
     weights: str | None
     sets: tuple[str, ...]
     revision: str | None
-    _read: Callable[[str], Tensor]
+    download_bytes: int
+    _stored: Callable[[], Stored]
+
+    def stored(self) -> Stored:
+        """The tensors on disk. Of a Hub source this downloads them, once."""
+        return self._stored()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights. Of a Hub source this downloads them, once."""
+        return self._stored().files
 
     def read(self, name: str) -> Tensor:
         """One tensor's values; mapped from disk where the format allows."""
         try:
-            tensor = self._read(name)
+            tensor = self._stored().read(name)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise LitconvertError(f"{self.source}: cannot read {name!r}: {error}; the file may be damaged") from error
         if tensor.is_meta:
             raise LitconvertError(f"{self.source}: {name!r} has a shape but no values (saved from the meta device)")
         return tensor
 
+    def extent(self, name: str) -> Extent | None:
+        """Where a tensor's bytes are on disk, None where they are not one run of a file."""
+        return self._stored().extent(name)
+
     def sha256(self) -> str:
         """Digest of the weight files, in order."""
-        digest = hashlib.sha256()
+        digest, buffer = hashlib.sha256(), bytearray(1 << 22)
+        view = memoryview(buffer)
         for path in self.files:
             with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
+                while count := file.readinto(buffer):
+                    digest.update(view[:count])
         return digest.hexdigest()
 
 
@@ -124,30 +180,46 @@ def open_checkpoint(
         name, _, at = source.partition("@")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or Path(name).suffix in WEIGHT_SUFFIXES:
             raise UsageError(f"{source}: no such file or folder, and not a Hub id (owner/name)")
-        from litconvert.hub import download_weights
+        from litconvert.hub import open_hub_checkpoint
 
-        path, revision = download_weights(name, revision or at or None, file)
+        return open_hub_checkpoint(source, name, revision or at or None, file, weights)
     config = None
-    chosen: str | None = None
-    sets: tuple[str, ...] = ()
     if path.is_dir():
         files, config = _files_of_folder(path, file)
     else:
         files = [path]
         if file is not None and path.name != Path(file).name:
             raise UsageError(f"{source}: is a file, so source.file={file!r} cannot be chosen from it; leave it out")
+    return open_files(source, files, config, weights=weights)
+
+
+def open_files(
+    source: str,
+    files: Sequence[Path],
+    config: dict[str, Any] | None,
+    *,
+    weights: str = "auto",
+    revision: str | None = None,
+) -> Checkpoint:
+    """Open weight files, shards of one checkpoint or a single one: headers only. Arguments as of `open_checkpoint`."""
     if all(one.suffix == ".safetensors" for one in files):
-        tensors, read = _open_safetensors(files)
-        if weights != "auto":
-            raise UsageError(
-                f"{source}: holds one set of weights, so weights={weights!r} cannot be chosen; leave it out"
-            )
+        stored, chosen, sets = _open_safetensors(files), None, ()
+        refuse_choice(source, weights)
     else:
-        tensors, read, chosen, sets = _open_pickles(source, files, weights)
-    tensors, read = _strip_prefixes(tensors, read)
-    if not tensors:
+        stored, chosen, sets = _open_pickles(source, files, weights)
+    prefix = wrapper_prefix(stored.tensors)
+    stored = stored.without_prefix(prefix)
+    if not stored.tensors:
         raise LitconvertError(f"{source}: holds no tensors")
-    return Checkpoint(source, tuple(files), config, tensors, chosen, sets, revision, read)
+    return Checkpoint(source, config, stored.tensors, chosen, sets, revision, 0, lambda: stored)
+
+
+def refuse_choice(source: str, weights: str) -> None:
+    """Raise UsageError where a set of weights is asked for by name and there is only one."""
+    if weights != "auto":
+        raise UsageError(
+            f"{source}: holds one set of weights, so weights={weights!r} cannot be chosen; leave it out"
+        )
 
 
 def _files_of_folder(folder: Path, file: str | None) -> tuple[list[Path], dict[str, Any] | None]:
@@ -191,43 +263,105 @@ def _files_of_index(index: Path) -> list[Path]:
     return files
 
 
-def _open_safetensors(files: list[Path]) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:
+@lru_cache(maxsize=32)
+def _mapped(path: Path, nbytes: int, _modified: int, _inode: int) -> torch.UntypedStorage:
+    """The whole file in the address space: private, and not in memory before it is read. A changed file is another."""
+    return torch.UntypedStorage.from_file(str(path), shared=False, nbytes=nbytes)
+
+
+def read_extent(extent: Extent, info: TensorInfo, stride: tuple[int, ...] | None = None) -> Tensor:
+    """The tensor whose bytes are there, mapped from disk.
+
+    Raises OSError when the file no longer reaches that far: reading on would end the process.
+    """
+    if extent.nbytes == 0:
+        return torch.empty(info.shape, dtype=info.dtype)
+    status = extent.path.stat()
+    if extent.offset + extent.nbytes > status.st_size:
+        raise OSError(f"{extent.path} became shorter")
+    storage = _mapped(extent.path, status.st_size, status.st_mtime_ns, status.st_ino)
+    empty: Any = torch.empty(0, dtype=info.dtype)
+    strides = torch.empty(info.shape, device="meta").stride() if stride is None else stride
+    tensor: Tensor = empty.set_(storage[extent.offset : extent.offset + extent.nbytes], 0, info.shape, strides)
+    return tensor
+
+
+def _open_safetensors(files: Sequence[Path]) -> Stored:
     tensors: dict[str, TensorInfo] = {}
-    handles: dict[str, Any] = {}
+    extents: dict[str, Extent] = {}
     for path in files:
         try:
-            handle: Any = safe_open(path, framework="pt")
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                part = handle.get_slice(name)
-                dtype = DTYPES_OF_SAFETENSORS.get(part.get_dtype())
-                if dtype is None:
-                    raise LitconvertError(
-                        f"{path}: {name!r} is {part.get_dtype()}, which litconvert does not read; "
-                        "use the unquantised checkpoint"
-                    )
-                if name in tensors:
-                    raise LitconvertError(f"{path}: {name!r} is in two shards; download the checkpoint again")
-                tensors[name] = TensorInfo(tuple(part.get_shape()), dtype)
-                handles[name] = handle
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            # The library checks that the header is whole and that its offsets leave no gap and no overlap.
+            with safe_open(path, framework="pt") as handle:
+                names = list(handle.keys())
+            with path.open("rb") as file:
+                length = struct.unpack("<Q", file.read(8))[0]
+                header = json.loads(file.read(length))
+        except (SafetensorError, OSError, ValueError, RuntimeError, struct.error, RecursionError) as error:
             if cause := system_cause(error):
                 raise LitconvertError(f"cannot read {path}: {cause}") from error
             raise LitconvertError(
-                f"{path}: not a complete safetensors file ({str(error).splitlines()[0]}); it may be truncated: "
-                "download it again"
+                f"{path}: not a complete safetensors file ({(str(error).splitlines() or [''])[0]}); it may be "
+                "truncated: download it again"
             ) from error
-    return tensors, lambda name: cast(Tensor, handles[name].get_tensor(name))
+        for name in names:
+            info = info_of_header(str(path), name, header[name]["dtype"], header[name]["shape"])
+            if name in tensors:
+                raise LitconvertError(f"{path}: {name!r} is in two shards; download the checkpoint again")
+            tensors[name] = info
+            extents[name] = Extent(path, 8 + length + header[name]["data_offsets"][0], info.nbytes)
+    return Stored(tuple(files), tensors, lambda name: read_extent(extents[name], tensors[name]), extents.__getitem__)
 
 
-def _load_pickle(path: Path) -> Any:
-    """torch.load, weights only, mapped from disk where the format allows."""
+def info_of_header(path: str, name: str, dtype: str, shape: Sequence[int]) -> TensorInfo:
+    """A tensor's header, from safetensors' names.
+
+    Raises LitconvertError for a dtype that is none of ours.
+    """
+    if dtype not in DTYPES_OF_SAFETENSORS:
+        raise LitconvertError(
+            f"{path}: {name!r} is {dtype}, which litconvert does not read; use the unquantised checkpoint"
+        )
+    return TensorInfo(tuple(shape), DTYPES_OF_SAFETENSORS[dtype])
+
+
+def _is_zip(file: IO[bytes]) -> bool:
+    file.seek(0)
+    start = file.read(4)
+    file.seek(0)
+    return start == b"PK\x03\x04"
+
+
+def _check_zip(path: str, file: IO[bytes]) -> None:
+    """Refuse, from its directory alone, a zip that would unpack to more than it holds, or whose parts overlap its end."""
+    file.seek(0, os.SEEK_END)
+    size = file.tell()
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
+        raise LitconvertError(f"{path}: a compressed zip, which torch.save does not write; unpack or save it again")
+    if sum(entry.file_size for entry in entries) > size or any(
+        entry.header_offset + 30 + len(entry.filename) + entry.file_size > size for entry in entries
+    ):
+        raise LitconvertError(f"{path}: not a complete PyTorch file; it may be truncated or damaged: download it again")
+    file.seek(0)
+
+
+def load_pickle(path: str, file: IO[bytes], **options: Any) -> Any:
+    """torch.load, weights only, of a file that may come from anywhere.
+
+    Raises LitconvertError for what is no checkpoint, is damaged, or holds code.
+    """
     try:
-        with path.open("rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"
+        if _is_zip(file):
+            _check_zip(path, file)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
             # What torch warns of (old pickles, TorchScript) is read whole or refused below.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+            return torch.load(file, weights_only=True, **options)
+    except LitconvertError:
+        raise
     except pickle.UnpicklingError as error:
         remedy = "Save the state dict alone: torch.save(model.state_dict(), path)"
         if found := re.search(r"GLOBAL\s+([\w.]+)", str(error)):
@@ -248,62 +382,155 @@ def _load_pickle(path: Path) -> Any:
         ) from error
 
 
+def choose_set(source: str, path: str, content: Any, weights: str) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
+    """The state dict in what a pickle holds, which set of a training checkpoint it is, and which there are.
+
+    DiT's training checkpoints hold `ema` and `model`, PixArt's `state_dict_ema` and `state_dict`.
+    """
+    if not isinstance(content, dict):
+        raise LitconvertError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    found = {name: content[key] for key, name in _SETS.items() if isinstance(content.get(key), dict)}
+    if set(found) == {"state_dict"}:
+        content, found = found["state_dict"], {}
+    if "state_dict" in found:
+        found["model"] = found.pop("state_dict")
+    sets, chosen = tuple(name for name in ("ema", "model") if name in found), None
+    if sets:
+        chosen = sets[0] if weights == "auto" else weights
+        if chosen not in sets:
+            raise UsageError(f"{source}: has no {chosen!r} weights, only {', '.join(sets)}; choose with inherit.weights")
+        content = found[chosen]
+    else:
+        refuse_choice(source, weights)
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise LitconvertError(f"{path}: has the key {name!r}, not a name, so this is not a plain state dict")
+        if not isinstance(value, Tensor):
+            raise LitconvertError(
+                f"{path}: {name!r} is a {type(value).__name__}, not a tensor, so this is not a plain state dict"
+            )
+        if value.layout != torch.strided or value.is_quantized:
+            raise LitconvertError(f"{path}: {name!r} is sparse or quantised; use the plain checkpoint")
+    return content, chosen, sets
+
+
 def _open_pickles(
-    source: str, files: list[Path], weights: str
-) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor], str | None, tuple[str, ...]]:
-    state: dict[str, Tensor] = {}
+    source: str, files: Sequence[Path], weights: str
+) -> tuple[Stored, str | None, tuple[str, ...]]:
+    shards: dict[str, Stored] = {}
     chosen: str | None = None
     sets: tuple[str, ...] = ()
     for path in files:
-        content = _load_pickle(path)
-        if not isinstance(content, dict):
-            raise LitconvertError(f"{path}: holds a {type(content).__name__}, not a state dict")
-        sets = tuple(name for name in ("ema", "model") if isinstance(content.get(name), dict))
-        if sets:
-            chosen = sets[0] if weights == "auto" else weights
-            if chosen not in sets:
-                raise UsageError(
-                    f"{source}: has no {chosen!r} weights, only {', '.join(sets)}; choose with inherit.weights"
-                )
-            content = content[chosen]
-        elif weights != "auto":
-            raise UsageError(
-                f"{source}: holds one set of weights, so weights={weights!r} cannot be chosen; leave it out"
-            )
-        elif isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
-        for name, value in content.items():
-            if not isinstance(name, str):
-                raise LitconvertError(f"{path}: has the key {name!r}, not a name, so this is not a plain state dict")
-            if not isinstance(value, Tensor):
-                raise LitconvertError(
-                    f"{path}: {name!r} is a {type(value).__name__}, not a tensor, so this is not a plain state dict"
-                )
-            if value.layout != torch.strided or value.is_quantized:
-                raise LitconvertError(f"{path}: {name!r} is sparse or quantised; use the plain checkpoint")
-            if name in state:
+        shard, chosen, sets = _open_pickle(source, path, weights)
+        for name in shard.tensors:
+            if name in shards:
                 raise LitconvertError(f"{path}: {name!r} is in two shards; download the checkpoint again")
-            state[name] = value
+            shards[name] = shard
+    stored = Stored(
+        tuple(files),
+        {name: shard.tensors[name] for name, shard in shards.items()},
+        lambda name: shards[name].read(name),
+        lambda name: shards[name].extent(name),
+    )
+    return stored, chosen, sets
+
+
+def _open_pickle(source: str, path: Path, weights: str) -> tuple[Stored, str | None, tuple[str, ...]]:
+    try:
+        with path.open("rb") as file:
+            zipped = _is_zip(file)
+            content = load_pickle(str(path), file, map_location="meta" if zipped else "cpu")
+            records = _records(file) if zipped else {}
+    except OSError as error:
+        raise LitconvertError(f"cannot read {path}: {system_cause(error) or error}") from error
+    except (zipfile.BadZipFile, struct.error) as error:
+        raise LitconvertError(
+            f"{path}: not a complete PyTorch file ({error}); it may be truncated or damaged: download it again"
+        ) from error
+    state, chosen, sets = choose_set(source, str(path), content, weights)
+    places = {name: _place(path, value, records) for name, value in state.items()} if zipped else {}
+    if zipped and any(place is None for place in places.values()):
+        # Not as torch writes it, or tensors without values: read by torch alone, which knows every form.
+        with path.open("rb") as file:
+            _check_zip(str(path), file)
+        content = load_pickle_mapped(path)
+        state, chosen, sets = choose_set(source, str(path), content, weights)
+        places = {}
     tensors = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in state.items()}
-    return tensors, lambda name: state[name].detach(), chosen, sets
+
+    def read(name: str) -> Tensor:
+        place = places.get(name)
+        return state[name].detach() if place is None else read_extent(place, tensors[name], state[name].stride())
+
+    def extent(name: str) -> Extent | None:
+        return places.get(name) if state[name].is_contiguous() else None
+
+    return Stored((path,), tensors, read, extent), chosen, sets
 
 
-def _strip_prefixes(
-    tensors: dict[str, TensorInfo], read: Callable[[str], Tensor]
-) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:
-    """Remove what DDP, torch.compile and trainers put before every key."""
+def load_pickle_mapped(path: Path) -> Any:
+    """A zip checkpoint through torch.load's own mapping."""
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LitconvertError(
+            f"{path}: not a complete PyTorch file ({reason}); it may be truncated or damaged: download it again"
+        ) from error
+
+
+def _records(file: IO[bytes]) -> dict[int, int]:
+    """Where the bytes of each entry of a zip begin, and how many they are; empty for a big-endian checkpoint."""
+    records = {}
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                return {}
+            file.seek(entry.header_offset + 26)
+            name_length, extra_length = struct.unpack("<HH", file.read(4))
+            records[entry.header_offset + 30 + name_length + extra_length] = entry.file_size
+    return records
+
+
+def _place(path: Path, tensor: Tensor, records: Mapping[int, int]) -> Extent | None:
+    """Where a tensor's values are, from the offset that torch notes on a storage it did not load.
+
+    None when that offset is not one of the zip's entries, or the tensor does not lie within it.
+    """
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None or offset not in records:
+        return None
+    # From the first to the last element, in whatever order the strides visit them.
+    span = 1 + sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride(), strict=True))
+    nbytes = (span if tensor.numel() else 0) * tensor.dtype.itemsize
+    start = tensor.storage_offset() * tensor.dtype.itemsize
+    return Extent(path, offset + start, nbytes) if start + nbytes <= records[offset] else None
+
+
+def wrapper_prefix(names: Mapping[str, Any]) -> str:
+    """What DDP, torch.compile and trainers put before every key."""
     prefix = ""
-    while tensors and (found := next((p for p in WRAPPER_PREFIXES if all(k.startswith(p) for k in tensors)), None)):
-        tensors = {name.removeprefix(found): info for name, info in tensors.items()}
+    while names and (
+        found := next((one for one in WRAPPER_PREFIXES if all(name.startswith(prefix + one) for name in names)), None)
+    ):
         prefix += found
-    return tensors, lambda name: read(prefix + name)
+    return prefix
+
+
+Produce = Callable[[str], Tensor | Extent]
+Metadata = Mapping[str, str] | Callable[[], Mapping[str, str]]
+# Room in the header for metadata that is known only after the last tensor.
+METADATA_ROOM = 1024
+_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
 
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, TensorInfo],
-    produce: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
+    produce: Produce,
+    metadata: Metadata,
     *,
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> None:
@@ -312,27 +539,117 @@ def write_safetensors(
     Args:
         path: the file.
         tensors: header of every tensor, in the order of the file.
-        produce: values by name, of that shape; cast to that dtype.
-        metadata: strings for the header.
+        produce: values by name, of that shape, which are cast to that dtype; or the extent that holds just those bytes,
+            which is copied from file to file.
+        metadata: strings for the header; a function is asked for them after the last tensor.
         on_tensor: called after each tensor.
+
+    Raises LitconvertError when a file that is copied from became shorter meanwhile.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, info in tensors.items():
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.nbytes],
-        }
-        offset += info.nbytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+
+    def encode(strings: Mapping[str, str]) -> bytes:
+        header: dict[str, Any] = {"__metadata__": dict(strings)}
+        offset = 0
         for name, info in tensors.items():
-            tensor = produce(name).to(info.dtype).contiguous()
-            assert tuple(tensor.shape) == info.shape, name
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            header[name] = {
+                "dtype": SAFETENSORS_DTYPES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [offset, offset + info.nbytes],
+            }
+            offset += info.nbytes
+        return json.dumps(header, separators=(",", ":")).encode()
+
+    length = len(encode({})) + METADATA_ROOM if callable(metadata) else len(encode(metadata))
+    length += -length % 8
+    total = 8 + length + sum(info.nbytes for info in tensors.values())
+    with path.open("w+b", buffering=0) as file:
+        descriptor = file.fileno()
+        with suppress(AttributeError):  # not on every system
+            try:
+                # A full disk shows here, before anything is copied.
+                os.posix_fallocate(descriptor, 0, total)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        position = 8 + length
+        for name, info in tensors.items():
+            value = produce(name)
+            if isinstance(value, Extent):
+                assert value.nbytes == info.nbytes, name
+                _copy(value, descriptor, position)
+            else:
+                tensor = value.to(info.dtype).contiguous()
+                assert tuple(tensor.shape) == info.shape, name
+                _write(descriptor, memoryview(tensor.view(-1).view(torch.uint8).numpy()), position)
+            position += info.nbytes
             on_tensor(name)
-        file.flush()
-        os.fsync(file.fileno())
+        encoded = encode(metadata() if callable(metadata) else metadata)
+        assert len(encoded) <= length, "the metadata is longer than the room for it"
+        _write(descriptor, memoryview(struct.pack("<Q", length) + encoded.ljust(length)), 0)
+        os.fsync(descriptor)
+
+
+def _write(descriptor: int, data: memoryview, position: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, position)
+        data, position = data[count:], position + count
+
+
+def _copy(extent: Extent, descriptor: int, position: int) -> None:
+    """Copy bytes from file to file, inside the kernel where it can."""
+    source, remaining = extent.offset, extent.nbytes
+    with extent.path.open("rb", buffering=0) as file:
+        in_kernel, buffer = hasattr(os, "copy_file_range"), memoryview(b"")
+        while remaining:
+            if in_kernel:
+                try:
+                    count = os.copy_file_range(file.fileno(), descriptor, remaining, source, position)
+                except OSError as error:
+                    if error.errno not in _CANNOT_COPY:
+                        raise
+                    in_kernel = False
+                    continue
+            else:
+                buffer = buffer or memoryview(bytearray(min(remaining, 1 << 22)))
+                count = os.preadv(file.fileno(), [buffer[:remaining]], source)
+                _write(descriptor, buffer[:count], position)
+            if count == 0:
+                raise LitconvertError(f"{extent.path} became shorter while it was read; restore it and try again")
+            source, position, remaining = source + count, position + count, remaining - count
+
+
+def write_weights(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, TensorInfo],
+    produce: Produce,
+    metadata: Metadata,
+    *,
+    max_shard_bytes: int,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> list[Path]:
+    """Write STEM.safetensors or, above `max_shard_bytes`, shards of at most that (or of one tensor) and their index.
+
+    Names and index are those that diffusers reads. Arguments as of `write_safetensors`. Returns the files.
+    """
+    shards: list[dict[str, TensorInfo]] = [{}]
+    filled = 0
+    for name, info in tensors.items():
+        if shards[-1] and filled + info.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = info
+        filled += info.nbytes
+    if len(shards) == 1:
+        path = folder / f"{stem}.safetensors"
+        write_safetensors(path, tensors, produce, metadata, on_tensor=on_tensor)
+        return [path]
+    paths = [folder / f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for path, shard in zip(paths, shards, strict=True):
+        write_safetensors(path, shard, produce, metadata, on_tensor=on_tensor)
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
+        "weight_map": {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard},
+    }
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return paths

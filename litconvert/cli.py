@@ -27,6 +27,9 @@ SourceArgument = Annotated[
     typer.Argument(metavar="SRC", help="File, folder, Hub id (owner/name) or asset:NAME. Default: the recipe's."),
 ]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Name, file or Hub id of a recipe.")]
+OwnRecipeOption = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="Default: the packaged one for what the source is.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key. May be repeated.")
 ]
@@ -77,23 +80,25 @@ def inspect(
     """
     from litconvert.conversion import with_source
     from litconvert.recipe import resolve, resolve_data
-    from litconvert.sources import check_values, describe, open_source
+    from litconvert.sources import describe, examine, open_source
 
     given = _overrides(sets, num_attention_heads, sample_size)
     resolved = resolve(recipe, given) if recipe else resolve_data({}, given, "command line")
     settings = with_source(resolved, source).recipe
     opened = open_source(settings.source, settings.inherit.weights)
-    facts = check_values(opened) if weights else []
+    findings = examine(opened) if weights else None
     if as_json:
-        console.data(describe(opened, facts))
+        console.data(describe(opened, findings))
     else:
-        console.show_source(opened, facts)
+        console.show_source(opened, findings)
+    if findings and findings.broken:
+        raise LitconvertError(f"{source}: cannot be used: {'; '.join(findings.broken)}")
 
 
 @app.command()
 def plan(
     source: SourceArgument = None,
-    recipe: RecipeOption = "dit-xl-2-256",
+    recipe: OwnRecipeOption = None,
     sets: SetOption = None,
     num_attention_heads: HeadsOption = None,
     sample_size: SizeOption = None,
@@ -116,12 +121,16 @@ def plan(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.")],
-    out: Annotated[Path, typer.Argument(help="The model directory to write.")],
-    recipe: RecipeOption = "dit-xl-2-256",
+    out: Annotated[Path, typer.Argument(help="The model directory to write; with --to original a file.")],
+    recipe: OwnRecipeOption = None,
     sets: SetOption = None,
     num_attention_heads: HeadsOption = None,
     sample_size: SizeOption = None,
     seed: SeedOption = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="original or diffusers: write the same weights in that layout; nothing is replaced."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -130,11 +139,17 @@ def convert(
     """Replace softmax attention by fresh linear attention; inherit the rest.
 
     Example: litconvert convert DiT-XL-2-256x256.pt lit-xl --recipe dit-xl-2-256
+
+    Example: litconvert convert PixArt-Sigma-XL-2-1024-MS.pth sigma --to diffusers
     """
     from litconvert import conversion
 
     console.be_quiet(quiet)
-    made = conversion.plan(source, recipe, _overrides(sets, num_attention_heads, sample_size, seed))
+    given = _overrides(sets, num_attention_heads, sample_size, seed)
+    if to is not None:
+        _rewrite(source, out, recipe, given, to, dry_run=dry_run, force=force)
+        return
+    made = conversion.plan(source, recipe, given)
     if not dry_run:
         with console.progress("convert") as show:
             total, done = made.totals["student_tensors_stored"], [0]
@@ -149,6 +164,32 @@ def convert(
     else:
         console.show_plan(made)
     console.note(f"nothing written (--dry-run); would write {out}" if dry_run else f"written: {out}")
+
+
+def _rewrite(
+    source: str, out: Path, recipe: str | None, overrides: list[str], to: str, *, dry_run: bool, force: bool
+) -> None:
+    """`convert --to`: the source's own weights in another layout."""
+    from litconvert.conversion import with_source
+    from litconvert.recipe import resolve, resolve_data
+    from litconvert.relayout import TARGETS, write_layout
+    from litconvert.sources import open_source
+
+    if to not in TARGETS:
+        raise UsageError(f"--to {to}: there are {' and '.join(TARGETS)}")
+    resolved = resolve(recipe, overrides) if recipe else resolve_data({}, overrides, "command line")
+    settings = with_source(resolved, source).recipe
+    opened = open_source(settings.source, settings.inherit.weights)
+    with console.progress("write") as show:
+        left_out, total = write_layout(
+            opened, out, to, force=force, dry_run=dry_run, on_tensor=lambda done, total: show(done, total, "")
+        )
+    for name in left_out:
+        console.note(f"left out, the {to} layout has no place for it: {name}")
+    for text in opened.reading.unsure:
+        console.note(f"assumed: {text}")
+    console.note(f"nothing written (--dry-run); would write {total} tensors" if dry_run else f"{total} tensors")
+    console.line(str(out))
 
 
 @latents_app.command("synthesize")
@@ -211,7 +252,22 @@ def sample(
     classes: Annotated[
         str | None, typer.Option("--classes", help="Labels, such as 0,3,7; cycled. Default: all.")
     ] = None,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", help="ddpm, ddim or dpm-solver++.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Caption to draw (sample.prompts). May be repeated.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", help="Caption to lead away from (sample.negative_prompt).")
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option("--embeddings", help="Encoded captions (safetensors: features, mask) instead of prompts; no T5."),
+    ] = None,
+    save_embeddings: Annotated[
+        Path | None, typer.Option("--save-embeddings", help="Write the encoded captions for --embeddings.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="ddpm, ddim or dpm-solver++; flow-euler for velocity (SiT).")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Of the scheduler.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")] = None,
     guidance_channels: Annotated[
@@ -249,6 +305,10 @@ def sample(
             recipe=recipe,
             overrides=given,
             classes=classes,
+            prompts=prompts or (),
+            negative_prompt=negative_prompt,
+            embeddings=embeddings,
+            save_embeddings=save_embeddings,
             npz=npz,
             latents=latents,
             num_attention_heads=num_attention_heads,

@@ -18,7 +18,7 @@ from litconvert.errors import LitconvertError, system_cause
 if TYPE_CHECKING:
     from litconvert.conversion import ConversionPlan
     from litconvert.line import LineResult
-    from litconvert.sources import OpenSource
+    from litconvert.sources import Findings, OpenSource
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -104,19 +104,19 @@ def size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
-def show_source(source: "OpenSource", values: Sequence[str] = ()) -> None:
-    """What a checkpoint is."""
-    reading, checkpoint = source.reading, source.checkpoint
-    weights = f"{checkpoint.weights} (of {', '.join(checkpoint.sets)})" if checkpoint.weights else "the only set"
-    parameters = sum(checkpoint.tensors[name].numel for name in checkpoint.tensors)
-    config = reading.config
+def show_source(source: "OpenSource", findings: "Findings | None" = None) -> None:
+    """What a checkpoint is, and with `findings` what its values showed."""
+    from litconvert.sources import describe
+
+    facts = describe(source)
+    config = facts["config"]
+    weights = f"{facts['weights']} (of {', '.join(facts['sets'])})" if facts["weights"] else "the only set"
+    side = config["sample_size"]
     rows = [
-        ("recognised as", f"{reading.family}, {reading.layout} layout, because {reading.because}"),
+        ("recognised as", f"{facts['title']}, {facts['layout']} layout, because {facts['because']}"),
         ("weights", weights),
-        (
-            "tensors",
-            f"{len(checkpoint.tensors)}, {count(parameters)} numbers, {str(source.dtype()).removeprefix('torch.')}",
-        ),
+        ("tensors", f"{facts['tensors']}, {size(facts['bytes'])}, {facts['dtype']}"),
+        ("parameters", count(facts["parameters"])),
         (
             "size",
             f"{config['num_layers']} layers, width {config['hidden_size']}, {config['num_attention_heads']} heads",
@@ -124,14 +124,25 @@ def show_source(source: "OpenSource", values: Sequence[str] = ()) -> None:
         ("attention", _attention(config["attention"])),
         (
             "latent",
-            f"{config['in_channels']} x {config['sample_size']} x {config['sample_size']}, "
-            f"patch {config['patch_size']}, {config['out_channels']} output channels",
+            f"{config['in_channels']} x {side} x {side}, patch {config['patch_size']}, "
+            f"{config['out_channels']} output channels",
         ),
-        ("classes", f"{config['num_classes']}{' and a null class' if config['null_class'] else ''}"),
-        *(("assumed", text) for text in reading.unsure),
-        *(("values", text) for text in values),
+        ("condition", _condition(config)),
+        *(("assumed", text) for text in facts["unsure"]),
     ]
-    table(("", ""), rows, title=checkpoint.source)
+    if findings is not None:
+        rows += [("values", text) for text in findings.facts]
+        rows += [("looks wrong", text) for text in (*findings.odd, *findings.broken)]
+    table(("", ""), rows, title=facts["path"])
+
+
+def _condition(config: Mapping[str, Any]) -> str:
+    if config["caption_channels"] is None:
+        return f"{config['num_classes']} classes{' and a null class' if config['null_class'] else ''}"
+    text = f"captions of up to {config['caption_tokens']} tokens, {config['caption_channels']} channels"
+    text += ", null caption stored" if config["null_caption"] else ", no null caption stored"
+    text += ", micro-conditions" if config["micro_conditions"] else ""
+    return f"{text}, positions interpolated by {config['interpolation_scale']:g}"
 
 
 def _attention(kinds: Sequence[str]) -> str:

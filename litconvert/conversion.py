@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,15 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from litconvert.checkpoints import TensorInfo
+from litconvert.checkpoints import Extent, TensorInfo
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.families import Origin
+from litconvert.families.key_table import Origin
 from litconvert.files import digest_of, require_space, whole_directory, write_whole
 from litconvert.model_directory import FORMAT_VERSION, already_done, versions, write_model_directory
-from litconvert.modeling_lit import count_macs
-from litconvert.recipe import Recipe, ResolvedRecipe, Source, read_recorded, resolve
-from litconvert.shapes import model_tensors
-from litconvert.sources import OpenSource, describe, open_source
+from litconvert.packaged import recipe_of
+from litconvert.recipe import Recipe, ResolvedRecipe, Source, read_recorded, resolve, resolve_data
+from litconvert.shapes import count_macs, count_parameters, model_tensors
+from litconvert.sources import OpenSource, all_finite, describe, open_source
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Fate = Literal["inherited", "fresh", "recomputed", "dropped"]
@@ -91,8 +92,7 @@ class ConversionPlan:
     def totals(self) -> dict[str, int]:
         """Tensors and parameters of both sides, with and without the fixed position embedding."""
         fixed = sum(entry.numel for entry in self.entries if entry.fate == "recomputed")
-        student = sum(entry.numel for entry in self.entries if entry.fate in ("inherited", "fresh"))
-        teacher = sum(info.numel for info in model_tensors(self.source.reading.config).values())
+        student, teacher = count_parameters(self.config), count_parameters(self.source.reading.config)
         return {
             "source_tensors": len(self.source.checkpoint.tensors),
             "student_tensors": sum(entry.target is not None for entry in self.entries),
@@ -141,49 +141,54 @@ class ConversionPlan:
 
 
 def student_config(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The source's config with its attention replaced as the recipe says.
+    """The source's config with its attention replaced as the recipe says. Linear layers of the source stay as they are.
 
-    Raises UsageError for layers that do not exist and heads that do not divide the width.
+    Raises UsageError for layers that do not exist, heads that do not divide the width, and linear layers other than the
+    source's own.
     """
     student, num_layers = recipe.student, config["num_layers"]
-    if "linear" in config["attention"]:
-        raise UsageError("the source has linear layers already; convert starts from a softmax model")
-    missing = [layer for layer in student.softmax_layers if layer >= num_layers]
-    if missing:
-        raise UsageError(
-            f"student.softmax_layers names layer {missing[0]}, but the source has layers 0 to {num_layers - 1}"
-        )
-    kinds = ["softmax" if layer in student.softmax_layers else "linear" for layer in range(num_layers)]
-    if "linear" in kinds and config["hidden_size"] % student.num_attention_heads:
-        raise UsageError(
-            f"student.num_attention_heads={student.num_attention_heads} does not divide the width "
-            f"{config['hidden_size']}; set one that does (--set student.num_attention_heads=N)"
-        )
-    return {
-        **config,
-        "attention": kinds,
+    wanted = {
         "linear_num_heads": student.num_attention_heads,
         "linear_kernel": student.kernel,
         "linear_conv_size": student.conv_size,
         "linear_eps": student.eps,
     }
+    if "linear" in config["attention"]:
+        for key, value in wanted.items():
+            if config[key] != value:
+                setting = key.removeprefix("linear_").replace("num_heads", "num_attention_heads")
+                raise UsageError(
+                    f"the source has linear layers already, with {key}={config[key]}, and student.{setting} is {value}; "
+                    f"go on with its own (--set student.{setting}={config[key]}), or start from a softmax model"
+                )
+    missing = [layer for layer in student.softmax_layers if layer >= num_layers]
+    if missing:
+        raise UsageError(
+            f"student.softmax_layers names layer {missing[0]}, but the source has layers 0 to {num_layers - 1}"
+        )
+    kinds = [kind if layer in student.softmax_layers else "linear" for layer, kind in enumerate(config["attention"])]
+    if "linear" in kinds and config["hidden_size"] % student.num_attention_heads:
+        raise UsageError(
+            f"student.num_attention_heads={student.num_attention_heads} does not divide the width "
+            f"{config['hidden_size']}; set one that does (--set student.num_attention_heads=N)"
+        )
+    return {**config, **wanted, "attention": kinds}
 
 
-def _inherits(name: str, kinds: Sequence[str], inherited: Sequence[str]) -> bool:
-    """Whether a student tensor that the source has is taken over."""
+def _inherits(name: str, source: Sequence[str], student: Sequence[str], inherited: Sequence[str]) -> bool:
+    """Whether a student tensor that the source has is taken over; `source` and `student` are the kinds of layers."""
     if ".attn." not in name:
         return True
     _, layer, _, projection, _ = name.split(".")
-    return (
-        kinds[int(layer)] == "softmax"
-        or {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o"}[projection] in inherited
-    )
+    if source[int(layer)] == student[int(layer)]:  # a layer that keeps its kind of attention keeps all of it
+        return True
+    return {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o"}[projection] in inherited
 
 
 def plan_conversion(source: OpenSource, recipe: Recipe) -> ConversionPlan:
     """The plan, from headers alone."""
     config = student_config(source.reading.config, recipe)
-    kinds, checkpoint = config["attention"], source.checkpoint
+    kinds, checkpoint = (source.reading.config["attention"], config["attention"]), source.checkpoint
     wanted = recipe.student.dtype
 
     def name_of(dtype: torch.dtype) -> str:
@@ -200,7 +205,7 @@ def plan_conversion(source: OpenSource, recipe: Recipe) -> ConversionPlan:
     taken = set()
     for name, info in model_tensors(config).items():
         origin = source.reading.origins.get(name)
-        if origin is not None and _inherits(name, kinds, recipe.inherit.attention):
+        if origin is not None and _inherits(name, *kinds, recipe.inherit.attention):
             taken.add(name)
             dtype = wanted or name_of(checkpoint.tensors[origin.names[0]].dtype)
             if dtype not in DTYPES:
@@ -220,14 +225,20 @@ def plan_conversion(source: OpenSource, recipe: Recipe) -> ConversionPlan:
     return ConversionPlan(source, recipe, config, tuple(entries))
 
 
-def plan(source: str | Path | None, recipe: str, overrides: Sequence[str] = ()) -> ConversionPlan:
+def plan(source: str | Path | None, recipe: str | None = None, overrides: Sequence[str] = ()) -> ConversionPlan:
     """Plan a conversion: headers are read, weights are not.
 
     Args:
         source: file, folder, Hub id or `asset:NAME`; None: the recipe's.
-        recipe: name or path.
+        recipe: name or path; None: the packaged one for what the source is, or else the defaults.
         overrides: `key=value`, over the recipe.
     """
+    if recipe is None:
+        bare = with_source(resolve_data({}, overrides, "command line"), source)
+        opened = open_source(bare.recipe.source, bare.recipe.inherit.weights)
+        recipe = recipe_of(opened.reading.family, opened.reading.config)
+        if recipe is None:
+            return plan_conversion(opened, bare.recipe)
     resolved = with_source(resolve(recipe, overrides), source)
     return plan_conversion(open_source(resolved.recipe.source, resolved.recipe.inherit.weights), resolved.recipe)
 
@@ -278,7 +289,7 @@ def conversion_digest(plan: ConversionPlan, sha256: str) -> str:
 def convert(
     source: str | Path | None,
     out: str | Path,
-    recipe: str,
+    recipe: str | None = None,
     overrides: Sequence[str] = (),
     *,
     force: bool = False,
@@ -305,30 +316,52 @@ def carry_out(
     place, files = out.resolve(), [file.resolve() for file in plan.source.checkpoint.files]
     if any(place in (file, *file.parents) for file in files):
         raise UsageError(f"{out} is or holds the source itself; choose another path")
-    sha256 = plan.source.checkpoint.sha256()
-    digest = conversion_digest(plan, sha256)
-    recipe = _with_absolute_sources(plan.recipe)
-    if already_done(out, digest, force=force):
-        # The weights are those of these inputs; what comes after them in the recipe may have changed.
-        recorded = read_recorded(out / "recipe.yaml").model_copy(update={"source": recipe.source})
-        if recorded != recipe:
-            write_whole(out / "recipe.yaml", recipe.to_yaml())
-        return out
-    require_space(out.parent, plan.totals["student_bytes"])
-    plan.source.check_recomputed()
-    for name in _unread(plan):
-        plan.source.values(name)
-    written = [entry for entry in plan.entries if entry.fate in ("inherited", "fresh")]
-    fates = {entry.target: entry.fate for entry in written}
+    checkpoint, recipe = plan.source.checkpoint, _with_absolute_sources(plan.recipe)
+    # The digest is reading and arithmetic: on a second core it costs the copying no time.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        hashing = pool.submit(checkpoint.sha256)
 
-    tensors = {str(entry.target): TensorInfo(entry.shape, DTYPES[entry.dtype]) for entry in written}
+        def digest() -> str:
+            return conversion_digest(plan, hashing.result())
 
-    def produce(name: str) -> Tensor:
-        if fates[name] == "inherited":
-            return _cast(plan.source.values(name), tensors[name].dtype, name)
-        return fresh_tensor(name, tensors[name], plan.recipe.seed, plan.recipe.student.conv_size)
+        if out.exists() and already_done(out, digest(), force=force):
+            # The weights are those of these inputs; what comes after them in the recipe may have changed.
+            recorded = read_recorded(out / "recipe.yaml").model_copy(update={"source": recipe.source})
+            if recorded != recipe:
+                write_whole(out / "recipe.yaml", recipe.to_yaml())
+            return out
+        require_space(out.parent, plan.totals["student_bytes"])
+        plan.source.check_recomputed()
+        for name in _unread(plan):
+            plan.source.values(name)
+        written = [entry for entry in plan.entries if entry.fate in ("inherited", "fresh")]
+        fates = {entry.target: entry.fate for entry in written}
+        tensors = {str(entry.target): TensorInfo(entry.shape, DTYPES[entry.dtype]) for entry in written}
 
-    provenance = {
+        def produce(name: str) -> Tensor | Extent:
+            if fates[name] == "fresh":
+                return fresh_tensor(name, tensors[name], plan.recipe.seed, plan.recipe.student.conv_size)
+            value = plan.source.values(name)
+            # Checked above; what stays as it is goes from file to file, without passing through memory.
+            extent = plan.source.extent(name) if value.dtype == tensors[name].dtype else None
+            return extent or _cast(value, tensors[name].dtype, name)
+
+        with whole_directory(out) as folder:
+            write_model_directory(
+                folder,
+                config=plan.config,
+                tensors=tensors,
+                produce=produce,
+                recipe=recipe,
+                provenance=lambda: _provenance(plan, recipe, digest(), hashing.result()),
+                on_tensor=on_tensor,
+            )
+    return out
+
+
+def _provenance(plan: ConversionPlan, recipe: Recipe, digest: str, sha256: str) -> dict[str, Any]:
+    """litconvert.json of a converted student."""
+    return {
         "format": FORMAT_VERSION,
         "digest": digest,
         "source": {
@@ -345,23 +378,12 @@ def carry_out(
         "seed": plan.recipe.seed,
         "metrics": {},
     }
-    with whole_directory(out) as folder:
-        write_model_directory(
-            folder,
-            config=plan.config,
-            tensors=tensors,
-            produce=produce,
-            recipe=recipe,
-            provenance=provenance,
-            on_tensor=on_tensor,
-        )
-    return out
 
 
 def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The value in another dtype. Raises LitconvertError where that turns a finite number into infinity."""
     result = value.to(dtype)
-    if dtype != value.dtype and not torch.isfinite(result).all():
+    if dtype != value.dtype and not all_finite(result):
         raise LitconvertError(
             f"{name} holds values up to {value.abs().max().item():.3g}, beyond {str(dtype).removeprefix('torch.')}; "
             "set student.dtype=bfloat16 or float32"

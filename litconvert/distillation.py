@@ -268,5 +268,5 @@ def _write_result(
             tensors=tensors,
             produce=lambda name: state[name].cpu(),
             recipe=recipe,
-            provenance=result,
+            provenance=lambda: result,
         )

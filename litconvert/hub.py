@@ -1,11 +1,30 @@
 """Reading from the Hub: which files of a repository are wanted, and what goes wrong, in sentences."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from litconvert.checkpoints import WEIGHT_SUFFIXES
+from litconvert.checkpoints import (
+    WEIGHT_SUFFIXES,
+    Checkpoint,
+    Stored,
+    TensorInfo,
+    choose_set,
+    info_of_header,
+    load_pickle,
+    open_checkpoint,
+    refuse_choice,
+    wrapper_prefix,
+)
 from litconvert.errors import LitconvertError, UsageError, did_you_mean, system_cause
+from litconvert.files import read_json
+
+# A zip's directory and the pickle in it are read in pieces of this size.
+REMOTE_BLOCK_BYTES = 1 << 16
 
 
 @contextmanager
@@ -63,27 +82,100 @@ def download(repo_id: str, filename: str, *, revision: str | None) -> Path:
         return Path(hf_hub_download(repo_id, filename, revision=revision))
 
 
-def download_weights(repo_id: str, revision: str | None, file: str | None) -> tuple[Path, str]:
-    """The transformer of a Hub repository: its folder (or the one file) in the cache, and the commit.
+def open_hub_checkpoint(
+    source: str, repo_id: str, revision: str | None, file: str | None, weights: str
+) -> Checkpoint:
+    """The transformer of a Hub repository: headers now, the files it needs when the first value is read.
 
     Where the Hub cannot be reached, what an earlier download left in the cache is used.
+
+    Args:
+        source: what the user named.
+        repo_id, revision, file, weights: as for `open_checkpoint`.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+    def opened(root: str) -> Checkpoint:
+        local = open_checkpoint(str(_cached_weights(Path(root), file)), weights=weights)
+        return replace(local, source=source, revision=Path(root).name)
 
     with hub_errors(repo_id):
         try:
-            info = HfApi().model_info(repo_id, revision=revision)
+            info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         except HfHubHTTPError:
             raise
         except (HTTPError, OfflineModeIsEnabled):
             # No file has this name: nothing is asked for but the folder.
-            root = snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns="no such file")
-            return _cached_weights(Path(root), file), Path(root).name
-        patterns = _wanted_files(repo_id, {sibling.rfilename for sibling in info.siblings or ()}, file)
-        # By the name asked for, not by the commit: so the cache knows it by that name when there is no network.
-        root = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
-        return _cached_weights(Path(root), file), Path(root).name
+            return opened(
+                snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns="no such file")
+            )
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        patterns = _wanted_files(repo_id, set(sizes), file)
+        wanted = [name for name in sizes if any(fnmatch(name, pattern) for pattern in patterns)]
+        holders = [name for name in wanted if Path(name).suffix in WEIGHT_SUFFIXES]
+        missing = [
+            name for name in holders if not isinstance(try_to_load_from_cache(repo_id, name, revision=info.sha), str)
+        ]
+
+        def fetch() -> Checkpoint:
+            # By the name asked for, not by the commit: so the cache knows it by that name when there is no network.
+            return opened(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+
+        headers = _remote_headers(source, repo_id, str(info.sha), holders, weights) if missing else None
+        if headers is None:
+            return fetch()
+        tensors, chosen, sets = headers
+        small = [Path(download(repo_id, name, revision=revision)) for name in wanted if name not in holders]
+        config = next((read_json(path) for path in small if path.name == "config.json"), None)
+
+    @cache
+    def stored() -> Stored:
+        with hub_errors(repo_id):
+            local = fetch()
+        if dict(local.tensors) != tensors:
+            raise LitconvertError(f"{source}: changed on the Hub meanwhile; run the command again")
+        return local.stored()
+
+    size = sum(sizes[name] for name in missing)
+    return Checkpoint(source, config, tensors, chosen, sets, info.sha, size, stored)
+
+
+def _remote_headers(
+    source: str, repo_id: str, commit: str, names: Sequence[str], weights: str
+) -> tuple[dict[str, TensorInfo], str | None, tuple[str, ...]] | None:
+    """Shape and dtype of every tensor of these files, without their values; the set that is chosen, and all there are.
+
+    None for a pickle in the old form, which has no directory and must be read whole.
+    """
+    from huggingface_hub import HfApi, HfFileSystem
+
+    tensors: dict[str, TensorInfo] = {}
+    chosen: str | None = None
+    sets: tuple[str, ...] = ()
+    if all(name.endswith(".safetensors") for name in names):
+        refuse_choice(source, weights)
+    for name in names:
+        place = f"{repo_id}/{name}"
+        found: dict[str, Any]
+        if name.endswith(".safetensors"):
+            header = HfApi().parse_safetensors_file_metadata(repo_id, name, revision=commit)
+            found = {key: info_of_header(place, key, info.dtype, info.shape) for key, info in header.tensors.items()}
+        else:
+            files = HfFileSystem()
+            with files.open(f"{repo_id}@{commit}/{name}", "rb", block_size=REMOTE_BLOCK_BYTES) as file:
+                if file.read(4) != b"PK\x03\x04":
+                    return None
+                state, chosen, sets = choose_set(source, place, load_pickle(place, file, map_location="meta"), weights)
+            found = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in state.items()}
+        for key, value in found.items():
+            if key in tensors:
+                raise LitconvertError(f"{place}: {key!r} is in two shards; the repository is damaged")
+            tensors[key] = value
+    if not tensors:
+        raise LitconvertError(f"{source}: holds no tensors")
+    prefix = wrapper_prefix(tensors)
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}, chosen, sets
 
 
 def _cached_weights(root: Path, file: str | None) -> Path:

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from litconvert.checkpoints import TensorInfo, write_safetensors
+from litconvert.checkpoints import Extent, TensorInfo, write_weights
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import read_json
 from litconvert.recipe import Recipe
 
 FORMAT_VERSION = 1
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+WEIGHTS_STEM = "diffusion_pytorch_model"
 
 
 def versions() -> dict[str, str]:
@@ -30,12 +30,15 @@ def write_model_directory(
     *,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
-    produce: Callable[[str], Tensor],
+    produce: Callable[[str], Tensor | Extent],
     recipe: Recipe,
-    provenance: Mapping[str, Any],
+    provenance: Callable[[], Mapping[str, Any]],
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Fill a (temporary) folder as a model directory: config, weights, the model's source, recipe and provenance."""
+    """Fill a (temporary) folder as a model directory: config, weights, the model's source, recipe and provenance.
+
+    `provenance` is asked for after the last tensor, so that its digests can be computed meanwhile.
+    """
     header = {
         "_class_name": "LiTTransformer2DModel",
         "_diffusers_version": version("diffusers"),
@@ -45,9 +48,26 @@ def write_model_directory(
     model_source = Path(__file__).with_name("modeling_lit.py").read_text()
     (folder / "modeling_lit.py").write_text(model_source)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    (folder / "litconvert.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    metadata = {"format": "pt", "litconvert": str(provenance["digest"])}
-    write_safetensors(folder / WEIGHTS_NAME, tensors, produce, metadata, on_tensor=on_tensor)
+    write_weights(
+        folder,
+        WEIGHTS_STEM,
+        tensors,
+        produce,
+        lambda: {"format": "pt", "litconvert": str(provenance()["digest"])},
+        max_shard_bytes=recipe.student.max_shard_bytes,
+        on_tensor=on_tensor,
+    )
+    (folder / "litconvert.json").write_text(json.dumps(provenance(), indent=2) + "\n")
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """The weight files of a model directory: one, or shards with their index; empty when some are missing."""
+    whole, index = folder / f"{WEIGHTS_STEM}.safetensors", folder / f"{WEIGHTS_STEM}.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+    shards = [folder / str(name) for name in sorted(names)]
+    return [index, *shards] if shards and all(shard.is_file() for shard in shards) else []
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -77,7 +97,8 @@ def already_done(out: Path, digest: str, *, force: bool) -> bool:
     except LitconvertError:
         found = None
     if found == digest:
-        if not all((out / name).is_file() for name in (WEIGHTS_NAME, "config.json", "modeling_lit.py", "recipe.yaml")):
+        others = ("config.json", "modeling_lit.py", "recipe.yaml")
+        if not weights_of(out) or not all((out / name).is_file() for name in others):
             raise LitconvertError(f"{out} is incomplete: a file was taken out of it; make it again with --force")
         return True
     if out.is_dir() and not any(out.iterdir()):

@@ -1,16 +1,17 @@
-"""LiTTransformer2DModel: a class-conditional diffusion transformer whose layers attend with softmax or linearly.
+"""LiTTransformer2DModel: a diffusion transformer of classes or captions, whose layers attend with softmax or linearly.
 
 Teacher, student and hybrids are this one class; a layer's attention is a word in the config. The file needs torch and
 diffusers only, and is shipped beside the weights, so a published model loads where litconvert is not installed.
 
-Shapes in comments: N batch, T tokens, D width, C latent channels, H and W the latent's height and width, p patch size.
+Shapes in comments: N batch, T tokens, D width, C latent channels, H and W the latent's height and width, p patch size,
+L caption tokens.
 """
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,38 +23,51 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-ATTENTION_KINDS = ("linear", "softmax")
+ATTENTION_KINDS = ("linear", "softmax", "kv_compress")
 CONV_SIZES = (0, 3, 5, 7)
+PREDICTIONS = ("noise", "velocity")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: shift and scale (N, D) tokens x (N, T, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """adaLN: shift and scale (N, 1, D) tokens x (N, T, D)."""
+    return x * (1 + scale) + shift
 
 
-def sincos_position_embedding(hidden_size: int, grid: tuple[int, int], base_size: int, device: torch.device) -> Tensor:
+def sincos_position_embedding(
+    hidden_size: int,
+    grid: tuple[int, int],
+    base_size: int,
+    device: torch.device,
+    interpolation_scale: float = 1.0,
+) -> Tensor:
     """Fixed 2-D sine-cosine position embedding, (1, T, D) float32, tokens row-major.
 
     Half of the channels encode the column, half the row, each sin then cos at frequencies 10000^(-2i/(D/2)) (MAE, DiT).
     `base_size` is the grid's side at training time: other grids are stretched over the same extent, as diffusers does.
+    Positions are divided by `interpolation_scale` (PixArt's pe_interpolation).
     """
     # While torch.export or torch.compile trace, tensors are stand-ins, which must not be kept for later calls.
     build = _sincos_position_embedding if torch.compiler.is_compiling() else _kept_position_embedding
-    return build(hidden_size, grid, base_size, device)
+    return build(hidden_size, grid, base_size, device, interpolation_scale)
 
 
-def _sincos_position_embedding(hidden_size: int, grid: tuple[int, int], base_size: int, device: torch.device) -> Tensor:
+def _sincos_position_embedding(
+    hidden_size: int, grid: tuple[int, int], base_size: int, device: torch.device, interpolation_scale: float
+) -> Tensor:
     # Computed outside inference mode: a cached inference tensor could not be used in training later.
     with torch.inference_mode(False):
         frequencies: Tensor = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
 
-        def encode(positions: Tensor) -> Tensor:
-            angles = torch.outer(positions, frequencies)
+        def encode(along: Tensor) -> Tensor:
+            angles = torch.outer(along, frequencies)
             return torch.cat([angles.sin(), angles.cos()], dim=1)
 
+        def positions(count: int) -> Tensor:
+            # Rounded to float32 before the sines, as the original code does.
+            return (torch.arange(count, dtype=torch.float32) / (count / base_size) / interpolation_scale).double()
+
         height, width = grid
-        rows = encode(torch.arange(height, dtype=torch.float64) * (base_size / height))
-        columns = encode(torch.arange(width, dtype=torch.float64) * (base_size / width))
+        rows, columns = encode(positions(height)), encode(positions(width))
         embedding = torch.cat([columns.repeat(height, 1), rows.repeat_interleave(width, dim=0)], dim=1)
         return embedding.float().unsqueeze(0).to(device)
 
@@ -184,15 +198,15 @@ class Attention(nn.Module):
 
 
 class SoftmaxProcessor:
-    """softmax(q k^T / sqrt(d)) v through diffusers' dispatcher, so that `set_attention_backend` reaches kept layers."""
+    """softmax(q k^T / sqrt(d) + bias) v through diffusers' dispatcher, so that `set_attention_backend` reaches it."""
 
     _attention_backend: Any = None
     _parallel_config: Any = None
 
-    def __call__(self, attn: "SoftmaxAttention", x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (attn.num_heads, -1)) for part in attn.project(x))  # (N, T, h, d)
+    def __call__(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        q, k, v = (part.unflatten(-1, (attn.num_heads, -1)) for part in (q, k, v))  # (N, T or L, h, d)
         out: Tensor = dispatch_attention_fn(
-            q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config
+            q, k, v, attn_mask=bias, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         projected: Tensor = attn.to_out(out.flatten(2))  # (N, T, D)
         return projected
@@ -210,7 +224,49 @@ class SoftmaxAttention(Attention, AttentionModuleMixin):  # type: ignore[misc]
         self.processor = SoftmaxProcessor()
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.processor(self, x)
+        return self.processor(self, *self.project(x))
+
+
+class KVCompressAttention(SoftmaxAttention):
+    """Softmax self-attention over fewer keys and values (PixArt-Sigma).
+
+    Keys and values, after their projections, each go through one shared depth-wise convolution of side and stride
+    `factor` over the grid and one shared LayerNorm. What does not fill a window at the edge is left out.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, factor: int) -> None:
+        super().__init__(hidden_size, num_heads)
+        self.sr = nn.Conv2d(hidden_size, hidden_size, factor, stride=factor, groups=hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
+
+    def compress(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(N, T, D) to (N, T / factor^2, D)."""
+        image = x.unflatten(1, grid).permute(0, 3, 1, 2)  # (N, D, H/p, W/p)
+        out: Tensor = self.norm(self.sr(image).flatten(2).transpose(1, 2))
+        return out
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        q, k, v = self.project(x)  # (N, T, D) each
+        return self.processor(self, q, self.compress(k, grid), self.compress(v, grid))
+
+
+class CrossAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
+    """Multi-head softmax attention from image tokens to caption tokens, with its own number of heads."""
+
+    _default_processor_cls = SoftmaxProcessor
+    _available_processors = (SoftmaxProcessor,)
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(hidden_size, hidden_size)
+        self.to_k = nn.Linear(hidden_size, hidden_size)
+        self.to_v = nn.Linear(hidden_size, hidden_size)
+        self.to_out = nn.Linear(hidden_size, hidden_size)
+        self.num_heads = num_heads
+        self.processor = SoftmaxProcessor()
+
+    def forward(self, x: Tensor, caption: Tensor, bias: Tensor | None) -> Tensor:
+        return self.processor(self, self.to_q(x), self.to_k(caption), self.to_v(caption), bias)
 
 
 class LinearAttention(Attention):
@@ -286,11 +342,11 @@ class PatchEmbedding(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of the timestep (256 channels, cos then sin, period 10000), then an MLP with SiLU."""
+    """Sinusoids of a number (256 channels, cos then sin, period 10000), then an MLP with SiLU."""
 
     channels = 256
 
-    def __init__(self, hidden_size: int, freq_shift: float) -> None:
+    def __init__(self, hidden_size: int, freq_shift: float = 0.0) -> None:
         super().__init__()
         self.freq_shift = freq_shift
         self.linear_1 = nn.Linear(self.channels, hidden_size)
@@ -304,55 +360,188 @@ class TimestepEmbedding(nn.Module):
         return out
 
 
+class CaptionProjection(nn.Module):
+    """Text features to width D: linear, GELU (tanh approximation), linear."""
+
+    def __init__(self, caption_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(caption_channels, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, caption: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.gelu(self.linear_1(caption), approximate="tanh"))  # (N, L, D)
+        return out
+
+
+class Condition(NamedTuple):
+    """What a conditioning module makes of its inputs, for the blocks and the final layer.
+
+    Attributes:
+        blocks: what each block's modulation takes: (N, D) for adaLN-zero, (N, 6, D) for adaLN-single.
+        final: what the final layer's takes: (N, D) for adaLN-zero, (N, 1, D) for adaLN-single.
+        caption: tokens that cross-attention reads (N, L, D), or None.
+        caption_bias: added to cross-attention's logits (N, 1, 1, L), or None.
+    """
+
+    blocks: Tensor
+    final: Tensor
+    caption: Tensor | None = None
+    caption_bias: Tensor | None = None
+
+
 class ClassConditioning(nn.Module):
-    """The condition vector c = timestep embedding + class embedding. Row `num_classes` of the table: the null class."""
+    """DiT: c = timestep embedding + class embedding. Row `num_classes` of the table is the null class."""
 
     def __init__(self, hidden_size: int, num_classes: int, null_class: bool, freq_shift: float) -> None:
         super().__init__()
         self.timestep_embedder = TimestepEmbedding(hidden_size, freq_shift)
         self.class_embedder = nn.Embedding(num_classes + null_class, hidden_size)
 
-    def forward(self, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        out: Tensor = self.timestep_embedder(timestep) + self.class_embedder(class_labels)  # (N, D)
-        return out
+    def forward(
+        self,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+    ) -> Condition:
+        if class_labels is None or encoder_hidden_states is not None:
+            raise ValueError("this model is conditioned on classes: give class_labels, and no encoder_hidden_states")
+        c = self.timestep_embedder(timestep) + self.class_embedder(class_labels)  # (N, D)
+        return Condition(blocks=c, final=c)
+
+
+class CaptionConditioning(nn.Module):
+    """PixArt: one modulation of the timestep for all blocks (adaLN-single), and caption tokens for cross-attention.
+
+    With micro-conditions the timestep embedding t has the embeddings of the image's height, width and aspect ratio
+    added, D / 3 channels each. `null_caption` is the text embedding of a dropped caption, kept for training and
+    guidance; forward never uses it by itself.
+    """
+
+    null_caption: Tensor | None
+
+    def __init__(
+        self, hidden_size: int, caption_channels: int, null_tokens: int, micro_conditions: bool, freq_shift: float
+    ) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedding(hidden_size, freq_shift)
+        self.resolution_embedder = TimestepEmbedding(hidden_size // 3) if micro_conditions else None
+        self.aspect_ratio_embedder = TimestepEmbedding(hidden_size // 3) if micro_conditions else None
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        self.caption_projection = CaptionProjection(caption_channels, hidden_size)
+        self.register_buffer("null_caption", torch.zeros(null_tokens, caption_channels) if null_tokens else None)
+
+    def forward(
+        self,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+    ) -> Condition:
+        if encoder_hidden_states is None or class_labels is not None:
+            raise ValueError("this model is conditioned on captions: give encoder_hidden_states, and no class_labels")
+        t = self.timestep_embedder(timestep)  # (N, D)
+        if self.resolution_embedder is not None:
+            t = t + self.embed_size(t.shape[0], added_cond_kwargs or {})
+        shared = self.modulation(F.silu(t)).unflatten(-1, (6, -1))  # (N, 6, D)
+        caption = self.caption_projection(encoder_hidden_states.to(t.dtype)).reshape(t.shape[0], -1, t.shape[1])
+        bias = None
+        if encoder_attention_mask is not None:
+            # As diffusers: a bias of -10000 rather than -inf, so that a caption without tokens gives no NaN.
+            mask = encoder_attention_mask.reshape(t.shape[0], 1, 1, -1).to(t.dtype)
+            bias = (1 - mask) * -10000.0
+        return Condition(shared, t.unsqueeze(1), caption, bias)
+
+    def embed_size(self, count: int, micro: dict[str, Any]) -> Tensor:
+        """Height, width and aspect ratio of the image, (N, D)."""
+        assert self.resolution_embedder is not None
+        assert self.aspect_ratio_embedder is not None
+        if micro.get("resolution") is None or micro.get("aspect_ratio") is None:
+            raise ValueError(
+                "this model has micro-conditions: give added_cond_kwargs={'resolution': (N, 2), 'aspect_ratio': (N, 1)}"
+            )
+        resolution = self.resolution_embedder(micro["resolution"].flatten()).reshape(-1, 2 * self._third)
+        aspect_ratio = self.aspect_ratio_embedder(micro["aspect_ratio"].flatten())
+        return torch.cat([resolution, aspect_ratio], dim=1).expand(count, -1)  # (N, D)
+
+    @property
+    def _third(self) -> int:
+        return self.modulation.in_features // 3
+
+
+class AdaLNZero(nn.Linear):
+    """adaLN-zero: SiLU and a projection of the condition (N, D) to shifts, scales and gates (N, parts, D)."""
+
+    def __init__(self, hidden_size: int, parts: int) -> None:
+        super().__init__(hidden_size, parts * hidden_size)
+        self.parts = parts
+
+    def forward(self, condition: Tensor) -> Tensor:
+        return super().forward(F.silu(condition)).unflatten(-1, (self.parts, -1))
+
+
+class AdaLNSingle(nn.Module):
+    """adaLN-single: a learned table (parts, D) on top of what all blocks share, (N, parts or 1, D)."""
+
+    def __init__(self, hidden_size: int, parts: int) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(parts, hidden_size) / hidden_size**0.5)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        return self.scale_shift_table + condition
 
 
 class Block(nn.Module):
-    """adaLN-zero transformer block (DiT)."""
+    """A transformer block: modulated self-attention, cross-attention where there are captions, feed-forward."""
 
-    def __init__(self, hidden_size: int, mlp_ratio: float, norm_eps: float, attn: Attention) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        mlp_ratio: float,
+        norm_eps: float,
+        attn: Attention,
+        cross_attn: CrossAttention | None,
+        modulation: AdaLNZero | AdaLNSingle,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = attn
+        self.cross_attn = cross_attn
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
         self.ff = FeedForward(hidden_size, round(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        self.adaLN_modulation = modulation
 
-    def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
-        modulation = self.adaLN_modulation(F.silu(c)).chunk(6, dim=1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # (N, D) each
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)  # (N, T, D)
-        x = x + gate_mlp.unsqueeze(1) * self.ff(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
+    def forward(self, x: Tensor, condition: Condition, grid: tuple[int, int]) -> Tensor:
+        modulation = self.adaLN_modulation(condition.blocks).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # (N, 1, D) each
+        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)  # (N, T, D)
+        if self.cross_attn is not None:
+            x = x + self.cross_attn(x, condition.caption, condition.caption_bias)  # (N, T, D)
+        x = x + gate_mlp * self.ff(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
         return x
 
 
 class FinalLayer(nn.Module):
     """adaLN and the projection from tokens to patches."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(
+        self, hidden_size: int, patch_size: int, out_channels: int, modulation: AdaLNZero | AdaLNSingle
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.adaLN_modulation = modulation
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(F.silu(c)).chunk(2, dim=1)  # (N, D) each
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition.final).chunk(2, dim=1)  # (N, 1, D) each
         out: Tensor = self.linear(modulate(self.norm(x), shift, scale))  # (N, T, p * p * out_channels)
         return out
 
 
 class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A class-conditional diffusion transformer (DiT) with softmax or linear self-attention per layer (LiT).
+    """A diffusion transformer of classes (DiT, SiT) or captions (PixArt), each layer with its own kind of attention.
 
     Args:
         sample_size: side of the latent at training time; other sizes and aspect ratios work, with positions stretched.
@@ -360,18 +549,28 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         in_channels, out_channels: channels of the latent and of the output (twice as many with a learned variance).
         hidden_size: width D, a multiple of 4.
         num_layers: blocks.
-        num_attention_heads: heads of softmax layers.
-        attention: the kind of each layer, `softmax` or `linear`; None is softmax everywhere.
+        num_attention_heads: heads of softmax and KV-compressed layers and of cross-attention.
+        attention: the kind of each layer, `softmax`, `linear` or `kv_compress`; None is softmax everywhere.
         linear_num_heads: heads of linear layers.
         linear_kernel: `relu`, `gelu` or `focused`.
         linear_conv_size: side of the depth-wise convolution, 0 (none), 3, 5 or 7.
         linear_eps: added to the kernel function and to the denominator.
-        num_classes: classes, not counting the null class.
+        num_classes: classes, not counting the null class; None for a model of captions.
         null_class: the class table has one more row, at index `num_classes`, for guidance.
         mlp_ratio: inner width of the feed-forward over D.
         timestep_freq_shift: 0 for weights trained with DiT's code, 1 for weights trained with diffusers'.
         norm_eps: eps of the LayerNorm before the feed-forward (the one that diffusers' config changes): 1e-6 for
             weights trained with DiT's code, 1e-5 for diffusers'. All other LayerNorms have 1e-6 in both.
+        caption_channels: width of the text features; None for a model of classes.
+        caption_tokens: longest caption it was trained on, in tokens.
+        null_caption: the text features of a dropped caption are stored (`conditioning.null_caption`).
+        micro_conditions: the image's size and aspect ratio are conditions too (PixArt-alpha at 1024).
+        interpolation_scale: positions are divided by it (PixArt).
+        kv_compress_factor: side of the windows that KV-compressed layers merge keys and values of.
+        prediction: `noise`, or `velocity` (SiT): then timesteps are in [0, 1], and of the output channels only the
+            first `in_channels` are returned, since the others were not trained.
+        data_timestep: of a model that predicts velocity, the end of [0, 1] where x_t is data: 1 (SiT: x_t = t data +
+            (1 - t) noise, velocity = data - noise) or 0 (x_t = (1 - t) data + t noise, velocity = noise - data).
     """
 
     _supports_gradient_checkpointing = True
@@ -394,11 +593,19 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         linear_kernel: str = "relu",
         linear_conv_size: int = 5,
         linear_eps: float = 1e-6,
-        num_classes: int = 1000,
+        num_classes: int | None = 1000,
         null_class: bool = True,
         mlp_ratio: float = 4.0,
         timestep_freq_shift: float = 0.0,
         norm_eps: float = 1e-6,
+        caption_channels: int | None = None,
+        caption_tokens: int = 0,
+        null_caption: bool = False,
+        micro_conditions: bool = False,
+        interpolation_scale: float = 1.0,
+        kv_compress_factor: int = 2,
+        prediction: str = "noise",
+        data_timestep: int = 1,
     ) -> None:
         super().__init__()
         kinds = ["softmax"] * num_layers if attention is None else list(attention)
@@ -410,25 +617,59 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"linear_kernel must be one of {tuple(LINEAR_KERNELS)}, got {linear_kernel!r}")
         if linear_conv_size not in CONV_SIZES:
             raise ValueError(f"linear_conv_size must be one of {CONV_SIZES}, got {linear_conv_size}")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be one of {PREDICTIONS}, got {prediction!r}")
         if hidden_size % 4:
             raise ValueError(f"hidden_size must be a multiple of 4, got {hidden_size}")
-        heads = {
-            "softmax": ("num_attention_heads", num_attention_heads),
-            "linear": ("linear_num_heads", linear_num_heads),
-        }
-        for name, count in (heads[kind] for kind in sorted(set(kinds))):
+        if (num_classes is None) == (caption_channels is None):
+            raise ValueError(
+                f"a model has classes or captions: give one of num_classes ({num_classes}) and caption_channels "
+                f"({caption_channels}), and None for the other"
+            )
+        if micro_conditions and hidden_size % 3:
+            raise ValueError(f"micro_conditions need a hidden_size that is a multiple of 3, got {hidden_size}")
+        if null_caption and caption_tokens < 1:
+            raise ValueError(f"null_caption needs its length, caption_tokens, got {caption_tokens}")
+        has_softmax = caption_channels is not None or bool(set(kinds) - {"linear"})
+        heads = {"num_attention_heads": num_attention_heads} if has_softmax else {}
+        heads |= {"linear_num_heads": linear_num_heads} if "linear" in kinds else {}
+        for name, count in heads.items():
             if count < 1 or hidden_size % count:
                 raise ValueError(f"{name} must divide hidden_size {hidden_size}, got {count}")
 
         def attend(kind: str) -> Attention:
             if kind == "linear":
                 return LinearAttention(hidden_size, linear_num_heads, linear_kernel, linear_conv_size, linear_eps)
+            if kind == "kv_compress":
+                return KVCompressAttention(hidden_size, num_attention_heads, kv_compress_factor)
             return SoftmaxAttention(hidden_size, num_attention_heads)
 
+        modulation = AdaLNZero if caption_channels is None else AdaLNSingle
         self.x_embedder = PatchEmbedding(in_channels, hidden_size, patch_size)
-        self.conditioning = ClassConditioning(hidden_size, num_classes, null_class, timestep_freq_shift)
-        self.blocks = nn.ModuleList(Block(hidden_size, mlp_ratio, norm_eps, attend(kind)) for kind in kinds)
-        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        self.conditioning: ClassConditioning | CaptionConditioning
+        if caption_channels is None:
+            assert num_classes is not None
+            self.conditioning = ClassConditioning(hidden_size, num_classes, null_class, timestep_freq_shift)
+        else:
+            self.conditioning = CaptionConditioning(
+                hidden_size,
+                caption_channels,
+                caption_tokens if null_caption else 0,
+                micro_conditions,
+                timestep_freq_shift,
+            )
+        self.blocks = nn.ModuleList(
+            Block(
+                hidden_size,
+                mlp_ratio,
+                norm_eps,
+                attend(kind),
+                CrossAttention(hidden_size, num_attention_heads) if caption_channels is not None else None,
+                modulation(hidden_size, 6),
+            )
+            for kind in kinds
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels, modulation(hidden_size, 2))
         self.gradient_checkpointing = False
         self.initialize_weights()
 
@@ -439,7 +680,7 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return super().extract_init_dict(known, **kwargs)
 
     def initialize_weights(self) -> None:
-        """DiT's initialisation; the convolutions of linear layers keep Conv2d's default."""
+        """DiT's and PixArt's initialisation; the convolutions of linear layers keep Conv2d's default."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -447,13 +688,20 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         if self.x_embedder.proj.bias is not None:
             nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.conditioning.class_embedder.weight, std=0.02)
-        nn.init.normal_(self.conditioning.timestep_embedder.linear_1.weight, std=0.02)
-        nn.init.normal_(self.conditioning.timestep_embedder.linear_2.weight, std=0.02)
-        # adaLN-zero: every block starts as the identity, and the model's first output is zero.
-        for module in [*self.blocks, self.final_layer]:
-            nn.init.zeros_(module.adaLN_modulation.weight)
+        for module in self.conditioning.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        # The model's first output is zero; with adaLN-zero every block starts as the identity, too.
         nn.init.zeros_(self.final_layer.linear.weight)
+        for module in self.modules():
+            if isinstance(module, AdaLNZero):
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, CrossAttention):
+                nn.init.zeros_(module.to_out.weight)
+            elif isinstance(module, KVCompressAttention):  # starts as the mean of each window
+                nn.init.constant_(module.sr.weight, 1 / module.sr.weight[0].numel())
+                assert module.sr.bias is not None
+                nn.init.zeros_(module.sr.bias)
 
     def fuse_qkv_projections(self) -> None:
         """Merge Q, K and V of every layer into one product, for inference. `unfuse_qkv_projections` undoes it."""
@@ -471,18 +719,25 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self,
         hidden_states: Tensor,
         timestep: Tensor,
-        class_labels: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict the noise and, with twice the channels, the raw variance.
+        """Predict the noise and, with twice the channels, the raw variance; or the velocity. Drops no condition.
 
         Args:
             hidden_states: noisy latents (N, C, H, W); H and W multiples of the patch size.
-            timestep: (N,) or a scalar.
-            class_labels: (N,) int64; `config.num_classes` is the null class. Conditions are never dropped in here.
+            timestep: (N,) or a scalar; in [0, 1] for a model that predicts velocity.
+            class_labels: (N,) int64, for a model of classes; `config.num_classes` is the null class.
+            encoder_hidden_states: text features (N, L, caption_channels), for a model of captions.
+            encoder_attention_mask: (N, L), 1 where a token counts; None: all count.
+            added_cond_kwargs: with micro-conditions, `resolution` (N, 2), height and width of the image in pixels, and
+                `aspect_ratio` (N, 1), height over width.
             return_dict: a Transformer2DModelOutput, or a tuple of one tensor.
 
-        Returns: (N, out_channels, H, W).
+        Returns: (N, out_channels, H, W); (N, in_channels, H, W) for a model that predicts velocity.
         """
         height, width = hidden_states.shape[-2:]
         p = self.config.patch_size
@@ -493,14 +748,20 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         x = self.x_embedder(hidden_states)  # (N, T, D)
         base_size = self.config.sample_size // p
-        x = x + sincos_position_embedding(self.config.hidden_size, grid, base_size, x.device).to(x.dtype)
-        c = self.conditioning(timestep, class_labels)  # (N, D)
+        x = x + sincos_position_embedding(
+            self.config.hidden_size, grid, base_size, x.device, self.config.interpolation_scale
+        ).to(x.dtype)
+        condition = self.conditioning(
+            timestep, class_labels, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs
+        )
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, c, grid)  # (N, T, D)
+                x = self._gradient_checkpointing_func(block, x, condition, grid)  # (N, T, D)
             else:
-                x = block(x, c, grid)  # (N, T, D)
-        sample = self.unpatchify(self.final_layer(x, c), grid)  # (N, out_channels, H, W)
+                x = block(x, condition, grid)  # (N, T, D)
+        sample = self.unpatchify(self.final_layer(x, condition), grid)  # (N, out_channels, H, W)
+        if self.config.prediction == "velocity":
+            sample = sample[:, : self.config.in_channels]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -509,31 +770,3 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         p = self.config.patch_size
         x = x.reshape(x.shape[0], height, width, p, p, -1)
         return torch.einsum("nhwpqc->nchpwq", x).reshape(x.shape[0], -1, height * p, width * p)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters, without the fixed position embedding (which is not one here)."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_macs(config: dict[str, Any], latent_size: int) -> int:
-    """Multiply-accumulates of one forward pass of one square latent of side `latent_size`.
-
-    Per token: patch embedding, 4 D^2 of projections, 2 r D^2 of feed-forward (r = mlp_ratio), the output projection;
-    attention core 2 T D (softmax, or linear when T < d) or 2 d D (linear), plus k^2 D for the convolution. Per image:
-    the embedders and 6 D^2 of modulation a layer. Norms, activations and the denominator (D a token) are not counted.
-    """
-    d_model: int = config["hidden_size"]
-    p: int = config["patch_size"]
-    tokens = (latent_size // p) ** 2
-    head_dim = d_model // config["linear_num_heads"]
-    core = {
-        "softmax": 2 * tokens * d_model,
-        "linear": 2 * min(tokens, head_dim) * d_model + config["linear_conv_size"] ** 2 * d_model,
-    }
-    kinds = config["attention"] or ["softmax"] * config["num_layers"]
-    projections = 4 * d_model**2 + 2 * round(config["mlp_ratio"] * d_model) * d_model
-    per_token: int = p * p * (config["in_channels"] + config["out_channels"]) * d_model
-    per_token += sum(projections + core[kind] for kind in kinds)
-    per_image = (TimestepEmbedding.channels + d_model) * d_model + (6 * len(kinds) + 2) * d_model**2
-    return tokens * per_token + per_image

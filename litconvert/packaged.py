@@ -1,6 +1,28 @@
 """The recipes that ship with litconvert. Apart from `recipe`, so that listing them does not wait for the schema."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+# The recipe for a source: by family, width and side of the latent.
+_RECIPES = {
+    ("dit", 384, 32): "dit-s-2-256",
+    ("dit", 768, 32): "dit-b-2-256",
+    ("dit", 1024, 32): "dit-l-2-256",
+    ("dit", 1152, 32): "dit-xl-2-256",
+    ("dit", 1152, 64): "dit-xl-2-512",
+    ("sit", 1152, 32): "sit-xl-2-256",
+    ("pixart-alpha", 1152, 64): "pixart-alpha-512",
+    ("pixart-alpha", 1152, 128): "pixart-alpha-1024",
+    ("pixart-sigma", 1152, 64): "pixart-sigma-512",
+    ("pixart-sigma", 1152, 128): "pixart-sigma-1024",
+    ("pixart-sigma", 1152, 256): "pixart-sigma-2k",
+}
+
+
+def recipe_of(family: str, config: Mapping[str, Any]) -> str | None:
+    """The packaged recipe for a source of this family and config, None where there is none."""
+    return _RECIPES.get((family, config["hidden_size"], config["sample_size"]))
 
 
 def recipes_directory() -> Path:

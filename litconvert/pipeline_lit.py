@@ -1,28 +1,44 @@
-"""LiTPipeline: class-conditional sampling with a LiTTransformer2DModel, in latent or pixel space.
+"""LiTPipeline: class-conditional sampling with a LiTTransformer2DModel, in latent or pixel space; the sampling loop.
 
 Shipped beside published weights: it needs torch and diffusers only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-Scheduler: TypeAlias = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
+Scheduler: TypeAlias = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler
+# What a sample is drawn for, as arguments of the transformer: class_labels, or encoder_hidden_states and its mask.
+Condition: TypeAlias = Mapping[str, Tensor]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Side of a pixel image over that of its latent.
+VAE_FACTOR = 8
 
 
 def set_timesteps(scheduler: Scheduler, steps: int) -> None:
-    """Space the timesteps; DDPM as the original DiT does (first and last included), which diffusers has no name for."""
+    """Space the timesteps; DDPM as the original DiT does (first and last included), which diffusers has no name for.
+
+    Flow matching takes steps of equal length from noise level 1 to 0; diffusers would make the last one tiny.
+    """
     if isinstance(scheduler, DDPMScheduler):
         last = scheduler.config.num_train_timesteps - 1
         spaced = [round(index * last / max(steps - 1, 1)) for index in range(steps)]
         scheduler.set_timesteps(timesteps=spaced[::-1])
+    elif isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=[1 - index / steps for index in range(steps)])
     else:
         scheduler.set_timesteps(steps)
 
@@ -31,20 +47,23 @@ def predict(
     transformer: Any,
     latents: Tensor,
     timestep: Tensor,
-    class_labels: Tensor,
+    condition: Condition,
+    null: Condition,
     guidance_scale: float,
     guidance_channels: int | None,
+    **common: Any,
 ) -> Tensor:
-    """The model's output (N, out_channels, H, W), with classifier-free guidance on the first noise channels.
+    """The model's output (N, out_channels, H, W), with classifier-free guidance on the first channels.
 
     Guided channels are uncond + scale (cond - uncond); the others, variance included, are the conditional ones. DiT's
-    own protocol guides the first three. Ho & Salimans, arXiv 2207.12598.
+    own protocol guides the first three. Ho & Salimans, arXiv 2207.12598. `null` is not looked at when the scale is 1,
+    and `common` are arguments of the transformer that the condition does not change.
     """
     if guidance_scale == 1.0:
-        output: Tensor = transformer(latents, timestep, class_labels).sample
+        output: Tensor = transformer(latents, timestep, **condition, **common).sample
         return output
-    null = torch.full_like(class_labels, transformer.config.num_classes)
-    both = transformer(torch.cat([latents, latents]), timestep, torch.cat([class_labels, null])).sample
+    conditions = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
+    both = transformer(torch.cat([latents, latents]), timestep, **conditions, **common).sample
     conditional, unconditional = both.chunk(2)
     count = latents.shape[1] if guidance_channels is None else guidance_channels
     guided = unconditional[:, :count] + guidance_scale * (conditional[:, :count] - unconditional[:, :count])
@@ -55,7 +74,8 @@ def denoise(
     transformer: Any,
     scheduler: Scheduler,
     latents: Tensor,
-    class_labels: Tensor,
+    condition: Condition,
+    null: Condition,
     *,
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
@@ -64,29 +84,53 @@ def denoise(
 ) -> Tensor:
     """Run a scheduler whose timesteps are set, from noise (N, C, H, W) to a clean latent of the same shape.
 
-    The scheduler's arithmetic is float32 whatever the model's dtype.
+    The scheduler's arithmetic is float32 whatever the model's dtype. The flow scheduler integrates noise - data over
+    the noise level: a model whose data is at t = 1 is asked at 1 - level, and its velocity turned round.
     """
     channels = latents.shape[1]
-    dtype = transformer.dtype
-    latents = latents.float() * scheduler.init_noise_sigma
+    config, dtype = transformer.config, transformer.dtype
+    latents = latents.float() * getattr(scheduler, "init_noise_sigma", 1.0)
     # DPM-Solver++ and DDIM are deterministic here, and refuse an argument they do not know.
     extra = {} if isinstance(scheduler, DPMSolverMultistepScheduler) else {"generator": generator}
     # A step takes the noise, or noise and variance where the scheduler knows what to do with it.
     learned_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"
+    flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    backwards = flow and config.data_timestep == 1
+    common: dict[str, Any] = {}
+    # A model file that was written before there were captions and velocities knows neither key.
+    if getattr(config, "micro_conditions", False):
+        height, width = (side * VAE_FACTOR for side in latents.shape[-2:])
+        common["added_cond_kwargs"] = {
+            "resolution": latents.new_tensor([[height, width]]),
+            "aspect_ratio": latents.new_tensor([[height / width]]),
+        }
     for timestep in scheduler.timesteps:
+        time = timestep / scheduler.config.num_train_timesteps if flow else timestep
+        scaled = latents if flow else scheduler.scale_model_input(latents, timestep)
         output = predict(
             transformer,
-            scheduler.scale_model_input(latents, timestep).to(dtype),
-            timestep.to(latents.device),
-            class_labels,
+            scaled.to(dtype),
+            (1 - time if backwards else time).to(latents.device),
+            condition,
+            null,
             guidance_scale,
             guidance_channels,
+            **common,
         ).float()
         if not learned_variance:
             output = output[:, :channels]
-        latents = scheduler.step(output, timestep, latents, **extra).prev_sample
+        latents = scheduler.step(-output if backwards else output, timestep, latents, **extra).prev_sample
         on_step()
     return latents
+
+
+def unfit_scheduler(prediction: str, scheduler: Scheduler) -> str | None:
+    """Why a model of this prediction cannot be sampled with a scheduler, or None when it can."""
+    flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    if flow == (prediction == "velocity"):
+        return None
+    wanted = "flow-euler (FlowMatchEulerDiscreteScheduler)" if not flow else "ddim, dpm-solver++ or ddpm"
+    return f"this model predicts {prediction}, which {type(scheduler).__name__} does not take: use {wanted}"
 
 
 class LiTPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -94,7 +138,7 @@ class LiTPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     Args:
         transformer: LiTTransformer2DModel.
-        scheduler: DDIM, DDPM or DPM-Solver++.
+        scheduler: DDIM, DDPM or DPM-Solver++; FlowMatchEuler for a model that predicts velocity.
         vae: decoder of a latent-space model; None for pixel space.
     """
 
@@ -146,6 +190,8 @@ class LiTPipeline(DiffusionPipeline):  # type: ignore[misc]
             )
         if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
             raise ValueError(f"guidance_channels must be 1 to {config.in_channels}, got {guidance_channels}")
+        if (problem := unfit_scheduler(getattr(config, "prediction", "noise"), self.scheduler)) is not None:
+            raise ValueError(problem)
         total = self.scheduler.config.num_train_timesteps
         if not 1 <= num_inference_steps <= total:
             raise ValueError(f"num_inference_steps must be 1 to {total}, got {num_inference_steps}")
@@ -158,12 +204,14 @@ class LiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         if latents.dim() != 4 or latents.shape[:2] != (len(labels), config.in_channels):
             raise ValueError(f"latents must be ({len(labels)}, {config.in_channels}, H, W), got {tuple(latents.shape)}")
         set_timesteps(self.scheduler, num_inference_steps)
+        classes = torch.tensor(labels, device=device)
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             latents = denoise(
                 self.transformer,
                 self.scheduler,
                 latents.to(device),
-                torch.tensor(labels, device=device),
+                {"class_labels": classes},
+                {"class_labels": torch.full_like(classes, config.num_classes)},
                 guidance_scale=guidance_scale,
                 guidance_channels=guidance_channels,
                 generator=generator,

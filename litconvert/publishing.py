@@ -15,7 +15,7 @@ import yaml
 from litconvert.card import is_hub_id, model_card
 from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.files import read_json
-from litconvert.model_directory import WEIGHTS_NAME, read_provenance
+from litconvert.model_directory import read_provenance, weights_of
 from litconvert.recipe import Recipe, Source, Vae, read_recorded
 from litconvert.sources import OpenSource, open_source
 
@@ -230,7 +230,7 @@ def prepare(
         _write_json(transformer / "config.json", {**config, "auto_map": AUTO_MAP})
         for weights in source.checkpoint.files:
             _link(weights, transformer / weights.name)
-        for index in model.glob(f"{WEIGHTS_NAME}.index.json"):
+        for index in (path for path in weights_of(model) if path.suffix == ".json"):
             shutil.copyfile(index, transformer / index.name)
         # AutoModel looks beside the weights or, in a pipeline's repository, at the root; DiffusionPipeline beside them.
         for place in {folder, transformer}:
@@ -277,8 +277,8 @@ def rehearse(model: Path) -> OpenSource:
 
     Raises LitconvertError for weights that are missing, do not fit the config or are not finite.
     """
-    if not list(model.glob("diffusion_pytorch_model*.safetensors")):
-        raise LitconvertError(f"{model}: the weights ({WEIGHTS_NAME}) are missing; convert or distil it again")
+    if not weights_of(model):
+        raise LitconvertError(f"{model}: the weights are missing or incomplete; convert or distil it again")
     source = open_source(Source(path=str(model)))
     if source.reading.family != "litconvert":
         raise UsageError(f"{model}: holds a {source.reading.family} checkpoint; `litconvert convert` it first")

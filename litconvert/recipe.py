@@ -15,11 +15,17 @@ from litconvert.packaged import packaged_recipes
 
 PROJECTIONS = ("q", "k", "v", "o")
 STAGES = ("attention_transfer", "hybrid")
+PROMPTS = (
+    "a red fox in fresh snow, morning light",
+    "a lighthouse on a cliff above a stormy sea, oil painting",
+    "a bowl of lemons on a blue table, still life",
+    "an old steam train crossing a stone bridge in autumn",
+)
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-SchedulerName = Literal["ddpm", "ddim", "dpm-solver++"]
+SchedulerName = Literal["ddpm", "ddim", "dpm-solver++", "flow-euler"]
 
 
 class Section(BaseModel):
@@ -37,6 +43,17 @@ class Vae(Section):
     """Folder inside it."""
     scaling_factor: Annotated[float, Field(gt=0)] = 0.18215
     """Latents are divided by it before decoding. 0.18215 is Stable Diffusion's."""
+
+
+class TextEncoder(Section):
+    """The T5 that encodes captions, as PixArt's diffusers repositories hold it."""
+
+    path: str
+    """Folder or Hub id."""
+    subfolder: str | None = "text_encoder"
+    """Folder of the encoder inside it."""
+    tokenizer: str | None = "tokenizer"
+    """Folder of the tokenizer inside it."""
 
 
 class License(Section):
@@ -57,14 +74,22 @@ class Source(Section):
     """File, folder, Hub id (`owner/name`, `owner/name@revision`) or `asset:NAME`. A positional SRC replaces it."""
     file: str | None = None
     """The file to read where a folder or repository holds several."""
-    family: Literal["dit"] | None = None
-    """The family, where recognition should not decide."""
+    family: str | None = None
+    """dit, sit, pixart-alpha, pixart-sigma, litconvert or that of a plugin, where recognition should not decide."""
     num_attention_heads: Positive | None = None
-    """Softmax heads, where the width does not tell."""
+    """Heads of softmax attention and of cross-attention, where the width does not tell."""
     sample_size: Positive | None = None
     """Side of the latent, where no position embedding or config tells."""
     num_classes: Positive | None = None
     """Classes, not counting the null class. Default: one row of the class table is the null class."""
+    interpolation_scale: Annotated[float, Field(gt=0)] | None = None
+    """What PixArt's positions are divided by. Default: that of the released checkpoint of this size."""
+    linear_num_heads: Positive | None = None
+    """Heads of linear layers in LiT's public layout, where no convolution tells."""
+    linear_kernel: Literal["relu", "gelu", "focused"] | None = None
+    """Kernel of linear layers in LiT's public layout. Default: relu."""
+    data_timestep: Literal[0, 1] | None = None
+    """Of a SiT: the end of [0, 1] where x_t is data. Default: 1, as in SiT's own code; REPA's and others' is 0."""
     timestep_freq_shift: float | None = None
     """0 (default): trained with DiT's code. 1: trained with diffusers'."""
     norm_eps: Annotated[float, Field(gt=0)] | None = None
@@ -72,6 +97,8 @@ class Source(Section):
     license: License = License()
     vae: Vae | None = None
     """None: a pixel-space model, values in [-1, 1]."""
+    text_encoder: TextEncoder | None = None
+    """Of a model of captions; None: captions are given as precomputed embeddings."""
 
 
 class Student(Section):
@@ -87,6 +114,8 @@ class Student(Section):
     """Layers that keep softmax attention, counted from 0."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Of the written weights; None: the source's."""
+    max_shard_bytes: Positive = 10_000_000_000
+    """Weights are written in files of at most so many bytes."""
 
 
 Combination = Annotated[str, Field(pattern=r"^(none|all|[qkvo](\s*[+,]\s*[qkvo])*)$")]
@@ -117,6 +146,7 @@ class Guidance(Section):
     """How samples are drawn."""
 
     scheduler: SchedulerName = "ddim"
+    """flow-euler for a model that predicts velocity (SiT), one of the others for a model that predicts noise."""
     steps: Positive = 25
     guidance: Annotated[float, Field(ge=1)] = 1.0
     """Classifier-free guidance scale; 1: none."""
@@ -205,7 +235,12 @@ class Distill(Section):
 class Sample(Guidance):
     """The pictures that are drawn."""
 
-    num_images: Positive = 40
+    num_images: Positive | None = None
+    """Classes or prompts are cycled to so many. None: 40 of a model of classes, one for each prompt."""
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = PROMPTS
+    """Of a model of captions."""
+    negative_prompt: str | None = None
+    """What guidance leads away from. None: the model's own null caption where it has one, else the empty prompt."""
     seed: Seed = 0
     batch_size: Positive = 64
 

@@ -1,4 +1,4 @@
-"""Checkpoints of full size without their weights: the headers of every tensor, over a file with a hole in it."""
+"""Checkpoints in the original layouts: of full size without their weights (headers over a hole), and small random ones."""
 
 import json
 import math
@@ -6,7 +6,36 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _named(linears: Shapes) -> dict[str, tuple[int, ...]]:
+    """A weight and a bias of its length for each name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
+def _attention(block: str, width: int, linear_heads: int | None, kv_compress: int | None) -> Shapes:
+    """Self-attention in the original layout: fused, or LiT's, or with KV compression."""
+    if linear_heads is not None:
+        return {
+            f"{block}.attn.q": (width, width),
+            f"{block}.attn.kv": (2 * width, width),
+            f"{block}.attn.proj": (width, width),
+            f"{block}.attn.dwc": (width // linear_heads, 1, 5, 5),
+        }
+    fused: dict[str, tuple[int, ...]] = {
+        f"{block}.attn.qkv": (3 * width, width),
+        f"{block}.attn.proj": (width, width),
+    }
+    if kv_compress is not None:
+        fused |= {f"{block}.attn.sr": (width, 1, kv_compress, kv_compress), f"{block}.attn.norm": (width,)}
+    return fused
 
 
 def dit_shapes(
@@ -18,10 +47,15 @@ def dit_shapes(
     patch: int = 2,
     rows: int = 1001,
     inner: int | None = None,
+    linear_heads: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a DiT in the original layout; by default those of DiT-XL/2 at 256px."""
+    """Name and shape of every tensor of a DiT in the original layout; by default those of DiT-XL/2 at 256px.
+
+    With `linear_heads` in LiT's public layout.
+    """
     inner = 4 * width if inner is None else inner
-    linears = {
+    linears: dict[str, tuple[int, ...]] = {
+        "x_embedder.proj": (width, channels, patch, patch),
         "t_embedder.mlp.0": (width, 256),
         "t_embedder.mlp.2": (width, width),
         "final_layer.linear": (patch * patch * 2 * channels, width),
@@ -29,22 +63,75 @@ def dit_shapes(
     }
     for layer in range(layers):
         block = f"blocks.{layer}"
+        linears |= _attention(block, width, linear_heads, None)
         linears |= {
-            f"{block}.attn.qkv": (3 * width, width),
-            f"{block}.attn.proj": (width, width),
             f"{block}.mlp.fc1": (inner, width),
             f"{block}.mlp.fc2": (width, inner),
             f"{block}.adaLN_modulation.1": (6 * width, width),
         }
-    shapes: dict[str, tuple[int, ...]] = {
+    return {
         "pos_embed": (1, (sample_size // patch) ** 2, width),
-        "x_embedder.proj.weight": (width, channels, patch, patch),
-        "x_embedder.proj.bias": (width,),
         "y_embedder.embedding_table.weight": (rows, width),
+        **_named(linears),
     }
-    for name, shape in linears.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def pixart_shapes(
+    *,
+    width: int = 1152,
+    layers: int = 28,
+    channels: int = 4,
+    sample_size: int = 64,
+    patch: int = 2,
+    tokens: int | None = 300,
+    caption_channels: int = 4096,
+    micro_conditions: bool = False,
+    kv_compress: tuple[int, ...] = (),
+    linear_heads: int | None = None,
+    pos_embed: bool = True,
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a PixArt in the original layout; by default those of PixArt-Sigma at 512px.
+
+    `tokens`: of the stored null caption, None for none. `kv_compress`: layers with KV compression.
+    """
+    linears: dict[str, tuple[int, ...]] = {
+        "x_embedder.proj": (width, channels, patch, patch),
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+        "t_block.1": (6 * width, width),
+        "y_embedder.y_proj.fc1": (width, caption_channels),
+        "y_embedder.y_proj.fc2": (width, width),
+        "final_layer.linear": (patch * patch * 2 * channels, width),
+    }
+    if micro_conditions:
+        for name in ("csize_embedder", "ar_embedder"):
+            linears |= {f"{name}.mlp.0": (width // 3, 256), f"{name}.mlp.2": (width // 3, width // 3)}
+    tables: dict[str, tuple[int, ...]] = {"final_layer.scale_shift_table": (2, width)}
+    for layer in range(layers):
+        block = f"blocks.{layer}"
+        tables[f"{block}.scale_shift_table"] = (6, width)
+        linears |= _attention(block, width, linear_heads, 2 if layer in kv_compress else None)
+        linears |= {
+            f"{block}.cross_attn.q_linear": (width, width),
+            f"{block}.cross_attn.kv_linear": (2 * width, width),
+            f"{block}.cross_attn.proj": (width, width),
+            f"{block}.mlp.fc1": (4 * width, width),
+            f"{block}.mlp.fc2": (width, 4 * width),
+        }
+    shapes = {**tables, **_named(linears)}
+    if tokens is not None:
+        shapes["y_embedder.y_embedding"] = (tokens, caption_channels)
+    if pos_embed:
+        shapes["pos_embed"] = (1, (sample_size // patch) ** 2, width)
     return shapes
+
+
+def random_state(shapes: Shapes, *, scale: float = 0.15, seed: int = 0) -> dict[str, Tensor]:
+    """A random state dict of these shapes, without the position embedding, which is a formula."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: scale * torch.randn(shape, generator=generator) for name, shape in shapes.items() if name != "pos_embed"
+    }
 
 
 def write_hollow(path: Path, shapes: Shapes) -> Path:

@@ -515,7 +515,7 @@ def test_a_typo_in_a_recipe(bench: Bench, pico_checkpoint: Path) -> None:
         (
             ("recipes", "show", "digits", "--set", "sample.scheduler=ddmi"),
             ("recipes", "show", "digits", "--set", "sample.scheduler=ddim"),
-            ("--set: sample.scheduler: input should be 'ddpm', 'ddim' or 'dpm-solver++', got 'ddmi'",),
+            ("--set: sample.scheduler: input should be 'ddpm', 'ddim', 'dpm-solver++' or 'flow-euler', got 'ddmi'",),
         ),
         (
             ("recipes", "show", "digits", "--set", "sample.step=3"),

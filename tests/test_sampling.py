@@ -121,7 +121,9 @@ def test_ddpm_with_learned_variance_is_the_original_ancestral_sampler(
 class GaussianData:
     """The perfect model of data ~ N(0, 0.5^2), for which the sampling ODE has a closed form."""
 
-    config = SimpleNamespace(in_channels=1, out_channels=2, num_classes=10, null_class=True)
+    config = SimpleNamespace(
+        in_channels=1, out_channels=2, num_classes=10, null_class=True, caption_channels=None, prediction="noise"
+    )
     device = torch.device("cpu")
     dtype = torch.float32
     alphas_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -130,7 +132,7 @@ class GaussianData:
         alpha_bar = float(self.alphas_bar[timestep])
         return alpha_bar * 0.5**2 + 1 - alpha_bar
 
-    def __call__(self, x: Tensor, timestep: Tensor, labels: Tensor) -> SimpleNamespace:
+    def __call__(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> SimpleNamespace:
         t = int(timestep)
         eps = math.sqrt(1 - self.alphas_bar[t]) / self.variance(t) * x
         return SimpleNamespace(sample=torch.cat([eps, torch.zeros_like(eps)], dim=1))
@@ -182,17 +184,15 @@ def test_a_shorter_forward_process_is_sampled_over_its_own_timesteps(model: LiTT
 class Recorder:
     """A model that remembers its inputs and gives outputs that tell the samples apart."""
 
-    config = SimpleNamespace(num_classes=4)
-
     def __init__(self) -> None:
         self.labels: list[list[int]] = []
         self.latents: list[Tensor] = []
 
-    def __call__(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> SimpleNamespace:
-        self.labels.append(labels.tolist())
+    def __call__(self, latents: Tensor, timestep: Tensor, class_labels: Tensor) -> SimpleNamespace:
+        self.labels.append(class_labels.tolist())
         self.latents.append(latents)
         weights = torch.linspace(0.5, 1.5, 8).view(1, 8, 1, 1)
-        output = torch.cat([latents, latents**2], dim=1) * weights * (1 + labels.view(-1, 1, 1, 1))
+        output = torch.cat([latents, latents**2], dim=1) * weights * (1 + class_labels.view(-1, 1, 1, 1))
         return SimpleNamespace(sample=output)
 
 
@@ -200,7 +200,8 @@ class Recorder:
 def test_guidance_extrapolates_the_first_noise_channels_and_no_other(channels: int | None, guided: int) -> None:
     latents, labels = pure_noise(2, 4), torch.tensor([1, 3])
     recorder = Recorder()
-    output = predict(recorder, latents, torch.tensor(5), labels, 2.5, channels)
+    null = {"class_labels": torch.tensor([4, 4])}
+    output = predict(recorder, latents, torch.tensor(5), {"class_labels": labels}, null, 2.5, channels)
     conditional = Recorder()(latents, torch.tensor(5), labels).sample
     unconditional = Recorder()(latents, torch.tensor(5), torch.tensor([4, 4])).sample
     expected = conditional.clone()
@@ -214,7 +215,8 @@ def test_guidance_extrapolates_the_first_noise_channels_and_no_other(channels: i
 def test_without_guidance_the_model_is_called_once_a_step_on_the_samples_alone() -> None:
     latents, labels = pure_noise(2, 4), torch.tensor([1, 3])
     recorder = Recorder()
-    output = predict(recorder, latents, torch.tensor(5), labels, 1.0, 3)
+    null = {"class_labels": torch.tensor([4, 4])}
+    output = predict(recorder, latents, torch.tensor(5), {"class_labels": labels}, null, 1.0, 3)
     assert recorder.labels == [[1, 3]]
     assert torch.equal(output, Recorder()(latents, torch.tensor(5), labels).sample)
 
@@ -276,8 +278,8 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(model: LiTTransfor
 
     whole = drawn(6)
     for batch_size in (2, 4):
-        torch.testing.assert_close(drawn(batch_size), whole, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(drawn(2, labels[3:], first=3), whole[3:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(drawn(batch_size), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn(2, labels[3:], first=3), whole[3:], rtol=1e-4, atol=1e-4)
 
 
 def test_starting_noise_is_a_function_of_seed_and_index() -> None:

@@ -3,31 +3,25 @@
 A family owes
 1. `recognise(checkpoint, hints)`: None when the keys are not its own; otherwise a `Reading`, or a UsageError that names
    the hint which settles what shapes cannot tell;
-2. a key table for each layout it reads, so that every source tensor is mapped or refused, never ignored;
+2. a `Layout`, our names beside theirs, for each way its files are written: so that every source tensor is mapped or
+   refused, never ignored, and a model can be written back;
 3. tests on a checkpoint made on disk: its outputs against an independent implementation, and its refusals.
+
+Another package adds a family through the entry point group `litconvert.families`: CONTRIBUTING.md shows one.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 from litconvert.checkpoints import Checkpoint
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
+from litconvert.families.key_table import Layout, Origin
 from litconvert.recipe import Source
 
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model tensor is in the source: a tensor, or a run of its rows.
-
-    Attributes:
-        names: the source tensors; more than one where the source holds copies, which must be equal.
-        part, parts: which of how many equal runs of rows, for fused projections.
-    """
-
-    names: tuple[str, ...]
-    part: int = 0
-    parts: int = 1
+ENTRY_POINTS = "litconvert.families"
 
 
 @dataclass(frozen=True)
@@ -52,30 +46,77 @@ class Reading:
     unsure: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Family:
+    """A kind of checkpoint.
+
+    Attributes:
+        name: for `source.family`.
+        title: for people.
+        recognise: from a checkpoint's headers and the recipe's hints.
+        layouts: how a model of this family can be written, by name (`original`, `diffusers`).
+        diffusers_config: config.json of the `diffusers` layout, from a softmax model's config.
+        container: the key under which the original code keeps its state dict; None: at the top.
+    """
+
+    name: str
+    title: str
+    recognise: Callable[[Checkpoint, Source], Reading | None]
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    diffusers_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    container: str | None = None
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Every known family by name, in the order in which they are asked; those of other packages last.
+
+    Raises LitconvertError for a plugin that cannot be loaded or takes another family's name.
+    """
+    from litconvert.families import dit, litconvert_model, pixart
+
+    own = (litconvert_model.LITCONVERT, dit.DIT, dit.SIT, pixart.ALPHA, pixart.SIGMA)
+    known = {family.name: family for family in own}
+    for point in entry_points(group=ENTRY_POINTS):
+        package = point.dist.name if point.dist else "an installed package"
+        try:
+            family = point.load()
+        except Exception as error:  # a plugin's import can raise anything
+            raise LitconvertError(
+                f"the family {point.name!r} of {package} cannot be loaded ({type(error).__name__}: {error}); "
+                "upgrade or uninstall that package"
+            ) from error
+        if not isinstance(family, Family) or family.name in known:
+            what = f"takes the name {family.name!r}" if isinstance(family, Family) else "is no litconvert Family"
+            raise LitconvertError(f"the family {point.name!r} of {package} {what}; upgrade or uninstall that package")
+        known[family.name] = family
+    return known
+
+
 def recognise(checkpoint: Checkpoint, hints: Source) -> Reading:
     """Ask every family in turn.
 
     Raises UsageError for an unknown architecture and for what a hint must settle; LitconvertError for missing, extra
     and misshapen tensors.
     """
-    from litconvert.families import dit, litconvert_model
-
-    readers: dict[str, Callable[[Checkpoint, Source], Reading | None]] = {
-        "litconvert": litconvert_model.recognise,
-        "dit": dit.recognise,
-    }
-    for family, reader in readers.items():
-        if hints.family not in (None, family):
+    known = families()
+    if hints.family not in (None, *known):
+        raise UsageError(
+            f"source.family: unknown family {hints.family!r}{did_you_mean(str(hints.family), known)}; "
+            f"there are {', '.join(known)}"
+        )
+    for name, family in known.items():
+        if hints.family not in (None, name):
             continue
-        reading = reader(checkpoint, hints)
+        reading = family.recognise(checkpoint, hints)
         if reading is not None:
             check_tensors(checkpoint, reading)
             return reading
     some = ", ".join(list(checkpoint.tensors)[:4])
     what = f"not of family {hints.family}" if hints.family else "unknown architecture"
     raise UsageError(
-        f"{checkpoint.source}: {what} (keys: {some}, ...); litconvert reads DiT (the original and the diffusers "
-        "layout) and its own model directories"
+        f"{checkpoint.source}: {what} (keys: {some}, ...); litconvert reads "
+        f"{', '.join(family.title for family in known.values())}"
     )
 
 
@@ -86,7 +127,10 @@ def check_tensors(checkpoint: Checkpoint, reading: Reading) -> None:
     problems = []
     used = set(reading.recomputed)
     for name, info in model_tensors(reading.config).items():
-        origin = reading.origins[name]
+        origin = reading.origins.get(name)
+        if origin is None:
+            problems.append(f"this layout has no place for {name}")
+            continue
         used.update(origin.names)
         for source in origin.names:
             found = checkpoint.tensors.get(source)

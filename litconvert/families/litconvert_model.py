@@ -1,11 +1,14 @@
 """litconvert's own model directories: the keys are the model's, config.json says the rest."""
 
-import inspect
-
 from litconvert.checkpoints import Checkpoint
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
-from litconvert.families import Origin, Reading
+from litconvert.families import Family, Reading
+from litconvert.families.key_table import Origin
 from litconvert.recipe import Source
+from litconvert.shapes import CONFIG_DEFAULTS, model_tensors
+
+# A key that is None where the model has no such thing.
+OPTIONAL_SIZES = ("num_classes", "caption_channels")
 
 SIZES = (
     "sample_size",
@@ -16,8 +19,13 @@ SIZES = (
     "num_layers",
     "num_attention_heads",
     "linear_num_heads",
-    "num_classes",
+    "kv_compress_factor",
+    *OPTIONAL_SIZES,
 )
+# What config.json says, so that no hint may. The size and the interpolation of positions may change: so a student goes
+# on at another resolution.
+FIXED = ("num_attention_heads", "num_classes", "linear_num_heads", "linear_kernel", "data_timestep")
+RESIZABLE = ("sample_size", "interpolation_scale")
 
 
 def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
@@ -25,22 +33,22 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
     config = checkpoint.config or {}
     if config.get("_class_name") != "LiTTransformer2DModel":
         return None
-    from litconvert.modeling_lit import LiTTransformer2DModel
-    from litconvert.shapes import model_tensors
-
-    given = [name for name in ("num_attention_heads", "sample_size", "num_classes") if getattr(hints, name) is not None]
+    given = [name for name in FIXED if getattr(hints, name) is not None]
     if given:
         raise UsageError(f"{checkpoint.source}: config.json says it all; leave {', '.join(given)} out")
-    parameters = inspect.signature(LiTTransformer2DModel.__init__).parameters
     values = {key: value for key, value in config.items() if not key.startswith("_") and key != "auto_map"}
+    resized = {key: getattr(hints, key) for key in RESIZABLE if getattr(hints, key) is not None}
+    values |= resized
     for key in values:
-        if key not in parameters:
+        if key not in CONFIG_DEFAULTS:
             raise LitconvertError(
-                f"{checkpoint.source}: config.json has an unknown key {key!r}{did_you_mean(key, parameters)}; "
+                f"{checkpoint.source}: config.json has an unknown key {key!r}{did_you_mean(key, CONFIG_DEFAULTS)}; "
                 "it may be of a newer litconvert"
             )
     for key in SIZES:
         value = values.get(key, 1)
+        if value is None and key in OPTIONAL_SIZES:
+            continue
         # More layers than tensors: the model alone would take for ever to lay out.
         if type(value) is not int or value < 1 or (key == "num_layers" and value > len(checkpoint.tensors)):
             raise LitconvertError(
@@ -54,9 +62,13 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
     return Reading(
         family="litconvert",
         layout="litconvert",
-        because="config.json names LiTTransformer2DModel",
+        because="config.json names LiTTransformer2DModel"
+        + (f", at {', '.join(f'{key}={value:g}' for key, value in resized.items())} as told" if resized else ""),
         config=values,
         origins={name: Origin((name,)) for name in names},
         recomputed={},
         unsure=(),
     )
+
+
+LITCONVERT = Family("litconvert", "litconvert's own model directories", recognise)

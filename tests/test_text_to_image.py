@@ -1,0 +1,495 @@
+"""Text to image: diffusers' pipelines with our transformer, T5 and what it leaves behind, embeddings, and guidance."""
+
+import gc
+import json
+import sys
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+import litconvert
+from litconvert import captions as captions_module
+from litconvert.captions import Captions, encode, read_embeddings, write_embeddings
+from litconvert.errors import LitconvertError, UsageError
+from litconvert.modeling_lit import LiTTransformer2DModel
+from litconvert.pipeline_lit_text import LiTAlphaPipeline, LiTSigmaPipeline
+from litconvert.recipe import Recipe, TextEncoder
+from litconvert.sampling import SampleSheet, load_vae, make_scheduler, sample, sample_to_files, to_images
+from tests.command import command
+
+WORDS = "a red fox in the snow cat on mat blue house by sea blurry ugly two birds".split()
+CHANNELS, SIDE = 16, 8
+PROMPTS = ["A red fox in the snow ", "two birds by the sea"]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a PixArt repository holds, tiny: text encoder, tokenizer and decoder, and transformers without them."""
+
+    folder: Path
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        return TextEncoder(path=str(self.folder))
+
+    def t5(self) -> tuple[Any, Any]:
+        return (
+            T5Tokenizer.from_pretrained(self.folder / "tokenizer"),
+            T5EncoderModel.from_pretrained(self.folder / "text_encoder").eval(),
+        )
+
+    def vae(self) -> Any:
+        return AutoencoderKL.from_pretrained(self.folder / "vae").eval()
+
+    def recipe(self, path: Path, more: str = "") -> Path:
+        """A recipe that names this decoder and this T5."""
+        vae = f"vae: {{path: {self.folder}, subfolder: vae, scaling_factor: 0.5}}"
+        path.write_text(
+            f"source: {{{vae}, text_encoder: {{path: {self.folder}}}}}\n"
+            "student: {num_attention_heads: 2, conv_size: 3}\n"
+            f"sample: {{scheduler: dpm-solver++, steps: 3, guidance: 3.0, prompts: [a cat, a house]{more}}}\n"
+        )
+        return path
+
+
+def pixart(*, micro: bool, sample_size: int = SIDE, interpolation_scale: float = 1.0) -> Any:
+    """A random diffusers PixArt, every tensor non-zero; the same weights whatever the size."""
+    torch.manual_seed(3)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=24,
+        caption_channels=CHANNELS,
+        sample_size=sample_size,
+        interpolation_scale=interpolation_scale,
+        use_additional_conditions=micro,
+    )
+    generator = torch.Generator().manual_seed(4)
+    for _, value in sorted(model.named_parameters()):
+        value.data = 0.2 * torch.randn(value.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(0)
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -2.0) for word in WORDS)]
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = T5Config(vocab_size=len(tokenizer), d_model=CHANNELS, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    T5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    decoder = AutoencoderKL(**blocks, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=2)
+    decoder.register_to_config(scaling_factor=0.5)
+    decoder.save_pretrained(folder / "vae")
+    pixart(micro=True).save_pretrained(folder / "alpha")
+    pixart(micro=False).save_pretrained(folder / "sigma")
+    return Pretrained(folder)
+
+
+@pytest.fixture
+def alpha(pretrained: Pretrained) -> LiTTransformer2DModel:
+    """With micro-conditions, captions of 120 tokens."""
+    return litconvert.load(pretrained.folder / "alpha")
+
+
+@pytest.fixture
+def sigma(pretrained: Pretrained) -> LiTTransformer2DModel:
+    """Captions of 300 tokens."""
+    return litconvert.load(pretrained.folder / "sigma")
+
+
+def noise(count: int = 2, side: int = SIDE) -> Tensor:
+    return torch.randn((count, 4, side, side), generator=torch.Generator().manual_seed(1))
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def assert_same(drawn: Tensor, expected: Tensor) -> None:
+    """Equal up to rounding, which the solver's steps add up."""
+    assert drawn.shape == expected.shape
+    assert expected.abs().max() > 0.1
+    assert (drawn - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def encoded(pretrained: Pretrained, model: LiTTransformer2DModel, negative: str | None = "") -> Captions:
+    return encode(pretrained.text_encoder, PROMPTS, negative, tokens=model.config.caption_tokens)
+
+
+def drawn_by(pipeline: Any, output_type: str = "latent", **settings: Any) -> Any:
+    usual = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": noise(), "clean_caption": False}
+    return quiet(pipeline)(PROMPTS, output_type=output_type, **usual | settings).images
+
+
+# The same function at another nominal size: positions are base / interpolation, 4 / 1 = 64 / 16.
+DIFFUSERS_ALPHA = {"sample_size": 128, "interpolation_scale": 16.0}
+
+
+def test_a_pixart_alpha_draws_in_our_pipeline_what_it_draws_in_diffusers(
+    pretrained: Pretrained, alpha: LiTTransformer2DModel
+) -> None:
+    # diffusers gives micro-conditions at a nominal size of 128 only.
+    theirs = pixart(micro=True, **DIFFUSERS_ALPHA)
+    square = {"height": 8 * SIDE, "width": 8 * SIDE, "use_resolution_binning": False}
+    expected = drawn_by(
+        PixArtAlphaPipeline(*pretrained.t5(), pretrained.vae(), theirs, make_scheduler("dpm-solver++")), **square
+    )
+    drawn = drawn_by(LiTAlphaPipeline(*pretrained.t5(), pretrained.vae(), alpha, make_scheduler("dpm-solver++")))
+    assert_same(drawn, expected)
+
+
+def test_a_pixart_sigma_draws_in_our_pipeline_what_it_draws_in_diffusers(
+    pretrained: Pretrained, sigma: LiTTransformer2DModel
+) -> None:
+    parts = (*pretrained.t5(), pretrained.vae())
+    theirs = PixArtSigmaPipeline(*parts, pixart(micro=False), make_scheduler("dpm-solver++"))
+    ours = LiTSigmaPipeline(*parts, sigma, make_scheduler("dpm-solver++"))
+    for kind in ("latent", "pt"):
+        expected = drawn_by(theirs, kind, use_resolution_binning=False)
+        assert_same(drawn_by(ours, kind), expected)
+    assert drawn_by(ours, "pil")[0].size == (64, 64)
+
+
+def test_micro_conditions_are_the_pictures_size_and_are_given_in_the_pipeline_alone(
+    pretrained: Pretrained, alpha: LiTTransformer2DModel
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+    embed = alpha.conditioning.embed_size  # type: ignore[operator]
+    alpha.conditioning.embed_size = lambda count, micro: seen.append(micro) or embed(count, micro)  # type: ignore
+    pipeline = LiTAlphaPipeline(*pretrained.t5(), pretrained.vae(), alpha, make_scheduler("ddim"))
+    latents = torch.zeros(2, 4, 8, 12)
+    drawn_by(pipeline, latents=latents, height=64, width=96, num_inference_steps=2)
+    assert len(seen) == 2
+    assert seen[0]["resolution"].tolist() == [[64.0, 96.0]]
+    assert seen[0]["aspect_ratio"].item() == pytest.approx(2 / 3)
+    caption = torch.zeros(1, 3, CHANNELS)
+    with pytest.raises(ValueError, match="this model has micro-conditions"):
+        alpha(torch.zeros(1, 4, 8, 8), torch.tensor(1), encoder_hidden_states=caption)
+
+
+def test_resolution_binning_is_off_where_there_are_no_bins_and_refused_when_asked_for(
+    pretrained: Pretrained, sigma: LiTTransformer2DModel
+) -> None:
+    pipeline = LiTSigmaPipeline(*pretrained.t5(), pretrained.vae(), sigma, make_scheduler("ddim"))
+    with pytest.raises(ValueError, match=r"no resolution bins for a latent of side 8, only for 32, 64, 128, 256"):
+        drawn_by(pipeline, use_resolution_binning=True, num_inference_steps=1)
+    assert drawn_by(pipeline, num_inference_steps=1).shape == (2, 4, 8, 8)
+    sigma.register_to_config(sample_size=32)
+    near = {"latents": None, "height": 224, "width": 256, "num_inference_steps": 1}
+    assert drawn_by(pipeline, **near).shape[2:] == (30, 34)  # the bin of 240 x 272 pixels
+    assert drawn_by(pipeline, **near, use_resolution_binning=False).shape[2:] == (28, 32)
+
+
+def test_the_pipelines_need_no_t5_when_given_embeddings(pretrained: Pretrained, sigma: LiTTransformer2DModel) -> None:
+    captions = encoded(pretrained, sigma)
+    whole = LiTSigmaPipeline(*pretrained.t5(), pretrained.vae(), sigma, make_scheduler("dpm-solver++"))
+    bare = LiTSigmaPipeline(None, None, pretrained.vae(), sigma, make_scheduler("dpm-solver++"))
+    assert captions.null_features is not None
+    assert captions.null_mask is not None
+    images = quiet(bare)(
+        prompt_embeds=captions.features,
+        prompt_attention_mask=captions.mask,
+        negative_prompt=None,
+        negative_prompt_embeds=captions.null_features.expand(2, -1, -1),
+        negative_prompt_attention_mask=captions.null_mask.expand(2, -1),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=noise(),
+        output_type="latent",
+    ).images
+    assert_same(images, drawn_by(whole))
+
+
+def test_prompts_are_encoded_as_diffusers_encodes_them(pretrained: Pretrained, sigma: LiTTransformer2DModel) -> None:
+    captions = encode(pretrained.text_encoder, PROMPTS, "Blurry ugly", tokens=300, batch_size=1)
+    pipeline = LiTSigmaPipeline(*pretrained.t5(), pretrained.vae(), sigma, make_scheduler("ddim"))
+    with torch.no_grad():
+        expected = pipeline.encode_prompt(PROMPTS, negative_prompt="Blurry ugly")
+    features, mask, null_features, null_mask = expected
+    torch.testing.assert_close(captions.features, features)
+    assert torch.equal(captions.mask, mask)
+    assert captions.mask.sum(dim=1).tolist() == [7, 6]  # words and the end token
+    torch.testing.assert_close(captions.null_features, null_features[:1])
+    assert captions.null_mask is not None
+    assert torch.equal(captions.null_mask, null_mask[:1])
+    assert not captions.features.requires_grad
+    assert not captions.features.is_inference()  # fit to train on
+
+
+@pytest.mark.parametrize("kind", ["alpha", "sigma"])
+def test_sampling_draws_what_the_pipeline_draws(pretrained: Pretrained, kind: str) -> None:
+    model = litconvert.load(pretrained.folder / kind)
+    pipeline = {"alpha": LiTAlphaPipeline, "sigma": LiTSigmaPipeline}[kind]
+    parts = (*pretrained.t5(), pretrained.vae(), model)
+    captions = encoded(pretrained, model)
+    for scheduler in ("dpm-solver++", "ddim"):
+        for guidance in (1.0, 3.0):
+            usual: dict[str, Any] = {"noise": noise(), "captions": captions, "steps": 4, "guidance": guidance}
+            drawn = litconvert.sample(model, **usual, scheduler=scheduler)
+            expected = drawn_by(pipeline(*parts, make_scheduler(scheduler)), guidance_scale=guidance)
+            assert_same(drawn, expected)
+
+
+def test_t5_is_gone_before_the_transformer_is_read(
+    pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    load, read = captions_module.load_text_encoder, litconvert.sampling.read_model  # type: ignore[attr-defined]
+
+    def watched_load(*arguments: Any, **options: Any) -> Any:
+        tokenizer, encoder = load(*arguments, **options)
+        events.append("loaded")
+        weakref.finalize(encoder, events.append, "freed")
+        return tokenizer, encoder
+
+    def watched_read(*arguments: Any) -> Any:
+        events.append("read")
+        return read(*arguments)
+
+    monkeypatch.setattr(captions_module, "load_text_encoder", watched_load)
+    monkeypatch.setattr("litconvert.sampling.read_model", watched_read)
+    recipe = pretrained.recipe(tmp_path / "recipe.yaml")
+    gc.disable()
+    try:
+        sample_to_files(str(pretrained.folder / "sigma"), out=tmp_path / "out.png", recipe=str(recipe))
+    finally:
+        gc.enable()
+    assert events == ["loaded", "freed", "read"]
+
+
+def test_sample_draws_one_picture_a_prompt_and_embeddings_draw_the_same_without_a_t5(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    model, recipe = pretrained.folder / "sigma", pretrained.recipe(tmp_path / "recipe.yaml")
+    options = ("sample", model, "-q", "--recipe", recipe)
+    prompts = ("--prompt", "A red fox", "--prompt", "two birds", "--negative-prompt", "blurry: ugly")
+    first = command(*options, *prompts, "-o", tmp_path / "a.png", "--save-embeddings", tmp_path / "captions.safetensors")
+    assert (first.code, first.err) == (0, "")
+    assert Image.open(tmp_path / "a.png").size == (2 * (8 * 64 + 2) + 2, 8 * 64 + 4)
+
+    stored = load_file(tmp_path / "captions.safetensors")
+    assert {name: tuple(value.shape) for name, value in stored.items()} == {
+        "features": (2, 300, CHANNELS),
+        "mask": (2, 300),
+        "null_features": (1, 300, CHANNELS),
+        "null_mask": (1, 300),
+    }
+    no_t5 = ("--set", "source.text_encoder=null", "--embeddings", tmp_path / "captions.safetensors")
+    second = command(*options, *no_t5, "-o", tmp_path / "b.png")
+    assert (second.code, second.err) == (0, "")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+    # The recipe's prompts, cycled; decoded as the pipeline decodes.
+    third = command(*options, "-n", 3, "--npz", tmp_path / "c.npz", "-o", tmp_path / "c.png")
+    assert (third.code, third.err) == (0, "")
+    with np.load(tmp_path / "c.npz") as arrays:
+        assert arrays.files == ["arr_0"]
+        images = arrays["arr_0"]
+    captions = encode(pretrained.text_encoder, ["a cat", "a house", "a cat"], "", tokens=300)
+    start = torch.stack([litconvert.sampling.noise_of(0, index, (4, SIDE, SIDE)) for index in range(3)])  # type: ignore
+    latents = sample(
+        litconvert.load(model), noise=start, captions=captions, scheduler="dpm-solver++", steps=3, guidance=3.0
+    )
+    expected = to_images(latents, pretrained.vae(), 0.5)
+    assert np.abs(images.astype(int) - expected).max() <= 1
+
+
+def test_each_way_of_asking_is_refused_where_it_means_nothing(
+    pretrained: Pretrained, tmp_path: Path, pico_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = pretrained.recipe(tmp_path / "recipe.yaml")
+    classes: tuple[Any, ...] = ("sample", pico_checkpoint, "-q", "--num-attention-heads", 2, "--steps", 2)
+    captions: tuple[Any, ...] = ("sample", pretrained.folder / "sigma", "-q", "--recipe", recipe, "--steps", 2)
+    write_embeddings(encode(pretrained.text_encoder, ["a cat"], "", tokens=20), tmp_path / "e.safetensors")
+    wide = Captions(torch.zeros(1, 5, 99), torch.ones(1, 5).long())
+    write_embeddings(wide, tmp_path / "wide.safetensors")
+    no_t5 = ("--set", "source.text_encoder=null")
+
+    for wrong, right, message in (
+        ((*classes, "--prompt", "a cat"), (*classes, "--classes", "1"), "is a model of classes and reads no captions"),
+        ((*captions, "--classes", "1"), (*captions, "--prompt", "a cat"), "has no classes: choose with --prompt"),
+        (
+            (*captions, *no_t5),
+            (*captions, *no_t5, "--embeddings", "e.safetensors"),
+            "--set source.text_encoder.path=PixArt-alpha/PixArt-XL-2-1024-MS",
+        ),
+        (
+            (*captions, "--embeddings", "e.safetensors", "--prompt", "a cat"),
+            (*captions, "--embeddings", "e.safetensors"),
+            "leave --prompt and --negative-prompt out",
+        ),
+        (
+            (*captions, "--embeddings", "wide.safetensors"),
+            (*captions, "--embeddings", "e.safetensors"),
+            "the captions have features of width 99, the model reads 16",
+        ),
+        (
+            (*captions, "--embeddings", "none.safetensors"),
+            (*captions, "--embeddings", "e.safetensors"),
+            "none.safetensors: no such file",
+        ),
+        (
+            (*captions, "--set", f"source.text_encoder.path={tmp_path}"),
+            captions,
+            "source.text_encoder",
+        ),
+    ):
+        refused = command(*wrong)
+        assert refused.code in (1, 2)
+        assert message in refused.err
+        assert refused.err.count("\n") == 1
+        accepted = command(*right)
+        assert (accepted.code, accepted.err) == (0, "")
+
+
+def test_a_file_of_other_tensors_is_no_captions(pretrained: Pretrained, tmp_path: Path) -> None:
+    path = tmp_path / "captions.safetensors"
+    for tensors, message in (
+        ({"features": torch.zeros(1, 3, 4)}, r"embeddings are the tensors features \(N, L, C\).*holds features"),
+        ({"features": torch.zeros(1, 3, 4), "mask": torch.ones(1, 2)}, r"got \(1, 3, 4\) and \(1, 2\)"),
+        (
+            {"features": torch.zeros(1, 3, 4), "mask": torch.ones(1, 3), "null_features": torch.zeros(1, 3, 4)},
+            "belong together",
+        ),
+    ):
+        save_file(tensors, path)
+        with pytest.raises(UsageError, match=message):
+            read_embeddings(path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UsageError, match="not a complete safetensors file"):
+        read_embeddings(path)
+    captions = encode(pretrained.text_encoder, PROMPTS, "", tokens=9)
+    write_embeddings(captions, path)
+    assert all(torch.equal(getattr(read_embeddings(path), name), getattr(captions, name)) for name in vars(captions))
+
+
+def test_padding_a_caption_changes_nothing_and_a_longer_one_is_refused(
+    pretrained: Pretrained, sigma: LiTTransformer2DModel
+) -> None:
+    usual: dict[str, Any] = {"noise": noise(), "steps": 2, "guidance": 2.0}
+    whole = encode(pretrained.text_encoder, PROMPTS, "", tokens=300)
+    short = encode(pretrained.text_encoder, PROMPTS, "", tokens=12)
+    assert_same(sample(sigma, captions=short, **usual), sample(sigma, captions=whole, **usual))
+    with pytest.raises(UsageError, match="longer than the 300 tokens"):
+        sample(sigma, captions=encode(pretrained.text_encoder, PROMPTS, "", tokens=301), **usual)
+
+
+def test_guidance_leads_away_from_the_negative_prompt_or_the_models_own_null_caption(
+    pretrained: Pretrained, sigma: LiTTransformer2DModel
+) -> None:
+    usual: dict[str, Any] = {"noise": noise(), "steps": 1, "guidance": 3.0}
+    bare = encoded(pretrained, sigma, negative=None)
+    with pytest.raises(UsageError, match="keeps no null caption and the captions come without one"):
+        sample(sigma, captions=bare, **usual)
+    assert sample(sigma, captions=bare, **{**usual, "guidance": 1.0}).isfinite().all()
+
+    own = LiTTransformer2DModel(**{**sigma.config, "null_caption": True})
+    null = torch.randn(300, CHANNELS)
+    own.load_state_dict({**sigma.state_dict(), "conditioning.null_caption": null}, strict=True)
+    # PixArt's own code leaves the mask of the caption that it replaces.
+    replaced = [replace(bare[i : i + 1], null_features=null[None], null_mask=bare.mask[i : i + 1]) for i in (0, 1)]
+    expected = [sample(sigma, captions=one, **{**usual, "noise": noise()[i : i + 1]}) for i, one in enumerate(replaced)]
+    assert_same(sample(own, captions=bare, **usual), torch.cat(expected))
+    # A negative prompt comes first.
+    negative = encoded(pretrained, sigma, negative="blurry")
+    assert_same(sample(own, captions=negative, **usual), sample(sigma, captions=negative, **usual))
+    empty = encoded(pretrained, sigma, negative="")
+    assert (sample(sigma, captions=empty, **usual) - sample(sigma, captions=negative, **usual)).abs().max() > 0.01
+
+
+def test_captions_and_labels_are_not_taken_for_one_another(
+    pretrained: Pretrained, sigma: LiTTransformer2DModel, pico_checkpoint: Path
+) -> None:
+    captions, labels = encoded(pretrained, sigma), torch.tensor([0, 1])
+    classes = litconvert.load(pico_checkpoint, num_attention_heads=2)
+    pixels = torch.zeros(2, 1, 8, 8)
+    for wrong in ({}, {"class_labels": labels, "captions": captions}, {"class_labels": labels}):
+        with pytest.raises(UsageError, match="conditioned on captions: give captions, and no class_labels"):
+            sample(sigma, noise=noise(), steps=1, **wrong)
+    for wrong in ({}, {"class_labels": labels, "captions": captions}, {"captions": captions}):
+        with pytest.raises(UsageError, match="conditioned on classes: give class_labels, and no captions"):
+            sample(classes, noise=pixels, steps=1, **wrong)
+    with pytest.raises(UsageError, match="captions must be 2, one for each noise, got 1"):
+        sample(sigma, noise=noise(), steps=1, captions=captions[:1])
+    assert sample(sigma, noise=noise(), steps=1, captions=captions).shape == (2, 4, 8, 8)
+    assert sample(classes, noise=pixels, steps=1, class_labels=labels).shape == (2, 1, 8, 8)
+
+
+def test_without_transformers_the_extra_is_named(pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(LitconvertError, match=r'pip install "litconvert\[text\]"'):
+            encode(pretrained.text_encoder, PROMPTS, tokens=4)
+    assert len(encode(pretrained.text_encoder, PROMPTS, tokens=4)) == 2
+
+
+def test_a_sentencepiece_tokenizer_as_pixarts_repositories_hold_it_is_read(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    options = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
+    sentences = iter(["a red fox in the snow", "two birds by the sea", "a blue house"] * 9)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=model, vocab_size=30, hard_vocab_limit=False, **options
+    )
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
+    encoder = TextEncoder(path=str(pretrained.folder), tokenizer="../spiece")
+    (pretrained.folder.parent / "spiece").symlink_to(tmp_path, target_is_directory=True)
+    captions = encode(encoder, PROMPTS, tokens=40)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    lengths = [len(reference.encode(prompt.lower().strip())) + 1 for prompt in PROMPTS]
+    assert captions.mask.sum(dim=1).tolist() == lengths
+
+
+def test_an_incomplete_t5_is_refused(pretrained: Pretrained, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(pretrained.folder, tmp_path / "t5"))
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: value for name, value in tensors.items() if "block.1" not in name}, weights, {"format": "pt"})
+    with pytest.raises(LitconvertError, match=r"not a complete T5 encoder \(encoder.block.1"):
+        encode(TextEncoder(path=str(folder)), PROMPTS, tokens=4)
+    assert len(encode(pretrained.text_encoder, PROMPTS, tokens=4)) == 2
+
+
+def test_a_runs_sheet_draws_the_recipes_prompts_where_they_can_be_encoded(
+    pretrained: Pretrained, sigma: LiTTransformer2DModel, tmp_path: Path
+) -> None:
+    recipe = litconvert.recipe.resolve(str(pretrained.recipe(tmp_path / "recipe.yaml"))).recipe  # type: ignore
+    sheet = SampleSheet(recipe, sigma, tmp_path)
+    sheet.draw(sigma, "after")
+    assert sheet.images(sigma).shape == (2, 64, 64, 3)
+    assert (tmp_path / "teacher.png").read_bytes() == (tmp_path / "after.png").read_bytes()
+    without: Recipe = recipe.model_copy(update={"source": recipe.source.model_copy(update={"text_encoder": None})})
+    assert not SampleSheet(without, sigma, tmp_path).drawable
