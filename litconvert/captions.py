@@ -109,6 +109,8 @@ def load_text_encoder(where: TextEncoder, *, offline: bool = False) -> tuple[Any
         return {"subfolder": subfolder or "", "local_files_only": offline}
 
     advice = "set source.text_encoder.path to a repository like PixArt-alpha/PixArt-XL-2-1024-MS"
+    if Path(where.path).exists() and not (Path(where.path) / (where.subfolder or "") / "config.json").is_file():
+        raise LitconvertError(f"{where.path}: no folder {where.subfolder} with a config.json in it; {advice}")
     try:
         with hub_errors(where.path):
             tokenizer = T5Tokenizer.from_pretrained(where.path, **options(where.tokenizer))
@@ -125,6 +127,14 @@ def load_text_encoder(where: TextEncoder, *, offline: bool = False) -> tuple[Any
     if wrong:
         raise LitconvertError(
             f"{where.path}: not a complete T5 encoder ({wrong[0]}, and {len(wrong) - 1} more, do not fit); {advice}"
+        )
+    # Without its file transformers makes a tokenizer up, of special tokens alone.
+    words = [token for token in tokenizer.get_vocab() if token != "▁" and not token.startswith("<")]
+    if not words or len(tokenizer) > encoder.config.vocab_size:
+        raise LitconvertError(
+            f"{where.path}: its tokenizer has {len(words):,} pieces of words and {len(tokenizer):,} tokens, the encoder "
+            f"{encoder.config.vocab_size:,}: a file is missing, or they do not belong together; set "
+            "source.text_encoder.tokenizer to the tokenizer's folder"
         )
     return tokenizer, encoder.eval().requires_grad_(False)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import math
 import signal
 import subprocess
@@ -202,9 +203,18 @@ def test_the_student_s_shape_is_checked_in_the_plan(pico_checkpoint: Path, pico_
         litconvert.plan(pico_checkpoint, str(pico_recipe), ["student.softmax_layers=[2]"])
 
 
-def test_a_linear_source_is_not_converted_again(pico_student: Path, pico_recipe: Path) -> None:
-    with pytest.raises(UsageError, match="the source has linear layers already"):
-        litconvert.plan(pico_student, str(pico_recipe), ["source={}"])
+def test_a_students_linear_layers_go_on_as_they_are(tmp_path: Path, pico_student: Path, pico_recipe: Path) -> None:
+    """At another size, too: a student of one resolution is where that of the next begins."""
+    resized = ["source={sample_size: 16}"]
+    plan = litconvert.plan(pico_student, str(pico_recipe), resized)
+    assert {entry.fate for entry in plan.entries if entry.target != "pos_embed"} == {"inherited"}
+    out = litconvert.convert(pico_student, tmp_path / "larger", str(pico_recipe), resized)
+    before, after = litconvert.load(pico_student), litconvert.load(out)
+    assert (before.config.sample_size, after.config.sample_size) == (8, 16)
+    for name, value in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], value)
+    with pytest.raises(UsageError, match=r"go on with its own \(--set student\.num_attention_heads=2\)"):
+        litconvert.plan(pico_student, str(pico_recipe), ["source={}", "student.num_attention_heads=4"])
 
 
 def test_no_source_is_refused(pico_recipe: Path) -> None:
@@ -610,13 +620,62 @@ def test_inspect_says_what_a_checkpoint_is(training_checkpoint: Path) -> None:
         ["ema", "model"],
     )
     assert facts["tensors"] == 2 * 10 + 12
-    assert facts["values"][0].startswith("every value is finite")
+    assert facts["values"]["facts"][0].startswith("every value is finite")
+    assert facts["values"]["odd"] == facts["values"]["broken"] == []
     assert len(facts["unsure"]) == 2
-    assert "original layout" in command("inspect", training_checkpoint, "--num-attention-heads", 2).out
+    assert "DiT, original layout" in command("inspect", training_checkpoint, "--num-attention-heads", 2).out
 
 
-def test_inspect_weights_remarks_on_tensors_of_zeros(tmp_path: Path, pico_state: dict[str, Tensor]) -> None:
-    pico_state["final_layer.linear.weight"].zero_()
+@pytest.mark.parametrize(
+    ("zeroed", "remark"),
+    [
+        (r"final_layer\.linear\.weight", "1 other weights are all zero (final_layer.linear.weight)"),
+        (r".*adaLN_modulation\.1\.weight", "the modulation of 3 layers is all zero (blocks.0.adaLN_modulation.weight)"),
+    ],
+)
+def test_inspect_names_what_is_all_zero(
+    tmp_path: Path, pico_state: dict[str, Tensor], zeroed: str, remark: str
+) -> None:
+    for name in pico_state:
+        if re.fullmatch(zeroed, name):
+            pico_state[name].zero_()
     torch.save(pico_state, tmp_path / "untrained.pt")
     shown = command("inspect", tmp_path / "untrained.pt", "--num-attention-heads", 2, "--weights", "--json")
-    assert "1 tensors are all zero (final_layer.linear.weight)" in json.loads(shown.out)["values"][1]
+    assert shown.code == 0
+    assert remark in json.loads(shown.out)["values"]["odd"][0]
+
+
+def test_inspect_names_everything_that_is_broken_and_fails(tmp_path: Path, pico_state: dict[str, Tensor]) -> None:
+    pico_state["blocks.0.mlp.fc1.weight"][0, 0] = float("nan")
+    pico_state["blocks.1.mlp.fc2.bias"][3] = float("inf")
+    pico_state["pos_embed"] += 0.1
+    torch.save(pico_state, tmp_path / "broken.pt")
+    shown = command("inspect", tmp_path / "broken.pt", "--num-attention-heads", 2, "--weights", "--json")
+    assert shown.code == 1
+    broken = json.loads(shown.out)["values"]["broken"]
+    for name, text in zip(("pos_embed", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc2.bias"), broken, strict=True):
+        assert name in text
+    assert "cannot be used" in shown.err
+
+
+def test_inspect_says_that_an_ema_was_never_updated(tmp_path: Path, training_checkpoint: Path) -> None:
+    def odd(path: Path) -> list[str]:
+        shown = command("inspect", path, "--num-attention-heads", 2, "--weights", "--json")
+        return list(json.loads(shown.out)["values"]["odd"])
+
+    assert odd(training_checkpoint) == []
+    state = dit_state()
+    torch.save({"model": state, "ema": {name: value.clone() for name, value in state.items()}}, tmp_path / "equal.pt")
+    assert "the EMA equals the raw weights" in odd(tmp_path / "equal.pt")[0]
+
+
+def test_without_a_recipe_the_packaged_one_for_the_source_is_taken(tmp_path: Path) -> None:
+    from tests.checkpoint_files import pixart_shapes
+
+    path = write_hollow(tmp_path / "sigma.safetensors", pixart_shapes(sample_size=128))
+    plan = litconvert.plan(path)
+    assert plan.recipe.distill.stages[0].steps == 155_000
+    assert plan.recipe.source.path == str(path)
+    assert plan.totals["student_parameters"] == 610_856_096 + 28 * 26 * 1152 // 4
+    other = write_hollow(tmp_path / "odd.safetensors", dit_shapes(layers=1, sample_size=48))
+    assert litconvert.plan(other).recipe.distill.stages == ()

@@ -1,20 +1,21 @@
 """Text to image: diffusers' pipelines with our transformer, T5 and what it leaves behind, embeddings, and guidance."""
 
 import gc
+import io
 import json
+import shutil
 import sys
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from diffusers import (
     AutoencoderKL,
-    DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -26,15 +27,34 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import litconvert
 from litconvert import captions as captions_module
+from litconvert import sources
 from litconvert.captions import Captions, encode, read_embeddings, write_embeddings
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.pipeline_lit_text import LiTAlphaPipeline, LiTSigmaPipeline
-from litconvert.recipe import Recipe, TextEncoder
-from litconvert.sampling import SampleSheet, load_vae, make_scheduler, sample, sample_to_files, to_images
+from litconvert.recipe import Recipe, TextEncoder, resolve
+from litconvert.sampling import SampleSheet, make_scheduler, noise_of, sample, sample_to_files, to_images
 from tests.command import command
 
-WORDS = "a red fox in the snow cat on mat blue house by sea blurry ugly two birds".split()
+WORDS = [
+    "a",
+    "red",
+    "fox",
+    "in",
+    "the",
+    "snow",
+    "cat",
+    "on",
+    "mat",
+    "blue",
+    "house",
+    "by",
+    "sea",
+    "blurry",
+    "ugly",
+    "two",
+    "birds",
+]
 CHANNELS, SIDE = 16, 8
 PROMPTS = ["A red fox in the snow ", "two birds by the sea"]
 
@@ -97,7 +117,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -2.0) for word in WORDS)]
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0)
     tokenizer.save_pretrained(folder / "tokenizer")
-    config = T5Config(vocab_size=len(tokenizer), d_model=CHANNELS, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config = T5Config(vocab_size=40, d_model=CHANNELS, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     T5EncoderModel(config).save_pretrained(folder / "text_encoder")
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     decoder = AutoencoderKL(**blocks, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=2)
@@ -258,7 +278,7 @@ def test_t5_is_gone_before_the_transformer_is_read(
     pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    load, read = captions_module.load_text_encoder, litconvert.sampling.read_model  # type: ignore[attr-defined]
+    load, read = captions_module.load_text_encoder, sources.read_model
 
     def watched_load(*arguments: Any, **options: Any) -> Any:
         tokenizer, encoder = load(*arguments, **options)
@@ -271,7 +291,7 @@ def test_t5_is_gone_before_the_transformer_is_read(
         return read(*arguments)
 
     monkeypatch.setattr(captions_module, "load_text_encoder", watched_load)
-    monkeypatch.setattr("litconvert.sampling.read_model", watched_read)
+    monkeypatch.setattr(sources, "read_model", watched_read)
     recipe = pretrained.recipe(tmp_path / "recipe.yaml")
     gc.disable()
     try:
@@ -287,9 +307,12 @@ def test_sample_draws_one_picture_a_prompt_and_embeddings_draw_the_same_without_
     model, recipe = pretrained.folder / "sigma", pretrained.recipe(tmp_path / "recipe.yaml")
     options = ("sample", model, "-q", "--recipe", recipe)
     prompts = ("--prompt", "A red fox", "--prompt", "two birds", "--negative-prompt", "blurry: ugly")
-    first = command(*options, *prompts, "-o", tmp_path / "a.png", "--save-embeddings", tmp_path / "captions.safetensors")
+    first = command(
+        *options, *prompts, "-o", tmp_path / "a.png", "--save-embeddings", tmp_path / "captions.safetensors"
+    )
     assert (first.code, first.err) == (0, "")
-    assert Image.open(tmp_path / "a.png").size == (2 * (8 * 64 + 2) + 2, 8 * 64 + 4)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (2 * (8 * 64 + 2) + 2, 8 * 64 + 4)
 
     stored = load_file(tmp_path / "captions.safetensors")
     assert {name: tuple(value.shape) for name, value in stored.items()} == {
@@ -310,7 +333,7 @@ def test_sample_draws_one_picture_a_prompt_and_embeddings_draw_the_same_without_
         assert arrays.files == ["arr_0"]
         images = arrays["arr_0"]
     captions = encode(pretrained.text_encoder, ["a cat", "a house", "a cat"], "", tokens=300)
-    start = torch.stack([litconvert.sampling.noise_of(0, index, (4, SIDE, SIDE)) for index in range(3)])  # type: ignore
+    start = torch.stack([noise_of(0, index, (4, SIDE, SIDE)) for index in range(3)])
     latents = sample(
         litconvert.load(model), noise=start, captions=captions, scheduler="dpm-solver++", steps=3, guidance=3.0
     )
@@ -451,10 +474,6 @@ def test_without_transformers_the_extra_is_named(pretrained: Pretrained, monkeyp
 def test_a_sentencepiece_tokenizer_as_pixarts_repositories_hold_it_is_read(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
-    import io
-
-    import sentencepiece
-
     model = io.BytesIO()
     options = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
     sentences = iter(["a red fox in the snow", "two birds by the sea", "a blue house"] * 9)
@@ -472,8 +491,10 @@ def test_a_sentencepiece_tokenizer_as_pixarts_repositories_hold_it_is_read(
 
 
 def test_an_incomplete_t5_is_refused(pretrained: Pretrained, tmp_path: Path) -> None:
-    import shutil
-
+    for wrong, message in (("vae", "no folder nothing with"), ("text_encoder", "its tokenizer has 0 pieces of words")):
+        where = {"subfolder": "nothing"} if wrong == "vae" else {"tokenizer": "vae"}
+        with pytest.raises(LitconvertError, match=message):
+            encode(TextEncoder(path=str(pretrained.folder), **where), PROMPTS, tokens=4)
     folder = Path(shutil.copytree(pretrained.folder, tmp_path / "t5"))
     weights = folder / "text_encoder" / "model.safetensors"
     tensors = load_file(weights)
@@ -486,7 +507,7 @@ def test_an_incomplete_t5_is_refused(pretrained: Pretrained, tmp_path: Path) -> 
 def test_a_runs_sheet_draws_the_recipes_prompts_where_they_can_be_encoded(
     pretrained: Pretrained, sigma: LiTTransformer2DModel, tmp_path: Path
 ) -> None:
-    recipe = litconvert.recipe.resolve(str(pretrained.recipe(tmp_path / "recipe.yaml"))).recipe  # type: ignore
+    recipe = resolve(str(pretrained.recipe(tmp_path / "recipe.yaml"))).recipe
     sheet = SampleSheet(recipe, sigma, tmp_path)
     sheet.draw(sigma, "after")
     assert sheet.images(sigma).shape == (2, 64, 64, 3)
