@@ -132,8 +132,8 @@ def load_text_encoder(where: TextEncoder, *, offline: bool = False) -> tuple[Any
     words = [token for token in tokenizer.get_vocab() if token != "▁" and not token.startswith("<")]
     if not words or len(tokenizer) > encoder.config.vocab_size:
         raise LitconvertError(
-            f"{where.path}: its tokenizer has {len(words):,} pieces of words and {len(tokenizer):,} tokens, the encoder "
-            f"{encoder.config.vocab_size:,}: a file is missing, or they do not belong together; set "
+            f"{where.path}: its tokenizer has {len(words):,} pieces of words and {len(tokenizer):,} tokens, the "
+            f"encoder {encoder.config.vocab_size:,}: a file is missing, or they do not belong together; set "
             "source.text_encoder.tokenizer to the tokenizer's folder"
         )
     return tokenizer, encoder.eval().requires_grad_(False)

@@ -1,5 +1,6 @@
 """The model card: where a published model comes from, what was inherited and measured, its limits, how to load it."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,17 @@ from litconvert.checkpoints import WEIGHT_SUFFIXES
 from litconvert.conversion import FATES
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-TASK = "unconditional-image-generation"
+# Whose T5 the card names when the recipe's is nowhere that others can reach.
+TEXT_ENCODER = {"path": "PixArt-alpha/PixArt-XL-2-1024-MS", "subfolder": "text_encoder", "tokenizer": "tokenizer"}
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    """The Hub's name for what the model does."""
+    return "text-to-image" if _reads_captions(config) else "unconditional-image-generation"
+
+
+def _reads_captions(config: Mapping[str, Any]) -> bool:
+    return config.get("caption_channels") is not None
 
 
 def is_hub_id(source: str) -> bool:
@@ -26,6 +37,7 @@ def model_card(
     repo_id: str,
     *,
     pipeline: bool = False,
+    text_encoder: bool = False,
     pictures: Sequence[str] = (),
 ) -> str:
     """README.md: where the model comes from, what was inherited, what was measured, its limits, and how to load it.
@@ -34,7 +46,7 @@ def model_card(
         provenance: litconvert.json, without local paths; every part beyond `source` may be missing.
         recipe: recipe.yaml, without local paths.
         config: config.json.
-        repo_id, pipeline: where and how it is pushed, for the lines that load it.
+        repo_id, pipeline, text_encoder: where and how it is pushed, for the lines that load it.
         pictures: paths in the repository.
     """
     from huggingface_hub import ModelCardData
@@ -47,13 +59,14 @@ def model_card(
         "license_name": terms.get("name"),
         "license_link": terms.get("link"),
         "library_name": "diffusers",
-        "pipeline_tag": TASK,
-        "tags": ["litconvert", "lit", "linear-attention", "diffusion", "class-conditional"],
+        "pipeline_tag": _task(config),
+        "tags": ["litconvert", "lit", "linear-attention", "diffusion"]
+        + ([] if _reads_captions(config) else ["class-conditional"]),
     }
     if is_hub_id(base):
         front_matter |= {"base_model": base.partition("@")[0], "base_model_relation": "finetune"}
     scores = _scores(provenance.get("metrics") or {})
-    if results := _eval_results(scores):
+    if results := _eval_results(scores, _task(config)):
         front_matter |= {"model_name": name, "eval_results": results}
     sections = [
         f"# {name}",
@@ -62,8 +75,8 @@ def model_card(
         _lineage(provenance),
         _counts(provenance.get("plan") or {}),
         _measured(scores),
-        _loading(recipe["sample"], repo_id, pipeline=pipeline),
-        _limits(provenance, config, recipe["source"]["vae"] if pipeline else None),
+        _loading(recipe, config, repo_id, pipeline=pipeline, text_encoder=text_encoder),
+        _limits(provenance, config, recipe["source"], pipeline=pipeline, text_encoder=text_encoder),
     ]
     return (
         f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n\n"
@@ -83,13 +96,13 @@ def _scores(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _eval_results(scores: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+def _eval_results(scores: Mapping[str, Mapping[str, Any]], task: str) -> list[Any]:
     """The model's own scores for the model-index; the teacher's are only on the card."""
     from huggingface_hub import EvalResult
 
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=task,
             dataset_type="teacher-samples",
             dataset_name="Samples of the teacher",
             metric_type=name,
@@ -122,8 +135,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]], numbers_from
 def _introduction(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     kinds = config["attention"] or ["softmax"] * config["num_layers"]
     linear = kinds.count("linear")
+    what = "A text-to-image" if _reads_captions(config) else "A class-conditional"
     text = (
-        f"A class-conditional diffusion transformer with linear attention in {linear} of its {len(kinds)} layers "
+        f"{what} diffusion transformer with linear attention in {linear} of its {len(kinds)} layers "
         "([LiT](https://arxiv.org/abs/2501.12976)), made from "
         f"{_source_name(provenance['source'].get('path'))} with litconvert."
     )
@@ -229,21 +243,30 @@ def _measured(scores: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(["## Metrics", _table(header, rows), note])
 
 
-def _loading(sample: Mapping[str, Any], repo_id: str, *, pipeline: bool) -> str:
+def _loading(
+    recipe: Mapping[str, Any], config: Mapping[str, Any], repo_id: str, *, pipeline: bool, text_encoder: bool
+) -> str:
+    sample, captions = recipe["sample"], _reads_captions(config)
     settings = f"num_inference_steps={sample['steps']}, guidance_scale={sample['guidance']}"
-    if sample["guidance_channels"] is not None:
+    if sample["guidance_channels"] is not None and not captions:
         settings += f", guidance_channels={sample['guidance_channels']}"
+    # Of a pipeline of captions that comes without its T5.
+    given = "text_encoder=text_encoder, tokenizer=tokenizer, " if pipeline and captions and not text_encoder else ""
 
-    def call(loader: str, pin: str = "", subfolder: str = "") -> str:
-        return f'{loader}.from_pretrained("{repo_id}", {subfolder}{pin}trust_remote_code=True)'
+    def call(loader: str, pin: str = "", more: str = "") -> str:
+        return f'{loader}.from_pretrained("{repo_id}", {more}{pin}trust_remote_code=True)'
 
     loader, pin = "DiffusionPipeline" if pipeline else "AutoModel", 'revision="<commit sha>", '
     name = "pipeline" if pipeline else "model"
-    lines = [f"from diffusers import {loader}", "", f"{name} = {call(loader)}"]
+    lines = [f"from diffusers import {loader}", "", f"{name} = {call(loader, more=given)}"]
     parts = ["## How to load it", "In diffusers, without litconvert:"]
+    if given:
+        parts += ["The text encoder is not in this repository; it is PixArt's T5, 19 GB, and is loaded from its own."]
+        lines[1:2] = ["from transformers import T5EncoderModel, T5Tokenizer", "", *_t5_lines(recipe["source"])]
     if pipeline:
-        lines += [f"image = pipeline(class_labels=[0], {settings}).images[0]"]
-        model_call = call("AutoModel", subfolder='subfolder="transformer", ')
+        subject = json.dumps(sample["prompts"][0], ensure_ascii=False) if captions else "class_labels=[0]"
+        lines += [f"image = pipeline({subject}, {settings}).images[0]"]
+        model_call = call("AutoModel", more='subfolder="transformer", ')
         model_lines = ["from diffusers import AutoModel", "", f"model = {model_call}"]
         parts += [_python(*lines), "The transformer alone:", _python(*model_lines)]
     else:
@@ -253,7 +276,7 @@ def _loading(sample: Mapping[str, Any], repo_id: str, *, pipeline: bool) -> str:
             *parts,
             "`trust_remote_code=True` runs the Python files of this repository. Read them, and pin the commit that you "
             "have read:",
-            _python(f"{name} = {call(loader, pin)}"),
+            _python(f"{name} = {call(loader, pin, given)}"),
             "The sha is under *Files and versions*, *History*, and "
             f'`huggingface_hub.model_info("{repo_id}").sha` is the newest one.',
             "Where remote code is not wanted, with `pip install litconvert`:",
@@ -266,16 +289,45 @@ def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _limits(provenance: Mapping[str, Any], config: Mapping[str, Any], decoder: Mapping[str, Any] | None) -> str:
+def _t5_lines(source: Mapping[str, Any]) -> list[str]:
+    """Python that loads the text encoder and its tokenizer."""
+    named = source.get("text_encoder")
+    where = named if named and is_hub_id(named["path"]) else TEXT_ENCODER
+
+    def load(loader: str, subfolder: str | None) -> str:
+        inside = f', subfolder="{subfolder}"' if subfolder else ""
+        return f'{loader}.from_pretrained("{where["path"]}"{inside})'
+
+    return [
+        f"text_encoder = {load('T5EncoderModel', where['subfolder'])}",
+        f"tokenizer = {load('T5Tokenizer', where['tokenizer'])}",
+    ]
+
+
+def _limits(
+    provenance: Mapping[str, Any],
+    config: Mapping[str, Any],
+    source: Mapping[str, Any],
+    *,
+    pipeline: bool,
+    text_encoder: bool,
+) -> str:
     side = config["sample_size"] * (1 if config["in_channels"] in (1, 3) else 8)
+    if _reads_captions(config):
+        reads = f"captions of up to {config['caption_tokens']} tokens: longer ones are cut off;"
+    else:
+        reads = f"{config['num_classes']:,} classes;"
     points = [
-        f"Made for {side} x {side} pixels and {config['num_classes']:,} classes; other sizes run, and are not tested.",
+        f"Made for {side} x {side} pixels and {reads} other sizes run, and are not tested.",
         "It imitates its teacher: it inherits the biases and the failures of the source, and adds its own.",
         "Nothing filters what it draws.",
     ]
     terms = provenance["source"].get("license") or {}
     if (terms.get("id") or "unknown") == "unknown":
         points += ["The licence of the source was not recorded: find it out before you use the weights."]
-    if decoder is not None:
-        points += [f"The decoder in `vae/` is {_source_name(decoder['path'])}, under its own licence."]
+    if pipeline and source["vae"] is not None:
+        points += [f"The decoder in `vae/` is {_source_name(source['vae']['path'])}, under its own licence."]
+    if text_encoder:
+        name = _source_name(source["text_encoder"]["path"])
+        points += [f"The text encoder in `text_encoder/` is {name}, under its own licence."]
     return "\n".join(["## Limits", "", *(f"- {point}" for point in points)])

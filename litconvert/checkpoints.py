@@ -4,16 +4,16 @@ import argparse
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -136,7 +136,9 @@ class Checkpoint:
         try:
             tensor = self._stored().read(name)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise LitconvertError(f"{self.source}: cannot read {name!r}: {error}; the file may be damaged") from error
+            raise LitconvertError(
+                f"{self.source}: cannot read {name!r}: {first_line(error)}; it may be damaged"
+            ) from error
         if tensor.is_meta:
             raise LitconvertError(f"{self.source}: {name!r} has a shape but no values (saved from the meta device)")
         return tensor
@@ -150,10 +152,18 @@ class Checkpoint:
         digest, buffer = hashlib.sha256(), bytearray(1 << 22)
         view = memoryview(buffer)
         for path in self.files:
-            with path.open("rb") as file:
-                while count := file.readinto(buffer):
-                    digest.update(view[:count])
+            try:
+                with path.open("rb") as file:
+                    while count := file.readinto(buffer):
+                        digest.update(view[:count])
+            except OSError as error:
+                raise LitconvertError(f"cannot read {path}: {system_cause(error) or error}") from error
         return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong inside a library, of which a damaged file may choose the words."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def open_checkpoint(
@@ -176,7 +186,7 @@ def open_checkpoint(
         if not path.is_file():
             known = sorted(f"asset:{asset.stem}" for asset in path.parent.glob("*.safetensors"))
             raise UsageError(f"{source}: no such asset; there are {', '.join(known)}")
-    elif not path.exists():
+    elif not os.path.exists(path):  # Path.exists raises for a name that is too long
         name, _, at = source.partition("@")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or Path(name).suffix in WEIGHT_SUFFIXES:
             raise UsageError(f"{source}: no such file or folder, and not a Hub id (owner/name)")
@@ -190,6 +200,10 @@ def open_checkpoint(
         files = [path]
         if file is not None and path.name != Path(file).name:
             raise UsageError(f"{source}: is a file, so source.file={file!r} cannot be chosen from it; leave it out")
+        if not path.is_file():
+            raise UsageError(
+                f"{source}: a device or a pipe, which cannot be mapped; save the checkpoint to a file first"
+            )
     return open_files(source, files, config, weights=weights)
 
 
@@ -202,8 +216,10 @@ def open_files(
     revision: str | None = None,
 ) -> Checkpoint:
     """Open weight files, shards of one checkpoint or a single one: headers only. Arguments as of `open_checkpoint`."""
+    chosen: str | None = None
+    sets: tuple[str, ...] = ()
     if all(one.suffix == ".safetensors" for one in files):
-        stored, chosen, sets = _open_safetensors(files), None, ()
+        stored = _open_safetensors(files)
         refuse_choice(source, weights)
     else:
         stored, chosen, sets = _open_pickles(source, files, weights)
@@ -217,9 +233,7 @@ def open_files(
 def refuse_choice(source: str, weights: str) -> None:
     """Raise UsageError where a set of weights is asked for by name and there is only one."""
     if weights != "auto":
-        raise UsageError(
-            f"{source}: holds one set of weights, so weights={weights!r} cannot be chosen; leave it out"
-        )
+        raise UsageError(f"{source}: holds one set of weights, so weights={weights!r} cannot be chosen; leave it out")
 
 
 def _files_of_folder(folder: Path, file: str | None) -> tuple[list[Path], dict[str, Any] | None]:
@@ -228,7 +242,7 @@ def _files_of_folder(folder: Path, file: str | None) -> tuple[list[Path], dict[s
         folder = folder / "transformer"
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if file is not None:
-        if not (folder / file).is_file():
+        if not os.path.isfile(folder / file):
             raise UsageError(f"{folder}: holds no file {file!r}")
         return [folder / file], config
     for stem in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
@@ -248,41 +262,65 @@ def _files_of_folder(folder: Path, file: str | None) -> tuple[list[Path], dict[s
     raise UsageError(f"{folder}: holds several weight files ({names}); choose one with --set source.file=NAME")
 
 
-def _files_of_index(index: Path) -> list[Path]:
+def shards_of_index(index: Path) -> list[str]:
+    """The shards that an index names, all of them beside it.
+
+    Raises LitconvertError for what is no index, and for one that names anything else.
+    """
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise LitconvertError(f"{index}: has no weight_map of tensor to file; download it again")
-    files = []
-    for name in sorted(set(weight_map.values())):
+    names = sorted(set(weight_map.values()))
+    for name in names:
         # A shard index comes from outside: it may not make us read anything beside it.
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise LitconvertError(f"{index}: names {name!r}, which is outside its folder; refused")
-        if not (index.parent / name).is_file():
-            raise LitconvertError(f"{index}: names the shard {name}, which is missing; download it again")
-        files.append(index.parent / name)
+        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
+            raise LitconvertError(f"{index}: names {name[:80]!r}, which is outside its folder; refused")
+    return names
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    files = [index.parent / name for name in shards_of_index(index)]
+    for file in files:
+        if not os.path.isfile(file):
+            raise LitconvertError(f"{index}: names the shard {file.name[:80]}, which is missing; download it again")
     return files
 
 
-@lru_cache(maxsize=32)
-def _mapped(path: Path, nbytes: int, _modified: int, _inode: int) -> torch.UntypedStorage:
-    """The whole file in the address space: private, and not in memory before it is read. A changed file is another."""
-    return torch.UntypedStorage.from_file(str(path), shared=False, nbytes=nbytes)
+class _Mapped:
+    """Files in the address space: private, not in memory before they are read, and each mapped once."""
+
+    def __init__(self) -> None:
+        self._storages: dict[tuple[Path, int, int, int], Any] = {}
+
+    def __call__(self, extent: Extent) -> Any:
+        """The storage of an extent's bytes. A file that changed is mapped again.
+
+        Raises OSError when the file no longer reaches that far: reading on would end the process.
+        """
+        status = extent.path.stat()
+        if extent.offset + extent.nbytes > status.st_size:
+            raise OSError(f"{extent.path} became shorter")
+        key = (extent.path, status.st_size, status.st_mtime_ns, status.st_ino)
+        if key not in self._storages:
+            path = str(extent.path)
+            self._storages[key] = torch.UntypedStorage.from_file(path, shared=False, nbytes=status.st_size)
+        return self._storages[key][extent.offset : extent.offset + extent.nbytes]
 
 
-def read_extent(extent: Extent, info: TensorInfo, stride: tuple[int, ...] | None = None) -> Tensor:
-    """The tensor whose bytes are there, mapped from disk.
-
-    Raises OSError when the file no longer reaches that far: reading on would end the process.
-    """
+def read_extent(mapped: _Mapped, extent: Extent, info: TensorInfo, stride: tuple[int, ...] | None = None) -> Tensor:
+    """The tensor whose bytes are there, mapped from disk."""
     if extent.nbytes == 0:
         return torch.empty(info.shape, dtype=info.dtype)
-    status = extent.path.stat()
-    if extent.offset + extent.nbytes > status.st_size:
-        raise OSError(f"{extent.path} became shorter")
-    storage = _mapped(extent.path, status.st_size, status.st_mtime_ns, status.st_ino)
+    piece = mapped(extent)
+    if extent.offset % info.dtype.itemsize:  # arithmetic wants aligned values: these few are read
+        piece = piece.clone()
     empty: Any = torch.empty(0, dtype=info.dtype)
     strides = torch.empty(info.shape, device="meta").stride() if stride is None else stride
-    tensor: Tensor = empty.set_(storage[extent.offset : extent.offset + extent.nbytes], 0, info.shape, strides)
+    tensor: Tensor = empty.set_(piece, 0, info.shape, strides)
     return tensor
 
 
@@ -297,69 +335,89 @@ def _open_safetensors(files: Sequence[Path]) -> Stored:
             with path.open("rb") as file:
                 length = struct.unpack("<Q", file.read(8))[0]
                 header = json.loads(file.read(length))
-        except (SafetensorError, OSError, ValueError, RuntimeError, struct.error, RecursionError) as error:
+            entries = {
+                name: (header[name]["dtype"], header[name]["shape"], header[name]["data_offsets"]) for name in names
+            }
+        except Exception as error:  # a damaged header leads to whatever it leads to
             if cause := system_cause(error):
                 raise LitconvertError(f"cannot read {path}: {cause}") from error
             raise LitconvertError(
-                f"{path}: not a complete safetensors file ({(str(error).splitlines() or [''])[0]}); it may be "
-                "truncated: download it again"
+                f"{path}: not a complete safetensors file ({first_line(error)}); it may be truncated: download it again"
             ) from error
-        for name in names:
-            info = info_of_header(str(path), name, header[name]["dtype"], header[name]["shape"])
+        for name, (dtype, shape, (start, _)) in entries.items():
+            info = info_of_header(str(path), name, dtype, shape)
             if name in tensors:
                 raise LitconvertError(f"{path}: {name!r} is in two shards; download the checkpoint again")
             tensors[name] = info
-            extents[name] = Extent(path, 8 + length + header[name]["data_offsets"][0], info.nbytes)
-    return Stored(tuple(files), tensors, lambda name: read_extent(extents[name], tensors[name]), extents.__getitem__)
+            extents[name] = Extent(path, 8 + length + start, info.nbytes)
+    mapped = _Mapped()
+
+    def read(name: str) -> Tensor:
+        return read_extent(mapped, extents[name], tensors[name])
+
+    return Stored(tuple(files), tensors, read, extents.__getitem__)
 
 
 def info_of_header(path: str, name: str, dtype: str, shape: Sequence[int]) -> TensorInfo:
     """A tensor's header, from safetensors' names.
 
-    Raises LitconvertError for a dtype that is none of ours.
+    Raises LitconvertError for a dtype that is none of ours, and for a shape that is none.
     """
     if dtype not in DTYPES_OF_SAFETENSORS:
         raise LitconvertError(
             f"{path}: {name!r} is {dtype}, which litconvert does not read; use the unquantised checkpoint"
         )
+    if not all(type(count) is int and 0 <= count < 1 << 63 for count in shape) or math.prod(shape) >= 1 << 59:
+        raise LitconvertError(f"{path}: {name!r} has the shape {shape}, which cannot be; download the checkpoint again")
     return TensorInfo(tuple(shape), DTYPES_OF_SAFETENSORS[dtype])
 
 
-def _is_zip(file: IO[bytes]) -> bool:
+def is_zip(file: IO[bytes]) -> bool:
+    """Whether this is a checkpoint as torch writes it since 1.6; before, it was a bare pickle."""
     file.seek(0)
     start = file.read(4)
     file.seek(0)
     return start == b"PK\x03\x04"
 
 
-def _check_zip(path: str, file: IO[bytes]) -> None:
-    """Refuse, from its directory alone, a zip that would unpack to more than it holds, or whose parts overlap its end."""
-    file.seek(0, os.SEEK_END)
-    size = file.tell()
-    file.seek(0)
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
-        raise LitconvertError(f"{path}: a compressed zip, which torch.save does not write; unpack or save it again")
-    if sum(entry.file_size for entry in entries) > size or any(
-        entry.header_offset + 30 + len(entry.filename) + entry.file_size > size for entry in entries
-    ):
-        raise LitconvertError(f"{path}: not a complete PyTorch file; it may be truncated or damaged: download it again")
-    file.seek(0)
+def check_zip(path: str, file: IO[bytes]) -> list[zipfile.ZipInfo]:
+    """The entries of a checkpoint's zip, from its directory alone.
 
-
-def load_pickle(path: str, file: IO[bytes], **options: Any) -> Any:
-    """torch.load, weights only, of a file that may come from anywhere.
-
-    Raises LitconvertError for what is no checkpoint, is damaged, or holds code.
+    Raises LitconvertError for one that would unpack to more than it holds, or whose entries are not within it.
     """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with _refusals(path), zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(one.compress_type != zipfile.ZIP_STORED or one.compress_size != one.file_size for one in entries):
+            raise LitconvertError(f"{path}: a compressed zip, which torch.save does not write; unpack or save it again")
+        if sum(entry.file_size for entry in entries) > size or not all(
+            0 <= entry.header_offset <= size - 30 - len(entry.filename) - entry.file_size for entry in entries
+        ):
+            raise _damaged(path, "its directory names what lies outside it")
+        if len({entry.filename.lower() for entry in entries}) < len(entries):
+            raise _damaged(path, "two entries have one name")
+        for entry in entries:
+            # torch swaps the bytes of tensors without values too, and dies of it. It knows no case in names.
+            if entry.filename.lower().endswith("/byteorder") and archive.read(entry) != b"little":
+                raise LitconvertError(
+                    f"{path}: written by a big-endian machine, or damaged; load it there, and save it as safetensors"
+                )
+    file.seek(0)
+    return entries
+
+
+def _damaged(path: str, reason: str) -> LitconvertError:
+    return LitconvertError(
+        f"{path}: not a complete PyTorch file ({reason}); it may be truncated or damaged: download it again"
+    )
+
+
+@contextmanager
+def _refusals(path: str) -> Iterator[None]:
+    """Whatever reading a pickle or a zip raises, as a sentence."""
     try:
-        if _is_zip(file):
-            _check_zip(path, file)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
-            # What torch warns of (old pickles, TorchScript) is read whole or refused below.
-            warnings.simplefilter("ignore")
-            return torch.load(file, weights_only=True, **options)
+        yield
     except LitconvertError:
         raise
     except pickle.UnpicklingError as error:
@@ -371,18 +429,32 @@ def load_pickle(path: str, file: IO[bytes], **options: Any) -> Any:
         raise LitconvertError(
             f"{path}: not a checkpoint that can be read safely; it may be damaged: download it again. {remedy}"
         ) from error
-    except Exception as error:  # a damaged pickle raises whatever it leads to
+    except Exception as error:  # a damaged file raises whatever it leads to
         if isinstance(error, OSError) and (cause := system_cause(error)):
             raise LitconvertError(f"cannot read {path}: {cause}") from error
         if "TorchScript" in str(error):
             raise LitconvertError(f"{path}: a TorchScript program, not a state dict; refused and not run") from error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LitconvertError(
-            f"{path}: not a complete PyTorch file ({reason}); it may be truncated or damaged: download it again"
-        ) from error
+        raise _damaged(path, first_line(error)) from error
 
 
-def choose_set(source: str, path: str, content: Any, weights: str) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
+def load_pickle(path: str, file: IO[bytes] | Path, **options: Any) -> Any:
+    """torch.load, weights only, of a file that may come from anywhere; a zip is checked by the caller.
+
+    Raises LitconvertError for what is no checkpoint, is damaged, or holds code.
+    """
+    with (
+        _refusals(path),
+        warnings.catch_warnings(),
+        torch.serialization.safe_globals(_SAFE_GLOBALS),
+    ):
+        # What torch warns of (old pickles, TorchScript) is read whole or refused.
+        warnings.simplefilter("ignore")
+        return torch.load(file, weights_only=True, **options)
+
+
+def choose_set(
+    source: str, path: str, content: Any, weights: str
+) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
     """The state dict in what a pickle holds, which set of a training checkpoint it is, and which there are.
 
     DiT's training checkpoints hold `ema` and `model`, PixArt's `state_dict_ema` and `state_dict`.
@@ -398,7 +470,9 @@ def choose_set(source: str, path: str, content: Any, weights: str) -> tuple[dict
     if sets:
         chosen = sets[0] if weights == "auto" else weights
         if chosen not in sets:
-            raise UsageError(f"{source}: has no {chosen!r} weights, only {', '.join(sets)}; choose with inherit.weights")
+            raise UsageError(
+                f"{source}: has no {chosen!r} weights, only {', '.join(sets)}; choose with inherit.weights"
+            )
         content = found[chosen]
     else:
         refuse_choice(source, weights)
@@ -414,9 +488,7 @@ def choose_set(source: str, path: str, content: Any, weights: str) -> tuple[dict
     return content, chosen, sets
 
 
-def _open_pickles(
-    source: str, files: Sequence[Path], weights: str
-) -> tuple[Stored, str | None, tuple[str, ...]]:
+def _open_pickles(source: str, files: Sequence[Path], weights: str) -> tuple[Stored, str | None, tuple[str, ...]]:
     shards: dict[str, Stored] = {}
     chosen: str | None = None
     sets: tuple[str, ...] = ()
@@ -436,31 +508,25 @@ def _open_pickles(
 
 
 def _open_pickle(source: str, path: Path, weights: str) -> tuple[Stored, str | None, tuple[str, ...]]:
-    try:
-        with path.open("rb") as file:
-            zipped = _is_zip(file)
-            content = load_pickle(str(path), file, map_location="meta" if zipped else "cpu")
-            records = _records(file) if zipped else {}
-    except OSError as error:
-        raise LitconvertError(f"cannot read {path}: {system_cause(error) or error}") from error
-    except (zipfile.BadZipFile, struct.error) as error:
-        raise LitconvertError(
-            f"{path}: not a complete PyTorch file ({error}); it may be truncated or damaged: download it again"
-        ) from error
+    with _refusals(str(path)), path.open("rb") as file:
+        zipped = is_zip(file)
+        records = _records(str(path), file, check_zip(str(path), file)) if zipped else {}
+        file.seek(0)
+        content = load_pickle(str(path), file, map_location="meta" if zipped else "cpu")
     state, chosen, sets = choose_set(source, str(path), content, weights)
-    places = {name: _place(path, value, records) for name, value in state.items()} if zipped else {}
+    places = {name: _place(path, name, value, records) for name, value in state.items()} if zipped else {}
     if zipped and any(place is None for place in places.values()):
         # Not as torch writes it, or tensors without values: read by torch alone, which knows every form.
-        with path.open("rb") as file:
-            _check_zip(str(path), file)
-        content = load_pickle_mapped(path)
+        content = load_pickle(str(path), path, map_location="cpu", mmap=True)
         state, chosen, sets = choose_set(source, str(path), content, weights)
         places = {}
     tensors = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in state.items()}
 
+    mapped = _Mapped()
+
     def read(name: str) -> Tensor:
-        place = places.get(name)
-        return state[name].detach() if place is None else read_extent(place, tensors[name], state[name].stride())
+        place, value = places.get(name), state[name]
+        return value.detach() if place is None else read_extent(mapped, place, tensors[name], value.stride())
 
     def extent(name: str) -> Extent | None:
         return places.get(name) if state[name].is_contiguous() else None
@@ -468,45 +534,51 @@ def _open_pickle(source: str, path: Path, weights: str) -> tuple[Stored, str | N
     return Stored((path,), tensors, read, extent), chosen, sets
 
 
-def load_pickle_mapped(path: Path) -> Any:
-    """A zip checkpoint through torch.load's own mapping."""
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LitconvertError(
-            f"{path}: not a complete PyTorch file ({reason}); it may be truncated or damaged: download it again"
-        ) from error
+def _records(path: str, file: IO[bytes], entries: Sequence[zipfile.ZipInfo]) -> dict[int, int]:
+    """Where the bytes of each entry of a zip begin, and how many they are.
 
-
-def _records(file: IO[bytes]) -> dict[int, int]:
-    """Where the bytes of each entry of a zip begin, and how many they are; empty for a big-endian checkpoint."""
+    Raises LitconvertError where the headers before the entries are not those that the zip's directory promises.
+    """
+    size = file.seek(0, os.SEEK_END)
     records = {}
-    with zipfile.ZipFile(file) as archive:
-        for entry in archive.infolist():
-            if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
-                return {}
-            file.seek(entry.header_offset + 26)
-            name_length, extra_length = struct.unpack("<HH", file.read(4))
-            records[entry.header_offset + 30 + name_length + extra_length] = entry.file_size
+    starts = sorted(entry.header_offset for entry in entries)
+    end_of = dict(zip(starts, [*starts[1:], size], strict=True))
+    for entry in entries:
+        file.seek(entry.header_offset)
+        magic, flags, method, name_length, extra_length = struct.unpack("<4s2xHH16xHH", file.read(30))
+        name = file.read(name_length)
+        begin = entry.header_offset + 30 + name_length + extra_length
+        end = begin + entry.file_size
+        whole = magic == b"PK\x03\x04" and method == 0 and name == entry.orig_filename.encode()
+        if whole and end <= end_of[entry.header_offset]:
+            file.seek(end)
+            # The sizes that follow the bytes: where they are not, a length before the bytes was wrong.
+            whole = not flags & 8 or file.read(4) == b"PK\x07\x08"
+        if not whole or end > end_of[entry.header_offset]:
+            raise _damaged(path, f"{entry.filename} is not where its directory says")
+        if entry.file_size:
+            records[begin] = entry.file_size
     return records
 
 
-def _place(path: Path, tensor: Tensor, records: Mapping[int, int]) -> Extent | None:
+def _place(path: Path, name: str, tensor: Tensor, records: Mapping[int, int]) -> Extent | None:
     """Where a tensor's values are, from the offset that torch notes on a storage it did not load.
 
-    None when that offset is not one of the zip's entries, or the tensor does not lie within it.
+    None when no entry of the zip begins there, or the values are not as they are stored (negated views).
+
+    Raises LitconvertError when the tensor does not lie within its entry.
     """
+    if tensor.numel() == 0:
+        return Extent(path, 0, 0)
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if offset is None or offset not in records:
+    if offset is None or offset not in records or tensor.is_neg() or tensor.is_conj():
         return None
     # From the first to the last element, in whatever order the strides visit them.
     span = 1 + sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride(), strict=True))
-    nbytes = (span if tensor.numel() else 0) * tensor.dtype.itemsize
-    start = tensor.storage_offset() * tensor.dtype.itemsize
-    return Extent(path, offset + start, nbytes) if start + nbytes <= records[offset] else None
+    start, nbytes = tensor.storage_offset() * tensor.dtype.itemsize, span * tensor.dtype.itemsize
+    if start + nbytes > records[offset]:
+        raise _damaged(str(path), f"{name!r} is larger than what is stored of it")
+    return Extent(path, offset + start, nbytes)
 
 
 def wrapper_prefix(names: Mapping[str, Any]) -> str:
@@ -523,6 +595,8 @@ Produce = Callable[[str], Tensor | Extent]
 Metadata = Mapping[str, str] | Callable[[], Mapping[str, str]]
 # Room in the header for metadata that is known only after the last tensor.
 METADATA_ROOM = 1024
+# Numbers cast at a time.
+CAST_PIECE = 1 << 20
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
 
@@ -578,15 +652,26 @@ def write_safetensors(
                 assert value.nbytes == info.nbytes, name
                 _copy(value, descriptor, position)
             else:
-                tensor = value.to(info.dtype).contiguous()
-                assert tuple(tensor.shape) == info.shape, name
-                _write(descriptor, memoryview(tensor.view(-1).view(torch.uint8).numpy()), position)
+                assert tuple(value.shape) == info.shape, name
+                _write_values(value.contiguous().view(-1), info.dtype, descriptor, position)
             position += info.nbytes
             on_tensor(name)
         encoded = encode(metadata() if callable(metadata) else metadata)
         assert len(encoded) <= length, "the metadata is longer than the room for it"
         _write(descriptor, memoryview(struct.pack("<Q", length) + encoded.ljust(length)), 0)
         os.fsync(descriptor)
+
+
+def _write_values(values: Tensor, dtype: torch.dtype, descriptor: int, position: int) -> None:
+    """Write values (n,) as that dtype, cast piece by piece into one buffer: fresh memory costs more than the cast."""
+    if values.dtype == dtype:
+        _write(descriptor, values.view(torch.uint8).numpy().data, position)
+        return
+    buffer = torch.empty(min(CAST_PIECE, len(values)), dtype=dtype)
+    for piece in values.split(CAST_PIECE):
+        data = buffer[: len(piece)].copy_(piece).view(torch.uint8).numpy().data
+        _write(descriptor, data, position)
+        position += data.nbytes
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:
@@ -607,6 +692,8 @@ def _copy(extent: Extent, descriptor: int, position: int) -> None:
                 except OSError as error:
                     if error.errno not in _CANNOT_COPY:
                         raise
+                    count = 0
+                if count == 0:  # cannot, or (on some file systems) says it is at the end: reading tells
                     in_kernel = False
                     continue
             else:

@@ -348,6 +348,9 @@ def push(
     directory: Annotated[Path, typer.Argument(help="Model or run directory.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, owner/name.")],
     pipeline: Annotated[bool, typer.Option("--pipeline", help="Lay out a full diffusers pipeline.")] = False,
+    text_encoder: Annotated[
+        bool, typer.Option("--text-encoder", help="Put the recipe's T5 into the pipeline (19 GB for PixArt's).")
+    ] = False,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up; no network.")] = False,
     as_json: JsonOption = False,
@@ -361,13 +364,13 @@ def push(
 
     console.be_quiet(quiet)
     if dry_run:
-        files = publishing.planned_files(directory, repo_id, pipeline=pipeline)
+        files = publishing.planned_files(directory, repo_id, pipeline=pipeline, text_encoder=text_encoder)
         if as_json:
             console.data([{"path": path, "bytes": nbytes} for path, nbytes in files])
         else:
             console.table(("file", "bytes"), [(path, console.count(nbytes)) for path, nbytes in files], numbers=(1,))
         return
-    url = publishing.push(directory, repo_id, pipeline=pipeline, private=private)
+    url = publishing.push(directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, private=private)
     console.data({"url": url}) if as_json else console.line(url)
 
 

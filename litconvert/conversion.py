@@ -19,7 +19,7 @@ from litconvert.model_directory import FORMAT_VERSION, already_done, versions, w
 from litconvert.packaged import recipe_of
 from litconvert.recipe import Recipe, ResolvedRecipe, Source, read_recorded, resolve, resolve_data
 from litconvert.shapes import count_macs, count_parameters, model_tensors
-from litconvert.sources import OpenSource, all_finite, describe, open_source
+from litconvert.sources import OpenSource, describe, open_source, read_as
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Fate = Literal["inherited", "fresh", "recomputed", "dropped"]
@@ -239,6 +239,8 @@ def plan(source: str | Path | None, recipe: str | None = None, overrides: Sequen
         recipe = recipe_of(opened.reading.family, opened.reading.config)
         if recipe is None:
             return plan_conversion(opened, bare.recipe)
+        found = with_source(resolve(recipe, overrides), source).recipe
+        return plan_conversion(read_as(found.source, opened.checkpoint), found)
     resolved = with_source(resolve(recipe, overrides), source)
     return plan_conversion(open_source(resolved.recipe.source, resolved.recipe.inherit.weights), resolved.recipe)
 
@@ -341,10 +343,10 @@ def carry_out(
         def produce(name: str) -> Tensor | Extent:
             if fates[name] == "fresh":
                 return fresh_tensor(name, tensors[name], plan.recipe.seed, plan.recipe.student.conv_size)
-            value = plan.source.values(name)
-            # Checked above; what stays as it is goes from file to file, without passing through memory.
+            value = plan.source.values(name, tensors[name].dtype)
+            # Checked; what stays as it is goes from file to file, without passing through memory.
             extent = plan.source.extent(name) if value.dtype == tensors[name].dtype else None
-            return extent or _cast(value, tensors[name].dtype, name)
+            return extent or value
 
         with whole_directory(out) as folder:
             write_model_directory(
@@ -378,17 +380,6 @@ def _provenance(plan: ConversionPlan, recipe: Recipe, digest: str, sha256: str) 
         "seed": plan.recipe.seed,
         "metrics": {},
     }
-
-
-def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The value in another dtype. Raises LitconvertError where that turns a finite number into infinity."""
-    result = value.to(dtype)
-    if dtype != value.dtype and not all_finite(result):
-        raise LitconvertError(
-            f"{name} holds values up to {value.abs().max().item():.3g}, beyond {str(dtype).removeprefix('torch.')}; "
-            "set student.dtype=bfloat16 or float32"
-        )
-    return result
 
 
 def _unread(plan: ConversionPlan) -> Iterator[str]:

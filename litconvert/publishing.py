@@ -24,8 +24,8 @@ AUTO_MAP = {"AutoModel": "modeling_lit.LiTTransformer2DModel"}
 # Of the pictures drawn while training, the newest so many go up; those drawn before and after it always do.
 STEP_PICTURES = 4
 # What a push writes and another layout, or other pictures, would leave behind.
-REPLACED = ["config.json", "diffusion_pytorch_model*", "model_index.json", "pipeline_lit.py"]
-REPLACED += ["transformer/*", "scheduler/*", "vae/*", "images/*"]
+REPLACED = ["config.json", "diffusion_pytorch_model*", "model_index.json", "pipeline_lit.py", "pipeline_lit_text.py"]
+REPLACED += ["transformer/*", "scheduler/*", "vae/*", "text_encoder/*", "tokenizer/*", "images/*"]
 # How huggingface_hub begins the error of a card that did not pass the Hub's validation.
 CARD_REFUSED = "Invalid metadata in README.md."
 
@@ -38,6 +38,7 @@ def push(
     private: bool = False,
     dry_run: bool = False,
     vae: str | None = None,
+    text_encoder: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
@@ -55,6 +56,7 @@ def push(
         private: create the repository as private; refused when it exists and is public.
         dry_run: report what would go up and stop. Nothing is sent, and nothing is asked of the Hub.
         vae: folder or Hub id of the pipeline's decoder; None: the recipe's.
+        text_encoder: put the recipe's T5 and its tokenizer into the pipeline too; T5-XXL is 19 GB.
         revision: branch to commit to, which must exist; None: main. `refs/pr/N` goes on with a pull request.
         create_pr: open a pull request instead of committing to main.
         commit_message: of the commit.
@@ -71,7 +73,9 @@ def push(
         _require_login(repo_id)
     from huggingface_hub import HfApi, constants
 
-    with _laid_out(directory, repo_id, pipeline=pipeline, vae=vae, offline=dry_run) as folder:
+    with _laid_out(
+        directory, repo_id, pipeline=pipeline, vae=vae, text_encoder=text_encoder, offline=dry_run
+    ) as folder:
         for path, nbytes in _files(folder):
             on_file(path, nbytes)
         if dry_run:
@@ -101,10 +105,15 @@ def push(
 
 
 def planned_files(
-    directory: str | Path, repo_id: str, *, pipeline: bool = False, vae: str | None = None
+    directory: str | Path,
+    repo_id: str,
+    *,
+    pipeline: bool = False,
+    vae: str | None = None,
+    text_encoder: bool = False,
 ) -> list[tuple[str, int]]:
     """Path and bytes of every file that `push` with these arguments sends. Nothing is asked of the Hub."""
-    with _laid_out(directory, repo_id, pipeline=pipeline, vae=vae, offline=True) as folder:
+    with _laid_out(directory, repo_id, pipeline=pipeline, vae=vae, text_encoder=text_encoder, offline=True) as folder:
         return _files(folder)
 
 
@@ -184,9 +193,10 @@ def _one_line(error: object) -> str:
 
 
 @contextmanager
-def _laid_out(directory: str | Path, repo_id: str, *, pipeline: bool, vae: str | None, offline: bool) -> Iterator[Path]:
+def _laid_out(directory: str | Path, repo_id: str, **options: Any) -> Iterator[Path]:
+    """A folder that `prepare` filled; the options are its own."""
     with TemporaryDirectory(prefix="litconvert-push-") as temporary:
-        prepare(directory, temporary, repo_id=repo_id, pipeline=pipeline, vae=vae, offline=offline)
+        prepare(directory, temporary, repo_id=repo_id, **options)
         yield Path(temporary)
 
 
@@ -202,14 +212,15 @@ def prepare(
     repo_id: str,
     pipeline: bool = False,
     vae: str | None = None,
+    text_encoder: bool = False,
     offline: bool = False,
 ) -> None:
     """Fill an empty folder with exactly what goes up, and rehearse it. The model directory is only read.
 
     Args:
-        directory, repo_id, pipeline, vae: as for `push`.
+        directory, repo_id, pipeline, vae, text_encoder: as for `push`.
         folder: filled; weights are links to the model directory's.
-        offline: take a decoder of the Hub from its cache only.
+        offline: take a decoder and a text encoder of the Hub from its cache only.
 
     Raises UsageError for a directory that is none of ours, LitconvertError for one that is incomplete or broken.
     """
@@ -220,7 +231,13 @@ def prepare(
     recipe = read_recorded(model / "recipe.yaml")
     source = rehearse(model)
     config = {key: value for key, value in read_json(model / "config.json").items() if key != "_name_or_path"}
-    decoder = _decoder(recipe, vae, config["in_channels"], model) if pipeline else None
+    captions = config.get("caption_channels") is not None
+    decoder = _decoder(recipe, vae, config, model) if pipeline else None
+    if text_encoder and not (pipeline and captions and recipe.source.text_encoder):
+        raise UsageError(
+            f"{model}: a text encoder goes into the pipeline of a model of captions: give --pipeline, and name it as "
+            "source.text_encoder.path in its recipe.yaml"
+        )
     if pipeline:
         recipe = recipe.model_copy(update={"source": recipe.source.model_copy(update={"vae": decoder})})
     public_recipe = without_local_paths(recipe.model_dump(mode="json"))
@@ -236,14 +253,22 @@ def prepare(
         for place in {folder, transformer}:
             shutil.copyfile(model / "modeling_lit.py", place / "modeling_lit.py")
         if pipeline:
-            _lay_out_pipeline(folder, recipe, decoder, config["in_channels"], offline=offline)
+            _lay_out_pipeline(folder, recipe, decoder, config, text_encoder=text_encoder, offline=offline)
         _write_json(folder / "litconvert.json", provenance)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(public_recipe, sort_keys=False))
         names = [f"images/{picture.name}" for picture in pictures]
         for picture, name in zip(pictures, names, strict=True):
             (folder / "images").mkdir(exist_ok=True)
             shutil.copyfile(picture, folder / name)
-        card = model_card(provenance, public_recipe, config, repo_id, pipeline=pipeline, pictures=names)
+        card = model_card(
+            provenance,
+            public_recipe,
+            config,
+            repo_id,
+            pipeline=pipeline,
+            text_encoder=text_encoder,
+            pictures=names,
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise LitconvertError(f"cannot lay out the files to push: {system_cause(error) or error}") from error
@@ -312,7 +337,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _decoder(recipe: Recipe, vae: str | None, in_channels: int, model: Path) -> Vae | None:
+def _decoder(recipe: Recipe, vae: str | None, config: Mapping[str, Any], model: Path) -> Vae | None:
     """The pipeline's decoder; None in pixel space.
 
     Raises UsageError for latents without one, and for pixels with one.
@@ -320,19 +345,43 @@ def _decoder(recipe: Recipe, vae: str | None, in_channels: int, model: Path) -> 
     decoder = recipe.source.vae
     if vae is not None:
         decoder = decoder.model_copy(update={"path": vae, "subfolder": None}) if decoder else Vae(path=vae)
-    if decoder is None and in_channels not in (1, 3):
+    if decoder is None and config["in_channels"] not in (1, 3):
         raise UsageError(
-            f"{model}: makes latents of {in_channels} channels and its recipe names no decoder: set source.vae.path in "
-            "its recipe.yaml (for example stabilityai/sd-vae-ft-ema), or push without --pipeline"
+            f"{model}: makes latents of {config['in_channels']} channels and its recipe names no decoder: set "
+            "source.vae.path in its recipe.yaml (for example stabilityai/sd-vae-ft-ema), or push without --pipeline"
         )
     return decoder
 
 
-def _lay_out_pipeline(folder: Path, recipe: Recipe, decoder: Vae | None, in_channels: int, *, offline: bool) -> None:
-    """What makes a model's folder a diffusers pipeline: the index, the pipeline's source, scheduler and decoder."""
+def pipeline_class(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Module and class of the pipeline that draws with a model of this config."""
+    if config.get("caption_channels") is None:
+        return "pipeline_lit", "LiTPipeline"
+    alpha = config["caption_tokens"] == 120 or config["micro_conditions"]
+    return "pipeline_lit_text", "LiTAlphaPipeline" if alpha else "LiTSigmaPipeline"
+
+
+def _lay_out_pipeline(
+    folder: Path,
+    recipe: Recipe,
+    decoder: Vae | None,
+    config: Mapping[str, Any],
+    *,
+    text_encoder: bool,
+    offline: bool,
+) -> None:
+    """What makes a model's folder a diffusers pipeline: the index, the pipeline's source, scheduler, decoder, T5."""
+    from litconvert.captions import load_text_encoder
     from litconvert.sampling import load_vae, make_scheduler
 
-    scheduler = make_scheduler(recipe.sample.scheduler, recipe.diffusion.num_timesteps)
+    captions, in_channels = config.get("caption_channels") is not None, config["in_channels"]
+    if captions and recipe.sample.scheduler == "ddpm":
+        raise UsageError(
+            "the text-to-image pipeline takes no learned variance, which ddpm needs: set sample.scheduler to "
+            "dpm-solver++ or ddim in recipe.yaml"
+        )
+    prediction = config.get("prediction", "noise")
+    scheduler = make_scheduler(recipe.sample.scheduler, recipe.diffusion.num_timesteps, prediction)
     scheduler.save_pretrained(folder / "scheduler")
     if decoder is not None:
         vae = load_vae(_cached(decoder) if offline else decoder)
@@ -343,14 +392,11 @@ def _lay_out_pipeline(folder: Path, recipe: Recipe, decoder: Vae | None, in_chan
             )
         vae.register_to_config(scaling_factor=decoder.scaling_factor)
         vae.save_pretrained(folder / "vae")
-        # diffusers records where it was loaded from.
-        _write_json(
-            folder / "vae" / "config.json",
-            {key: value for key, value in read_json(folder / "vae" / "config.json").items() if key != "_name_or_path"},
-        )
-    shutil.copyfile(Path(__file__).with_name("pipeline_lit.py"), folder / "pipeline_lit.py")
-    index = {
-        "_class_name": ["pipeline_lit", "LiTPipeline"],
+        _forget_origin(folder / "vae" / "config.json")
+    module, name = pipeline_class(config)
+    shutil.copyfile(Path(__file__).with_name(f"{module}.py"), folder / f"{module}.py")
+    index: dict[str, Any] = {
+        "_class_name": [module, name],
         "_diffusers_version": version("diffusers"),
         # AutoModel of a subfolder looks its class up here, not in the subfolder's config.
         "auto_map": AUTO_MAP,
@@ -358,7 +404,23 @@ def _lay_out_pipeline(folder: Path, recipe: Recipe, decoder: Vae | None, in_chan
         "transformer": ["modeling_lit", "LiTTransformer2DModel"],
         "vae": [None, None] if decoder is None else ["diffusers", "AutoencoderKL"],
     }
+    if captions:
+        index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    if text_encoder:
+        assert recipe.source.text_encoder is not None
+        tokenizer, encoder = load_text_encoder(recipe.source.text_encoder, offline=offline)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        encoder.save_pretrained(folder / "text_encoder")
+        for written in ("tokenizer/tokenizer_config.json", "text_encoder/config.json"):
+            _forget_origin(folder / written)
+        index |= {"text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"]}
     _write_json(folder / "model_index.json", index)
+
+
+def _forget_origin(path: Path) -> None:
+    """Take out of a config where diffusers or transformers loaded it from."""
+    kept = {key: value for key, value in read_json(path).items() if key not in ("_name_or_path", "name_or_path")}
+    _write_json(path, kept)
 
 
 def _cached(vae: Vae) -> Vae:

@@ -286,7 +286,7 @@ def save_npz(images: NDArray[np.uint8], labels: Tensor | None, path: Path) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels.numpy()}
     with path.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)
 
 
 def encode_prompts(
@@ -444,6 +444,8 @@ def sample_to_files(
                     f"{teacher} has {key}={other[key]}, {model} has {config[key]}: they cannot share noise or condition"
                 )
     chosen = settings.sample
+    for one in configs:
+        make_scheduler(chosen.scheduler, settings.diffusion.num_timesteps, one["prediction"])  # refuses before the work
     vae = load_vae(settings.source.vae) if settings.source.vae and latents is None else None
     if vae is None and latents is None and config["in_channels"] not in (1, 3):
         to_images(torch.empty(1, config["in_channels"], 1, 1), None)  # refuses, and says what to give

@@ -1,6 +1,6 @@
 """A checkpoint that is recognised: its values, checked, and the model they make."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 KNOWN_INTERPOLATION = (0.5, 1.0, 2.0, 4.0)
 
 
-def all_finite(value: Tensor) -> bool:
-    """Whether no value is NaN or infinite. By the extremes: twenty times faster than asking each value."""
+def extremes_of(value: Tensor) -> tuple[float, float]:
+    """The smallest and the largest value; NaN where one is NaN. Twenty times faster than asking each value."""
     if value.numel() == 0:
-        return True
-    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
+        return 0.0, 0.0
+    low, high = torch.aminmax(value)
+    return low.item(), high.item()
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,26 @@ class OpenSource:
     checkpoint: Checkpoint
     reading: Reading
 
-    def values(self, name: str) -> Tensor:
-        """A model tensor's values from the source, checked: finite, and copies equal.
+    def values(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A model tensor's values from the source, checked: finite (in `dtype` too, if given), and copies equal.
 
-        Raises LitconvertError when they are not.
+        Raises LitconvertError when they are not. The values are not cast.
         """
         origin = self.reading.origins[name]
         first = self.checkpoint.read(origin.names[0])
         rows = first.shape[0] // origin.parts
         value = first[origin.part * rows : (origin.part + 1) * rows]
-        if not all_finite(value):
+        extremes = extremes_of(value)
+        if not all(map(math.isfinite, extremes)):
             raise LitconvertError(
                 f"{self.checkpoint.source}: {origin.names[0]} holds NaN or infinite values; "
                 "the checkpoint is broken: use another one (or another weights= set)"
+            )
+        # Rounding keeps the order, so no other value leaves the range before these.
+        if dtype is not None and not torch.tensor(extremes, dtype=value.dtype).to(dtype).isfinite().all():
+            raise LitconvertError(
+                f"{name} holds values up to {max(map(abs, extremes)):.3g}, beyond "
+                f"{str(dtype).removeprefix('torch.')}; set student.dtype=bfloat16 or float32"
             )
         for name_of_copy in origin.names[1:]:
             copy = self.checkpoint.read(name_of_copy)
@@ -102,7 +110,11 @@ def open_source(source: Source, weights: str = "auto") -> OpenSource:
     """Open and recognise a recipe's source: headers only."""
     if source.path is None:
         raise UsageError("no source is named: give SRC, or source.path in the recipe")
-    checkpoint = open_checkpoint(source.path, file=source.file, weights=weights)
+    return read_as(source, open_checkpoint(source.path, file=source.file, weights=weights))
+
+
+def read_as(source: Source, checkpoint: Checkpoint) -> OpenSource:
+    """Recognise an open checkpoint with a source's hints."""
     reading = recognise(checkpoint, source)
     return OpenSource(checkpoint, replace(reading, config=full_config(reading.config)))
 

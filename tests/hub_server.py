@@ -110,6 +110,7 @@ class HubServer(contextlib.AbstractContextManager["HubServer"]):
         self.token, self.user, self.secret = token, user, secrets.token_hex(8)
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str, int]] = []
+        self.bytes_served = 0
         self.lock = threading.RLock()
         self._faults: list[tuple[str, str, int, int | None]] = []
         self._listener = _Listener(self, port)
@@ -234,7 +235,10 @@ class _Handler(BaseHTTPRequestHandler):
             for name, text in {**self.out, "Content-Length": str(len(content))}.items():
                 self.send_header(name, text)
             self.end_headers()
-            self.wfile.write(b"" if self.command == "HEAD" else content[:cut])
+            sent = b"" if self.command == "HEAD" else content[:cut]
+            with self.hub.lock:
+                self.hub.bytes_served += len(sent)
+            self.wfile.write(sent)
         if cut is not None:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)

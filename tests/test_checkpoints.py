@@ -1,21 +1,24 @@
 """Checkpoints: read lazily from any form they come in, and written whole or not at all."""
 
+import argparse
+import errno
 import hashlib
 import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from diffusers.utils.hub_utils import _get_checkpoint_shard_files
+from huggingface_hub import constants, split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from litconvert.checkpoints import Checkpoint, TensorInfo, open_checkpoint, write_safetensors
+from litconvert.checkpoints import Checkpoint, Extent, TensorInfo, open_checkpoint, write_safetensors, write_weights
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import digest_of, read_json, require_space, whole_directory, write_whole
 from tests.checkpoint_files import dit_shapes, write_hollow
@@ -206,6 +209,126 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "script.pt"))
 
 
+# Where the bytes are
+
+
+def as_stored(value: Tensor) -> bytes:
+    """A tensor's bytes, row-major."""
+    return value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def bytes_at(extent: Extent) -> bytes:
+    with extent.path.open("rb") as file:
+        file.seek(extent.offset)
+        return file.read(extent.nbytes)
+
+
+def assert_read(checkpoint: Checkpoint, expected: Mapping[str, Tensor], *, in_place: Sequence[str]) -> None:
+    """The values are those expected, and the tensors that lie in the file as one run are these, byte for byte."""
+    assert checkpoint.tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        found = checkpoint.read(name)
+        assert (found.dtype, found.shape) == (value.dtype, value.shape), name
+        assert torch.equal(found, value), name
+        extent = checkpoint.extent(name)
+        assert (extent is not None) == (name in in_place), name
+        assert extent is None or bytes_at(extent) == as_stored(value), name
+
+
+BASE = torch.arange(24.0).reshape(6, 4)
+# Everything that torch.save keeps as a view of a storage.
+VIEWS = {
+    **STATE,
+    "base": BASE,
+    "shared": BASE,
+    "rows": BASE[2:5],
+    "one row": BASE[3],
+    "transposed": BASE.T,
+    "columns": BASE[:, 1:3],
+    "expanded": torch.tensor([2.0]).expand(3),
+    "scalar": torch.tensor(2.5),
+    "empty": torch.zeros(0, 3),
+    "empty rows": BASE[6:],
+    "parameter": torch.nn.Parameter(torch.ones(2)),
+    "integers": torch.tensor([[-1, 2]]),
+    "flags": torch.tensor([True, False]),
+}
+IN_PLACE = [name for name in VIEWS if name not in ("transposed", "columns", "expanded")]
+
+
+def test_an_extent_points_at_the_bytes_in_a_pickle(tmp_path: Path) -> None:
+    torch.save(VIEWS, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert_read(open_checkpoint(str(tmp_path / "state.pt")), loaded, in_place=IN_PLACE)
+
+
+def test_an_extent_points_at_the_bytes_in_safetensors_and_its_shards(tmp_path: Path) -> None:
+    state = {name: value.detach().clone().contiguous() for name, value in VIEWS.items()}
+    save_file(state, tmp_path / "state.safetensors")
+    loaded = load_file(tmp_path / "state.safetensors")
+    assert_read(open_checkpoint(str(tmp_path / "state.safetensors")), loaded, in_place=list(VIEWS))
+    assert_read(open_checkpoint(str(in_shards(tmp_path))), STATE, in_place=list(STATE))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod.", "model."])
+def test_an_extent_is_found_behind_a_wrapper_s_prefix(tmp_path: Path, prefix: str) -> None:
+    torch.save({prefix + name: value for name, value in VIEWS.items()}, tmp_path / "state.pt")
+    assert_read(open_checkpoint(str(tmp_path / "state.pt")), VIEWS, in_place=IN_PLACE)
+
+
+@pytest.mark.parametrize(
+    ("raw", "ema"), [("model", "ema"), ("state_dict", "state_dict_ema")], ids=["as DiT", "as PixArt"]
+)
+def test_an_extent_is_that_of_the_chosen_set(tmp_path: Path, raw: str, ema: str) -> None:
+    path = tmp_path / "training.pt"
+    averaged = {name: value + 1 for name, value in STATE.items()}
+    torch.save({raw: STATE, ema: averaged, "args": argparse.Namespace(model="DiT"), "epoch": 3}, path)
+    for weights, expected in (("auto", averaged), ("ema", averaged), ("model", STATE)):
+        checkpoint = open_checkpoint(str(path), weights=weights)
+        assert (checkpoint.sets, checkpoint.weights) == (("ema", "model"), weights.replace("auto", "ema"))
+        assert_read(checkpoint, expected, in_place=list(STATE))
+
+
+def test_a_legacy_pickle_has_values_but_no_extents(tmp_path: Path) -> None:
+    torch.save(VIEWS, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    assert_read(open_checkpoint(str(tmp_path / "legacy.pt")), VIEWS, in_place=[])
+
+
+def repack(path: Path, out: Path, *, reverse: bool = True, compression: int = zipfile.ZIP_STORED) -> Path:
+    """The same zip, written by another program: no padding, another order."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w", compression) as new:
+        for name in sorted(old.namelist(), reverse=reverse):
+            new.writestr(name, old.read(name))
+    return out
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+def test_a_zip_that_another_program_packed_is_read(tmp_path: Path, reverse: bool) -> None:
+    torch.save(VIEWS, tmp_path / "state.pt")
+    checkpoint = open_checkpoint(str(repack(tmp_path / "state.pt", tmp_path / "repacked.pt", reverse=reverse)))
+    for name, value in VIEWS.items():
+        assert torch.equal(checkpoint.read(name), value), name
+        extent = checkpoint.extent(name)
+        assert extent is None or bytes_at(extent) == as_stored(value), name
+
+
+def test_a_compressed_zip_is_refused(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "state.pt")
+    packed = repack(tmp_path / "state.pt", tmp_path / "packed.pt", compression=zipfile.ZIP_DEFLATED)
+    assert len(open_checkpoint(str(tmp_path / "state.pt")).tensors) == len(STATE)
+    with pytest.raises(LitconvertError, match=r"a compressed zip, which torch\.save does not write"):
+        open_checkpoint(str(packed))
+
+
+def test_values_that_are_stored_negated_are_not_copied_as_they_lie(tmp_path: Path) -> None:
+    negated = torch.tensor([1 + 2j, 3 - 4j]).conj().imag  # a lazy minus, which torch.save keeps lazy
+    assert negated.is_neg()
+    torch.save({"negated": negated, "plain": torch.ones(2)}, tmp_path / "state.pt")
+    checkpoint = open_checkpoint(str(tmp_path / "state.pt"))
+    assert checkpoint.read("negated").tolist() == [-2, 4]
+    assert checkpoint.extent("negated") is None
+
+
 # The Hub
 
 
@@ -260,7 +383,7 @@ def test_a_hub_repository_is_read_by_its_id(tmp_path: Path, hub: HubServer) -> N
     assert torch.equal(checkpoint.read("weight"), STATE["weight"])
     assert (checkpoint.config, checkpoint.revision) == ({"num_layers": 3}, first)
     # The transformer alone.
-    assert sorted(downloaded(hub)) == ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
+    assert set(downloaded(hub)) == {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}
     save_file({"weight": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
     second = publish(hub, "tester/dit", root)
     assert open_checkpoint("tester/dit").revision == second
@@ -286,6 +409,123 @@ def test_a_hub_repository_of_plain_files(tmp_path: Path, hub: HubServer) -> None
         open_checkpoint("tester/plain", file="tow.pt")
 
 
+LARGE = {f"blocks.{index}.weight": torch.randn(256, 1024) for index in range(4)}
+LARGE_BYTES = sum(value.nbytes for value in LARGE.values())
+
+
+def large_safetensors(folder: Path) -> None:
+    save_file(LARGE, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text('{"num_layers": 4}')
+    # Another precision beside it, which diffusers takes only when asked for it.
+    half = {name: value.half() for name, value in LARGE.items()}
+    save_file(half, folder / "diffusion_pytorch_model.fp16.safetensors")
+
+
+def large_shards(folder: Path) -> None:
+    write_weights(
+        folder,
+        "diffusion_pytorch_model",
+        tensors_of(LARGE),
+        LARGE.__getitem__,
+        {"format": "pt"},
+        max_shard_bytes=LARGE_BYTES // 2,
+    )
+    (folder / "config.json").write_text('{"num_layers": 4}')
+    # Of an earlier upload, and in no index.
+    save_file(LARGE, folder / "diffusion_pytorch_model-00001-of-00001.safetensors")
+
+
+def large_pickle(folder: Path) -> None:
+    ema = {f"module.{name}": value for name, value in LARGE.items()}
+    raw = {name: value + 1 for name, value in ema.items()}
+    torch.save({"model": raw, "ema": ema, "args": argparse.Namespace(model="DiT")}, folder / "training.pt")
+
+
+@pytest.mark.parametrize("write", [large_safetensors, large_shards, large_pickle])
+def test_opening_a_hub_source_transfers_its_headers_and_reading_it_the_weights(
+    tmp_path: Path, hub: HubServer, write: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    write(folder)
+    commit = publish(hub, "tester/large", folder)
+    checkpoint = open_checkpoint("tester/large")
+    assert hub.bytes_served < LARGE_BYTES / 10
+    assert checkpoint.tensors == tensors_of(LARGE)
+    assert checkpoint.config == (None if write is large_pickle else {"num_layers": 4})
+    assert checkpoint.sets == (("ema", "model") if write is large_pickle else ())
+    size = checkpoint.download_bytes
+    before = hub.bytes_served
+    for name, value in LARGE.items():
+        assert torch.equal(checkpoint.read(name), value)
+    assert sum(path.stat().st_size for path in checkpoint.files) == size
+    # What was promised, and the little that goes with every request; nothing twice.
+    assert size <= hub.bytes_served - before < size + 20_000
+    before = hub.bytes_served
+    again = open_checkpoint("tester/large")
+    assert torch.equal(again.read("blocks.3.weight"), LARGE["blocks.3.weight"])
+    assert (again.revision, again.download_bytes) == (commit, 0)
+    assert hub.bytes_served - before < 20_000
+
+
+def test_a_legacy_pickle_on_the_hub_is_downloaded_whole(tmp_path: Path, hub: HubServer) -> None:
+    folder = tmp_path / "legacy"
+    folder.mkdir()
+    as_legacy(folder)
+    publish(hub, "tester/legacy", folder)
+    checkpoint = open_checkpoint("tester/legacy")
+    assert checkpoint.download_bytes == 0
+    assert_read(checkpoint, STATE, in_place=[])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"weight_map": {"weight": "../a.safetensors"}}', "outside its folder; refused"),
+        ('{"weight_map": {"weight": "c.safetensors"}}', r"names c\.safetensors, which is not on the Hub"),
+        ('{"weight_map": []}', "has no weight_map"),
+    ],
+)
+def test_an_index_on_the_hub_may_name_only_files_beside_it(
+    tmp_path: Path, hub: HubServer, text: str, complaint: str
+) -> None:
+    folder = in_shards(tmp_path)
+    publish(hub, "tester/shards", folder)
+    assert open_checkpoint("tester/shards").tensors == tensors_of(STATE)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+    publish(hub, "tester/shards", folder)
+    with pytest.raises(LitconvertError, match=complaint):
+        open_checkpoint("tester/shards")
+
+
+def test_a_damaged_file_on_the_hub_is_refused_from_its_header(tmp_path: Path, hub: HubServer) -> None:
+    for number, form in enumerate((as_zip, as_safetensors)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        file = form(folder)
+        publish(hub, "tester/damaged", folder)
+        assert open_checkpoint("tester/damaged", file=file.name).tensors == tensors_of(STATE)
+        whole = file.read_bytes()
+        for damaged in (whole[: len(whole) // 4], whole[:4] + b"\xff" * (len(whole) - 4)):
+            file.write_bytes(damaged)
+            publish(hub, "tester/damaged", folder)
+            with pytest.raises(LitconvertError, match=r"download it again|not a safetensors file"):
+                open_checkpoint("tester/damaged", file=file.name).read("weight")
+
+
+def test_what_changes_on_the_hub_after_it_was_opened_is_refused(tmp_path: Path, hub: HubServer) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    as_safetensors(folder)
+    publish(hub, "tester/dit", folder)
+    checkpoint = open_checkpoint("tester/dit")
+    save_file({name: value * 2 for name, value in STATE.items()}, folder / "state.safetensors")
+    publish(hub, "tester/dit", folder)
+    with pytest.raises(LitconvertError, match="changed on the Hub meanwhile; run the command again"):
+        checkpoint.read("weight")
+    assert torch.equal(open_checkpoint("tester/dit").read("weight"), STATE["weight"] * 2)
+
+
 def test_without_a_network_the_cache_serves(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
@@ -293,14 +533,27 @@ def test_without_a_network_the_cache_serves(tmp_path: Path, hub: HubServer, monk
     (folder / "config.json").write_text("{}")
     commit = publish(hub, "tester/dit", folder)
     publish(hub, "tester/other", folder)
-    open_checkpoint("tester/dit")
+    publish(hub, "tester/opened", folder)
+    publish(hub, "tester/shards", in_shards(tmp_path))
+    open_checkpoint("tester/dit").read("weight")
+    open_checkpoint("tester/dit", file="diffusion_pytorch_model.safetensors").read("weight")
+    for source in ("tester/opened", "tester/shards"):  # Headers alone leave no weights behind.
+        assert open_checkpoint(source).tensors.keys() == STATE.keys()
 
     def assert_cached() -> None:
         checkpoint = open_checkpoint("tester/dit")
-        assert (checkpoint.revision, checkpoint.config) == (commit, {})
+        assert (checkpoint.revision, checkpoint.config, checkpoint.download_bytes) == (commit, {}, 0)
         assert torch.equal(checkpoint.read("weight"), STATE["weight"])
-        with pytest.raises(LitconvertError, match="the Hub cannot be reached, and there is no local copy"):
-            open_checkpoint("tester/other")
+        named = open_checkpoint("tester/dit", file="diffusion_pytorch_model.safetensors")
+        assert torch.equal(named.read("weight"), STATE["weight"])
+        for source, file in (
+            ("tester/other", None),
+            ("tester/opened", None),
+            ("tester/shards", None),
+            ("tester/dit", "other.safetensors"),
+        ):
+            with pytest.raises(LitconvertError, match="the Hub cannot be reached, and there is no local copy"):
+                open_checkpoint(source, file=file)
 
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -376,6 +629,121 @@ def test_values_are_cast_to_the_dtype_of_the_header(tmp_path: Path) -> None:
     infos = {"weight": TensorInfo((2, 3), torch.float16)}
     write_safetensors(tmp_path / "out.safetensors", infos, STATE.__getitem__, {})
     assert torch.equal(load_file(tmp_path / "out.safetensors")["weight"], STATE["weight"].half())
+
+
+def cannot_copy_in_kernel(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    patch.setattr(os, "copy_file_range", refuse, raising=False)
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_bytes_copied_from_file_to_file_are_those_of_the_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool
+) -> None:
+    state = {**VIEWS, "long": torch.randn(3, 1 << 20), "last": torch.ones(3, dtype=torch.uint8)}
+    torch.save(state, tmp_path / "state.pt")
+    checkpoint = open_checkpoint(str(tmp_path / "state.pt"))
+    written = [tmp_path / f"{how}.safetensors" for how in ("values", "extents")]
+    write_safetensors(written[0], checkpoint.tensors, checkpoint.read, {"format": "pt"})
+    if not in_kernel:
+        cannot_copy_in_kernel(monkeypatch)
+    write_safetensors(
+        written[1],
+        checkpoint.tensors,
+        lambda name: checkpoint.extent(name) or checkpoint.read(name),
+        {"format": "pt"},
+    )
+    assert written[0].read_bytes() == written[1].read_bytes()
+    loaded = load_file(written[1])
+    for name, value in state.items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_metadata_may_come_after_the_last_tensor(tmp_path: Path) -> None:
+    written: list[str] = []
+    path = tmp_path / "out.safetensors"
+
+    def metadata() -> dict[str, str]:
+        return {"format": "pt", "tensors": " ".join(written), "note": "ü"}
+
+    write_safetensors(path, tensors_of(STATE), STATE.__getitem__, metadata, on_tensor=written.append)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "tensors": " ".join(STATE), "note": "ü"}
+    assert_read(open_checkpoint(str(path)), STATE, in_place=list(STATE))
+
+
+def test_weights_are_one_file_or_shards_with_their_index(tmp_path: Path) -> None:
+    state = {f"layer.{index}": torch.randn(10) for index in range(5)} | {"large": torch.randn(100)}
+    stem = "diffusion_pytorch_model"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder, limit, names in (
+        (whole, 1000, [f"{stem}.safetensors"]),
+        # Two tensors of 40 bytes in each, and one that is above the limit alone.
+        (cut, 100, [f"{stem}-{number:05d}-of-00004.safetensors" for number in (1, 2, 3, 4)]),
+    ):
+        folder.mkdir()
+        seen: list[str] = []
+        paths = write_weights(
+            folder,
+            stem,
+            tensors_of(state),
+            state.__getitem__,
+            lambda: {"format": "pt"},
+            max_shard_bytes=limit,
+            on_tensor=seen.append,
+        )
+        assert [path.name for path in paths] == names
+        assert seen == list(state)
+        assert_read(open_checkpoint(str(folder)), state, in_place=list(state))
+    assert sorted(path.name for path in whole.iterdir()) == [f"{stem}.safetensors"]
+    # As huggingface_hub itself names them (it moves the large one forward), and as diffusers finds them.
+    pattern = stem + "{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=100)
+    index = read_json(cut / f"{stem}.safetensors.index.json")
+    assert sorted(set(index["weight_map"].values())) == sorted(split.filename_to_tensors)
+    assert index["metadata"]["total_size"] == split.metadata["total_size"]
+    files, _ = _get_checkpoint_shard_files(str(cut), str(cut / f"{stem}.safetensors.index.json"))
+    read = {name: value for file in files for name, value in load_file(file).items()}
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_a_source_that_becomes_shorter_while_it_is_copied_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool
+) -> None:
+    state = {name: torch.randn(1 << 16) for name in ("first", "second")}
+    if not in_kernel:
+        cannot_copy_in_kernel(monkeypatch)
+
+    def copy(cut: Callable[[str], None]) -> None:
+        torch.save(state, tmp_path / "state.pt")
+        checkpoint = open_checkpoint(str(tmp_path / "state.pt"))
+        extents = {name: checkpoint.extent(name) for name in state}
+        assert None not in extents.values()
+        write_safetensors(
+            tmp_path / "out.safetensors",
+            checkpoint.tensors,
+            lambda name: extents[name] or checkpoint.read(name),
+            {},
+            on_tensor=cut,
+        )
+
+    copy(lambda name: None)
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["second"], state["second"])
+    with pytest.raises(LitconvertError, match="became shorter while it was read; restore it and try again"):
+        copy(lambda name: os.truncate(tmp_path / "state.pt", 300_000))
+
+
+def test_a_source_that_becomes_shorter_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    torch.save({name: torch.randn(1 << 16) for name in ("first", "second")}, tmp_path / "state.pt")
+    checkpoint = open_checkpoint(str(tmp_path / "state.pt"))
+    assert checkpoint.read("second").isfinite().all()
+    os.truncate(tmp_path / "state.pt", 300_000)
+    with pytest.raises(LitconvertError, match=r"cannot read 'second': .*became shorter"):
+        checkpoint.read("second")
 
 
 def siblings(out: Path) -> list[str]:

@@ -81,14 +81,14 @@ def test_teacher_and_student_receive_the_same_noise_timestep_and_condition(
     received: dict[str, list[tuple[Tensor, ...]]] = {"softmax": [], "linear": []}
     forward = LiTTransformer2DModel.forward
 
-    def spy(self: LiTTransformer2DModel, hidden: Tensor, timestep: Tensor, labels: Tensor, **more: Any) -> Any:
+    def spy(self: LiTTransformer2DModel, hidden: Tensor, timestep: Tensor, class_labels: Tensor, **more: Any) -> Any:
         if timestep.dim() == 1:  # sampling passes a scalar
             kind = self.config.attention[0]
-            received[kind].append((hidden.clone(), timestep.clone(), labels.clone()))
+            received[kind].append((hidden.clone(), timestep.clone(), class_labels.clone()))
             assert self.training == (kind == "linear")
             if kind == "softmax":
                 assert torch.is_inference_mode_enabled()
-        return forward(self, hidden, timestep, labels, **more)
+        return forward(self, hidden, timestep, class_labels, **more)
 
     monkeypatch.setattr(LiTTransformer2DModel, "forward", spy)
     stages = "distill.stages=[{objective: hybrid, steps: 6, batch_size: 8, condition_dropout: 0.5}]"

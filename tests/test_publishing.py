@@ -23,7 +23,7 @@ from torch import Tensor
 
 import litconvert
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.publishing import check_repo_id, planned_files, without_local_paths
+from litconvert.publishing import check_repo_id, planned_files, prepare, without_local_paths
 from tests.conftest import dit_state
 from tests.hub_server import HubServer
 
@@ -80,11 +80,13 @@ save_file({name: value.contiguous() for name, value in outputs.items()}, folder 
 
 @dataclass(frozen=True)
 class Picos:
-    """Converted models on disk: one of pixels, one of latents with the decoder that its recipe names."""
+    """Converted models on disk: of pixels, and of latents with the decoder that their recipes name."""
 
     folder: Path
     pixels: Path
     latents: Path
+    flow: Path
+    """A SiT, which predicts velocity."""
 
 
 @pytest.fixture(scope="module")
@@ -98,21 +100,24 @@ def picos(tmp_path_factory: pytest.TempPathFactory) -> Picos:
     (folder / "pixels.yaml").write_text(RECIPE)
     vae = f"vae: {{path: {folder / 'decoder'}, scaling_factor: 0.5}}"
     (folder / "latents.yaml").write_text(RECIPE.replace("license:", f"{vae}, license:"))
-    for name, channels in (("pixels", 1), ("latents", 4)):
+    flow = (folder / "latents.yaml").read_text().replace("scheduler: ddim", "scheduler: flow-euler")
+    (folder / "flow.yaml").write_text(flow.replace("source: {", "source: {family: sit, "))
+    for name, channels in (("pixels", 1), ("latents", 4), ("flow", 4)):
         save_file(dit_state(width=16, channels=channels), folder / f"{name}.safetensors")
         litconvert.convert(folder / f"{name}.safetensors", folder / name, str(folder / f"{name}.yaml"))
-    return Picos(folder, folder / "pixels", folder / "latents")
+    return Picos(folder, folder / "pixels", folder / "latents", folder / "flow")
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub for one test, which this process is logged in to."""
     with HubServer(TOKEN) as server:
-        _enter(server, monkeypatch)
+        enter(server, monkeypatch)
         yield server
 
 
-def _enter(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def enter(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a Hub of this process's own."""
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     # huggingface_hub reads the environment when it is imported, which was long before.
@@ -171,12 +176,13 @@ def loaded(picos: Picos, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
         "noise_4": torch.randn(2, 4, 8, 8, generator=generator),
     }
     with HubServer(TOKEN) as server, pytest.MonkeyPatch.context() as monkeypatch:
-        _enter(server, monkeypatch)
+        enter(server, monkeypatch)
         litconvert.push(picos.pixels, "tester/plain")
         first = server.repositories["tester/plain"].at("main").oid
         litconvert.push(picos.pixels, "tester/plain", commit_message="again")
         litconvert.push(picos.pixels, "tester/pipeline", pipeline=True)
         litconvert.push(picos.latents, "tester/latents", pipeline=True)
+        litconvert.push(picos.flow, "tester/flow", pipeline=True)
         request = {
             "models": {
                 "plain": {"pretrained_model_or_path": "tester/plain"},
@@ -186,6 +192,7 @@ def loaded(picos: Picos, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
             "pipelines": {
                 "pixels": {"pretrained_model_name_or_path": "tester/pipeline"},
                 "latents": {"pretrained_model_name_or_path": "tester/latents"},
+                "flow": {"pretrained_model_name_or_path": "tester/flow"},
             },
         }
         save_file(inputs, folder / "inputs.safetensors")
@@ -202,12 +209,12 @@ def loaded(picos: Picos, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
         output = model(inputs["hidden_states"], inputs["timestep"], inputs["class_labels"]).sample
     before = dict.fromkeys(request["models"], output)
     decoder = load_decoder(picos.folder / "decoder")
-    for name, source, channels in (("pixels", picos.pixels, 1), ("latents", picos.latents, 4)):
+    for name, source, channels in (("pixels", picos.pixels, 1), ("latents", picos.latents, 4), ("flow", picos.flow, 4)):
         drawn = litconvert.sample(
             litconvert.load(source),
             noise=inputs[f"noise_{channels}"],
             class_labels=inputs["class_labels"],
-            scheduler="ddim",
+            scheduler="flow-euler" if name == "flow" else "ddim",
             steps=3,
             guidance=2.0,
         )
@@ -224,7 +231,11 @@ def load_decoder(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "pinned", "subfolder", "pixels_latent", "pixels_pt", "latents_latent", "latents_pt"]
+    "name",
+    [
+        *("plain", "pinned", "subfolder"),
+        *("pixels_latent", "pixels_pt", "latents_latent", "latents_pt", "flow_latent", "flow_pt"),
+    ],
 )
 def test_a_fresh_process_without_litconvert_computes_the_same_bits(loaded: Loaded, name: str) -> None:
     assert loaded.before[name].abs().max() > 0
@@ -513,7 +524,7 @@ def test_what_is_broken_does_not_go_up(hub: HubServer, picos: Picos, tmp_path: P
     save_file({key: value for key, value in weights.items() if key != name}, model / WEIGHTS)
     refused(model, f"{name} is missing")
     (model / WEIGHTS).unlink()
-    refused(model, "the weights .* are missing")
+    refused(model, "the weights are missing or incomplete")
     (model / "modeling_lit.py").unlink()
     refused(model, "modeling_lit.py is missing")
     assert hub.requests == []
@@ -547,6 +558,23 @@ def test_litconvert_loads_what_it_pushed(
     loaded = litconvert.load("tester/m").state_dict()
     assert list(loaded) == list(expected)
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_velocity_model_is_pushed_with_the_flow_scheduler_and_no_other(picos: Picos, tmp_path: Path) -> None:
+    prepare(picos.flow, tmp_path / "right", repo_id="tester/m", pipeline=True)
+    index = json.loads((tmp_path / "right" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    model = copied(picos.flow, tmp_path)
+    recipe = (model / "recipe.yaml").read_text()
+    (model / "recipe.yaml").write_text(recipe.replace("scheduler: flow-euler", "scheduler: ddim"))
+    with pytest.raises(UsageError, match="predicts velocity, which DDIMScheduler does not take: use flow-euler"):
+        prepare(model, tmp_path / "wrong", repo_id="tester/m", pipeline=True)
+
+
+def test_a_text_encoder_goes_only_into_a_pipeline_of_captions(picos: Picos, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a text encoder goes into the pipeline of a model of captions"):
+        prepare(picos.latents, tmp_path / "wrong", repo_id="tester/m", pipeline=True, text_encoder=True)
+    prepare(picos.latents, tmp_path / "right", repo_id="tester/m", pipeline=True)
 
 
 def test_a_decoder_of_the_hub_goes_along_and_a_later_dry_run_finds_it_in_the_cache(

@@ -31,6 +31,7 @@ from litconvert.sampling import (
     save_npz,
     to_images,
 )
+from tests.command import command
 from tests.conftest import dit_state
 
 SCHEDULERS = ("ddim", "ddpm", "dpm-solver++")
@@ -179,6 +180,101 @@ def test_a_shorter_forward_process_is_sampled_over_its_own_timesteps(model: LiTT
     sample(model, noise=pure_noise(1), class_labels=torch.tensor([0]), steps=5, num_timesteps=50)
     handle.remove()
     assert seen == [40, 30, 20, 10, 0]
+
+
+class StraightLine:
+    """The velocity of the straight line from noise to one datum: any number of Euler steps ends at the datum."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, data: Tensor, noise: Tensor, data_timestep: int) -> None:
+        self.config = SimpleNamespace(
+            in_channels=1,
+            out_channels=2,
+            num_classes=10,
+            null_class=True,
+            caption_channels=None,
+            prediction="velocity",
+            data_timestep=data_timestep,
+        )
+        self.velocity = data - noise if data_timestep == 1 else noise - data
+        self.timesteps: list[float] = []
+
+    def __call__(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> SimpleNamespace:
+        self.timesteps.append(float(timestep))
+        return SimpleNamespace(sample=self.velocity)
+
+
+@pytest.mark.parametrize("data_timestep", [0, 1])
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_a_straight_flow_ends_at_its_data_after_any_number_of_steps(data_timestep: int, steps: int) -> None:
+    noise, data = pure_noise(3), torch.full((3, 1, 8, 8), 0.25)
+    model: Any = StraightLine(data, noise, data_timestep)
+    drawn = sample(model, noise=noise, class_labels=torch.zeros(3).long(), scheduler="flow-euler", steps=steps)
+    torch.testing.assert_close(drawn, data, rtol=0, atol=1e-5)
+    # Steps of equal length, from pure noise on.
+    levels = [1 - index / steps for index in range(steps)]
+    expected = [1 - level if data_timestep == 1 else level for level in levels]
+    assert model.timesteps == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture(params=[0, 1], ids=["data at 0", "data at 1"])
+def velocity_model(request: pytest.FixtureRequest, latent_model: LiTTransformer2DModel) -> LiTTransformer2DModel:
+    """A SiT of four latent channels, whose data is at either end of time."""
+    config = {**latent_model.config, "prediction": "velocity", "data_timestep": request.param}
+    model: LiTTransformer2DModel = LiTTransformer2DModel(**config).eval()
+    model.load_state_dict(latent_model.state_dict(), strict=True)
+    return model
+
+
+def test_flow_euler_is_eulers_method_with_guidance(velocity_model: LiTTransformer2DModel) -> None:
+    noise, labels, steps, scale = pure_noise(2, 4), torch.tensor([1, 3]), 5, 2.0
+    drawn = sample(
+        velocity_model, noise=noise, class_labels=labels, scheduler="flow-euler", steps=steps, guidance=scale
+    )
+    x, backwards = noise, velocity_model.config.data_timestep == 1
+    with torch.no_grad():
+        for index in range(steps):
+            time = torch.tensor(index / steps if backwards else 1 - index / steps)
+            conditional = velocity_model(x, time, labels).sample
+            unconditional = velocity_model(x, time, torch.tensor([4, 4])).sample
+            velocity = unconditional + scale * (conditional - unconditional)
+            x = x + velocity / steps if backwards else x - velocity / steps
+    assert (drawn - x).abs().max() <= 1e-4 * x.abs().max()
+    pipe = pipeline(velocity_model, "flow-euler", prediction="velocity")
+    shown = pipe([1, 3], steps, guidance_scale=scale, latents=noise, output_type="latent").images
+    torch.testing.assert_close(shown, drawn)
+
+
+def test_a_scheduler_of_the_other_prediction_is_refused_with_the_right_ones_name(
+    latent_model: LiTTransformer2DModel, velocity_model: LiTTransformer2DModel
+) -> None:
+    usual: dict[str, Any] = {"noise": pure_noise(2, 4), "class_labels": torch.tensor([0, 2]), "steps": 2}
+    for scheduler in SCHEDULERS:
+        with pytest.raises(UsageError, match=r"predicts velocity, which \w+ does not take: use flow-euler"):
+            sample(velocity_model, **usual, scheduler=scheduler)
+        with pytest.raises(ValueError, match=r"use flow-euler \(FlowMatchEulerDiscreteScheduler\)"):
+            pipeline(velocity_model, scheduler)([1], 2)
+    with pytest.raises(UsageError, match=r"predicts noise, which FlowMatch\w+ does not take: use ddim, dpm-solver"):
+        sample(latent_model, **usual, scheduler="flow-euler")
+    with pytest.raises(ValueError, match=r"use ddim, dpm-solver\+\+ or ddpm"):
+        pipeline(latent_model, "flow-euler", prediction="velocity")([1], 2)
+    assert sample(velocity_model, **usual, scheduler="flow-euler").isfinite().all()
+    assert sample(latent_model, **usual, scheduler="ddim").isfinite().all()
+
+
+def test_sampling_a_sit_says_which_scheduler_it_takes(tmp_path: Path) -> None:
+    torch.save(dit_state(channels=4), tmp_path / "sit.pt")
+    options = ("sample", tmp_path / "sit.pt", "-q", "--set", "source.family=sit", "--num-attention-heads", 2)
+    out = ("-n", 2, "--steps", 2, "--latents", tmp_path / "latents.safetensors")
+    refused = command(*options, *out)
+    assert refused.code == 2
+    assert "use flow-euler" in refused.err
+    assert "--scheduler" in refused.err
+    accepted = command(*options, *out, "--scheduler", "flow-euler")
+    assert (accepted.code, accepted.err) == (0, "")
+    assert load_file(tmp_path / "latents.safetensors")["latents"].shape == (2, 4, 8, 8)
 
 
 class Recorder:
@@ -362,8 +458,8 @@ def vae(tmp_path: Path) -> Path:
     return tmp_path / "decoder"
 
 
-def pipeline(model: LiTTransformer2DModel, scheduler: str, decoder: Any = None) -> Any:
-    built = LiTPipeline(model, make_scheduler(scheduler), decoder)
+def pipeline(model: LiTTransformer2DModel, scheduler: str, decoder: Any = None, *, prediction: str = "noise") -> Any:
+    built = LiTPipeline(model, make_scheduler(scheduler, prediction=prediction), decoder)
     built.set_progress_bar_config(disable=True)
     return built
 

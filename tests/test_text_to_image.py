@@ -3,7 +3,9 @@
 import gc
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 import weakref
 from dataclasses import dataclass, replace
@@ -30,33 +32,64 @@ from litconvert import captions as captions_module
 from litconvert import sources
 from litconvert.captions import Captions, encode, read_embeddings, write_embeddings
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.modeling_lit import LiTTransformer2DModel
+from litconvert.modeling_lit import CaptionConditioning, LiTTransformer2DModel
 from litconvert.pipeline_lit_text import LiTAlphaPipeline, LiTSigmaPipeline
+from litconvert.publishing import pipeline_class, planned_files, prepare
 from litconvert.recipe import Recipe, TextEncoder, resolve
 from litconvert.sampling import SampleSheet, make_scheduler, noise_of, sample, sample_to_files, to_images
 from tests.command import command
+from tests.hub_server import HubServer
+from tests.test_publishing import TOKEN, card_of, enter, sent
 
-WORDS = [
-    "a",
-    "red",
-    "fox",
-    "in",
-    "the",
-    "snow",
-    "cat",
-    "on",
-    "mat",
-    "blue",
-    "house",
-    "by",
-    "sea",
-    "blurry",
-    "ugly",
-    "two",
-    "birds",
+# Of huggingface_hub's own upload of large files, and of diffusers' own call of huggingface_hub.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning"),
 ]
+
+WORDS = ["a", "red", "fox", "in", "the", "snow", "cat", "blue", "house", "by", "sea", "blurry", "ugly", "two", "birds"]
 CHANNELS, SIDE = 16, 8
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PROMPTS = ["A red fox in the snow ", "two birds by the sea"]
+
+# Runs in a process of its own: litconvert is blocked, the Hub is the stand-in, nothing is cached.
+STRANGER = """
+import json, sys
+from pathlib import Path
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "litconvert":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel, T5Tokenizer
+
+folder = Path(sys.argv[1])
+given = load_file(folder / "inputs.safetensors")
+request = json.loads((folder / "request.json").read_text())
+outputs = {}
+for name, t5 in request["pipelines"].items():
+    parts = {}
+    if t5 is not None:
+        parts["text_encoder"] = T5EncoderModel.from_pretrained(t5, subfolder="text_encoder")
+        parts["tokenizer"] = T5Tokenizer.from_pretrained(t5, subfolder="tokenizer")
+    pipeline = DiffusionPipeline.from_pretrained(f"tester/{name}", **parts, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = dict(num_inference_steps=3, guidance_scale=3.0, latents=given["noise"], clean_caption=False)
+    for kind in ("latent", "pt"):
+        outputs[f"{name}_{kind}"] = pipeline(request["prompts"], output_type=kind, **settings).images
+model = AutoModel.from_pretrained("tester/plain", trust_remote_code=True)
+inside = AutoModel.from_pretrained("tester/sigma", subfolder="transformer", trust_remote_code=True)
+for name, one in (("plain", model), ("inside", inside)):
+    with torch.no_grad():
+        outputs[name] = one(given["noise"], torch.tensor(7), encoder_hidden_states=given["captions"]).sample
+assert not any(name.partition(".")[0] == "litconvert" for name in sys.modules)
+save_file({name: value.contiguous() for name, value in outputs.items()}, folder / "outputs.safetensors")
+"""
 
 
 @dataclass(frozen=True)
@@ -166,7 +199,7 @@ def drawn_by(pipeline: Any, output_type: str = "latent", **settings: Any) -> Any
 
 
 # The same function at another nominal size: positions are base / interpolation, 4 / 1 = 64 / 16.
-DIFFUSERS_ALPHA = {"sample_size": 128, "interpolation_scale": 16.0}
+DIFFUSERS_ALPHA: dict[str, Any] = {"sample_size": 128, "interpolation_scale": 16.0}
 
 
 def test_a_pixart_alpha_draws_in_our_pipeline_what_it_draws_in_diffusers(
@@ -174,7 +207,7 @@ def test_a_pixart_alpha_draws_in_our_pipeline_what_it_draws_in_diffusers(
 ) -> None:
     # diffusers gives micro-conditions at a nominal size of 128 only.
     theirs = pixart(micro=True, **DIFFUSERS_ALPHA)
-    square = {"height": 8 * SIDE, "width": 8 * SIDE, "use_resolution_binning": False}
+    square: dict[str, Any] = {"height": 8 * SIDE, "width": 8 * SIDE, "use_resolution_binning": False}
     expected = drawn_by(
         PixArtAlphaPipeline(*pretrained.t5(), pretrained.vae(), theirs, make_scheduler("dpm-solver++")), **square
     )
@@ -194,21 +227,28 @@ def test_a_pixart_sigma_draws_in_our_pipeline_what_it_draws_in_diffusers(
     assert drawn_by(ours, "pil")[0].size == (64, 64)
 
 
-def test_micro_conditions_are_the_pictures_size_and_are_given_in_the_pipeline_alone(
-    pretrained: Pretrained, alpha: LiTTransformer2DModel
+def test_micro_conditions_are_the_pictures_size_in_the_pipeline_and_in_sampling(
+    pretrained: Pretrained, alpha: LiTTransformer2DModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Tensor]] = []
-    embed = alpha.conditioning.embed_size  # type: ignore[operator]
-    alpha.conditioning.embed_size = lambda count, micro: seen.append(micro) or embed(count, micro)  # type: ignore
+    embed = CaptionConditioning.embed_size
+
+    def spy(self: CaptionConditioning, count: int, micro: dict[str, Tensor]) -> Tensor:
+        seen.append(micro)
+        return embed(self, count, micro)
+
+    monkeypatch.setattr(CaptionConditioning, "embed_size", spy)
     pipeline = LiTAlphaPipeline(*pretrained.t5(), pretrained.vae(), alpha, make_scheduler("ddim"))
-    latents = torch.zeros(2, 4, 8, 12)
-    drawn_by(pipeline, latents=latents, height=64, width=96, num_inference_steps=2)
-    assert len(seen) == 2
-    assert seen[0]["resolution"].tolist() == [[64.0, 96.0]]
-    assert seen[0]["aspect_ratio"].item() == pytest.approx(2 / 3)
-    caption = torch.zeros(1, 3, CHANNELS)
+    wide = torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(2))
+    drawn = drawn_by(pipeline, latents=wide, height=64, width=96, num_inference_steps=2)
+    assert_same(sample(alpha, noise=wide, captions=encoded(pretrained, alpha), steps=2, guidance=3.0), drawn)
+    assert len(seen) == 4
+    for micro in seen:
+        assert micro["resolution"].tolist() == [[64.0, 96.0]]
+        assert micro["aspect_ratio"].item() == pytest.approx(2 / 3)
+    # The pipeline leaves nothing behind in the model.
     with pytest.raises(ValueError, match="this model has micro-conditions"):
-        alpha(torch.zeros(1, 4, 8, 8), torch.tensor(1), encoder_hidden_states=caption)
+        alpha(wide, torch.tensor(1), encoder_hidden_states=torch.zeros(2, 3, CHANNELS))
 
 
 def test_resolution_binning_is_off_where_there_are_no_bins_and_refused_when_asked_for(
@@ -219,7 +259,7 @@ def test_resolution_binning_is_off_where_there_are_no_bins_and_refused_when_aske
         drawn_by(pipeline, use_resolution_binning=True, num_inference_steps=1)
     assert drawn_by(pipeline, num_inference_steps=1).shape == (2, 4, 8, 8)
     sigma.register_to_config(sample_size=32)
-    near = {"latents": None, "height": 224, "width": 256, "num_inference_steps": 1}
+    near: dict[str, Any] = {"latents": None, "height": 224, "width": 256, "num_inference_steps": 1}
     assert drawn_by(pipeline, **near).shape[2:] == (30, 34)  # the bin of 240 x 272 pixels
     assert drawn_by(pipeline, **near, use_resolution_binning=False).shape[2:] == (28, 32)
 
@@ -451,10 +491,11 @@ def test_captions_and_labels_are_not_taken_for_one_another(
     captions, labels = encoded(pretrained, sigma), torch.tensor([0, 1])
     classes = litconvert.load(pico_checkpoint, num_attention_heads=2)
     pixels = torch.zeros(2, 1, 8, 8)
-    for wrong in ({}, {"class_labels": labels, "captions": captions}, {"class_labels": labels}):
+    both: dict[str, Any] = {"class_labels": labels, "captions": captions}
+    for wrong in ({}, both, {"class_labels": labels}):
         with pytest.raises(UsageError, match="conditioned on captions: give captions, and no class_labels"):
             sample(sigma, noise=noise(), steps=1, **wrong)
-    for wrong in ({}, {"class_labels": labels, "captions": captions}, {"captions": captions}):
+    for wrong in ({}, both, {"captions": captions}):
         with pytest.raises(UsageError, match="conditioned on classes: give class_labels, and no captions"):
             sample(classes, noise=pixels, steps=1, **wrong)
     with pytest.raises(UsageError, match="captions must be 2, one for each noise, got 1"):
@@ -475,7 +516,7 @@ def test_a_sentencepiece_tokenizer_as_pixarts_repositories_hold_it_is_read(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
     model = io.BytesIO()
-    options = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
+    options: dict[str, Any] = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
     sentences = iter(["a red fox in the snow", "two birds by the sea", "a blue house"] * 9)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=sentences, model_writer=model, vocab_size=30, hard_vocab_limit=False, **options
@@ -491,8 +532,10 @@ def test_a_sentencepiece_tokenizer_as_pixarts_repositories_hold_it_is_read(
 
 
 def test_an_incomplete_t5_is_refused(pretrained: Pretrained, tmp_path: Path) -> None:
-    for wrong, message in (("vae", "no folder nothing with"), ("text_encoder", "its tokenizer has 0 pieces of words")):
-        where = {"subfolder": "nothing"} if wrong == "vae" else {"tokenizer": "vae"}
+    for where, message in (
+        ({"subfolder": "nothing"}, "no folder nothing with a config.json"),
+        ({"tokenizer": "vae"}, "its tokenizer has 0 pieces of words"),
+    ):
         with pytest.raises(LitconvertError, match=message):
             encode(TextEncoder(path=str(pretrained.folder), **where), PROMPTS, tokens=4)
     folder = Path(shutil.copytree(pretrained.folder, tmp_path / "t5"))
@@ -514,3 +557,157 @@ def test_a_runs_sheet_draws_the_recipes_prompts_where_they_can_be_encoded(
     assert (tmp_path / "teacher.png").read_bytes() == (tmp_path / "after.png").read_bytes()
     without: Recipe = recipe.model_copy(update={"source": recipe.source.model_copy(update={"text_encoder": None})})
     assert not SampleSheet(without, sigma, tmp_path).drawable
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Converted models, what went up of them, and what a process without litconvert made of that."""
+
+    models: dict[str, Path]
+    files: dict[str, set[str]]
+    cards: dict[str, Any]
+    texts: dict[str, bytes]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    said: str
+
+
+@pytest.fixture(scope="module")
+def pushed(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Pushed:
+    folder = tmp_path_factory.mktemp("stranger")
+    recipe = str(pretrained.recipe(folder / "recipe.yaml"))
+    models = {kind: litconvert.convert(pretrained.folder / kind, folder / kind, recipe) for kind in ("alpha", "sigma")}
+    inputs = {"noise": noise(), "captions": torch.randn(2, 5, CHANNELS, generator=torch.Generator().manual_seed(2))}
+    save_file(inputs, folder / "inputs.safetensors")
+    pipelines = {"alpha": None, "sigma": str(pretrained.folder)}
+    (folder / "request.json").write_text(json.dumps({"pipelines": pipelines, "prompts": PROMPTS}))
+    with HubServer(TOKEN) as server, pytest.MonkeyPatch.context() as monkeypatch:
+        enter(server, monkeypatch)
+        litconvert.push(models["sigma"], "tester/plain")
+        litconvert.push(models["sigma"], "tester/sigma", pipeline=True)
+        litconvert.push(models["alpha"], "tester/alpha", pipeline=True, text_encoder=True)
+        names = ("plain", "sigma", "alpha")
+        contents = {name: sent(server, f"tester/{name}") for name in names}
+        cards = {name: card_of(server, f"tester/{name}") for name in names}
+        environment = {**os.environ, **server.environment(), "HF_HOME": str(folder / "home")}
+        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        process = subprocess.run(
+            [sys.executable, "-c", STRANGER, str(folder)], env=environment, cwd=folder, capture_output=True, text=True
+        )
+    assert process.returncode == 0, process.stderr
+
+    before: dict[str, Tensor] = {}
+    for kind, path in models.items():
+        model = litconvert.load(path)
+        drawn = sample(
+            model,
+            noise=noise(),
+            captions=encoded(pretrained, model),
+            scheduler="dpm-solver++",
+            steps=3,
+            guidance=3.0,
+        )
+        with torch.no_grad():
+            decoded = pretrained.vae().decode(drawn / 0.5).sample
+        before |= {f"{kind}_latent": drawn, f"{kind}_pt": (decoded / 2 + 0.5).clamp(0, 1)}
+    with torch.no_grad():
+        output = model(inputs["noise"], torch.tensor(7), encoder_hidden_states=inputs["captions"]).sample
+    before |= {"plain": output, "inside": output}
+    return Pushed(
+        models,
+        {name: set(files) for name, files in contents.items()},
+        cards,
+        {f"{name}/{path}": data for name, files in contents.items() for path, data in files.items()},
+        before,
+        load_file(folder / "outputs.safetensors"),
+        process.stderr,
+    )
+
+
+@pytest.mark.parametrize("name", ["alpha_latent", "alpha_pt", "sigma_latent", "sigma_pt", "plain", "inside"])
+def test_a_fresh_process_without_litconvert_draws_the_same(pushed: Pushed, name: str) -> None:
+    assert_same(pushed.after[name], pushed.before[name])
+    assert "Expected types" not in pushed.said
+
+
+def test_the_t5_goes_up_only_when_asked_for(pushed: Pushed) -> None:
+    common = {"README.md", "modeling_lit.py", "recipe.yaml", "litconvert.json"}
+    pipeline = common | {
+        "model_index.json",
+        "pipeline_lit_text.py",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+        "transformer/modeling_lit.py",
+        f"transformer/{WEIGHTS}",
+        "vae/config.json",
+        f"vae/{WEIGHTS}",
+    }
+    t5 = {
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    }
+    assert pushed.files == {"plain": common | {"config.json", WEIGHTS}, "sigma": pipeline, "alpha": pipeline | t5}
+    for name, expected in (("sigma", [None, None]), ("alpha", ["transformers", "T5EncoderModel"])):
+        index = json.loads(pushed.texts[f"{name}/model_index.json"])
+        assert index["text_encoder"] == expected
+        assert index["_class_name"] == ["pipeline_lit_text", f"LiT{name.title()}Pipeline"]
+        assert index["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
+
+
+def test_no_local_path_goes_up_with_a_pipeline_of_captions(pushed: Pushed, pretrained: Pretrained) -> None:
+    for path, data in pushed.texts.items():
+        for secret in (str(pretrained.folder), "/tmp", str(Path.home()) + "/", TOKEN):
+            assert secret.encode() not in data, f"{secret} is in {path}"
+
+
+def test_the_card_of_a_model_of_captions_says_so_and_how_to_give_it_a_t5(pushed: Pushed) -> None:
+    for card in pushed.cards.values():
+        assert card.data.pipeline_tag == "text-to-image"
+        assert "class" not in " ".join(card.data.tags)
+        assert "A text-to-image diffusion transformer with linear attention in 2 of its 2 layers" in card.text
+        assert "class-conditional" not in card.text
+        assert "class_labels" not in card.text
+    sigma, alpha = pushed.cards["sigma"].text, pushed.cards["alpha"].text
+    t5 = 'T5EncoderModel.from_pretrained("PixArt-alpha/PixArt-XL-2-1024-MS", subfolder="text_encoder")'
+    assert t5 in sigma
+    assert 'tester/sigma", text_encoder=text_encoder, tokenizer=tokenizer, trust_remote_code=True)' in sigma
+    assert 'image = pipeline("a cat", num_inference_steps=3, guidance_scale=3.0).images[0]' in sigma
+    assert "Made for 64 x 64 pixels and captions of up to 300 tokens" in sigma
+    assert "T5EncoderModel" not in alpha
+    assert 'DiffusionPipeline.from_pretrained("tester/alpha", trust_remote_code=True)' in alpha
+    assert "The text encoder in `text_encoder/` is " in alpha
+    for text in (sigma, alpha):
+        for code in text.split("```python")[1:]:
+            compile(code.split("```")[0], "card", "exec")
+
+
+def test_the_pipelines_class_follows_the_config(pushed: Pushed) -> None:
+    for captions, micro, name in ((120, False, "LiTAlphaPipeline"), (300, True, "LiTAlphaPipeline")):
+        config = {"caption_channels": 8, "caption_tokens": captions, "micro_conditions": micro}
+        assert pipeline_class(config) == ("pipeline_lit_text", name)
+    config = {"caption_channels": 8, "caption_tokens": 300, "micro_conditions": False}
+    assert pipeline_class(config) == ("pipeline_lit_text", "LiTSigmaPipeline")
+    assert pipeline_class({"num_classes": 4}) == ("pipeline_lit", "LiTPipeline")
+
+
+def test_a_pipeline_of_captions_takes_no_ddpm_and_no_t5_that_is_not_named(pushed: Pushed, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(pushed.models["sigma"], tmp_path / "model"))
+    recipe = (model / "recipe.yaml").read_text()
+    usual: dict[str, Any] = {"repo_id": "tester/m", "pipeline": True}
+    (model / "recipe.yaml").write_text(recipe.replace("scheduler: dpm-solver++", "scheduler: ddpm"))
+    with pytest.raises(UsageError, match="takes no learned variance, which ddpm needs"):
+        prepare(model, tmp_path / "ddpm", **usual)
+    (model / "recipe.yaml").write_text(recipe.split("  text_encoder:")[0] + "student:" + recipe.split("student:")[1])
+    with pytest.raises(UsageError, match=r"name it as source\.text_encoder\.path"):
+        prepare(model, tmp_path / "unnamed", **usual, text_encoder=True)
+    prepare(model, tmp_path / "right", **usual)
+
+
+def test_push_lists_the_t5_in_a_dry_run(pushed: Pushed) -> None:
+    shown = command("push", pushed.models["sigma"], "me/m", "--pipeline", "--text-encoder", "--dry-run", "--json", "-q")
+    assert shown.code == 0, shown.err
+    listed = {row["path"]: row["bytes"] for row in json.loads(shown.out)}
+    assert listed == dict(planned_files(pushed.models["sigma"], "me/m", pipeline=True, text_encoder=True))
+    assert "text_encoder/model.safetensors" in listed
