@@ -2,9 +2,9 @@
 
     python -m benchmarks.conversion --work /some/folder/with/30/GB
 
-Random checkpoints of full size are made once: PixArt-Sigma as a 2.4 GB `.safetensors`, DiT-XL/2 as a 2.7 GB `.pt`, and a
-training checkpoint of DiT-L/2 (raw weights, EMA, two Adam moments). Every figure is a median of several rounds, and each
-ratio is of two things done in the same round, one after the other, files in the page cache, earlier writes flushed.
+Random checkpoints of full size are made once: PixArt-Sigma as a 2.4 GB `.safetensors`, DiT-XL/2 as a 2.7 GB `.pt`, and
+a training checkpoint of DiT-L/2 (raw weights, EMA, two Adam moments). Every figure is a median of several rounds, and
+each ratio is of two things done in the same round, one after the other, files in the page cache, writes flushed.
 
 1. Copying: dtype kept and all attention inherited, in one process, without its imports. The digest, the reading that
    checks for NaN, fsync and the making of fresh tensors are measured apart and taken off; what is left is divided by
@@ -65,7 +65,8 @@ def make(work: Path) -> None:
         torch.save(state(dit_shapes(), 32, 1152), dit)
     if not training.exists():
         sets = [state(dit_shapes(width=1024, layers=24), 32, 1024) for _ in range(4)]
-        moments = {n: {"exp_avg": one, "exp_avg_sq": two} for n, (one, two) in enumerate(zip(sets[2].values(), sets[3].values(), strict=True))}
+        pairs = zip(sets[2].values(), sets[3].values(), strict=True)
+        moments = {index: {"exp_avg": one, "exp_avg_sq": two} for index, (one, two) in enumerate(pairs)}
         torch.save({"model": sets[0], "ema": sets[1], "opt": {"state": moments, "param_groups": []}}, training)
 
 
@@ -107,7 +108,7 @@ def apart(watch: Stopwatch, digest: str) -> Iterator[None]:
     """Time the check, fsync and fresh tensors; the digest is known already."""
     with (
         patch.object(checkpoints.Checkpoint, "sha256", lambda self: digest),
-        patch.object(OpenSource, "values", watch.wrap("check", OpenSource.values)),
+        patch.object(OpenSource, "checked", watch.wrap("check", OpenSource.checked)),
         patch.object(OpenSource, "check_recomputed", watch.wrap("check", OpenSource.check_recomputed)),
         patch.object(os, "fsync", watch.wrap("fsync", os.fsync)),
         patch.object(conversion, "fresh_tensor", watch.wrap("fresh", conversion.fresh_tensor)),
@@ -223,15 +224,12 @@ def main() -> None:
     given = parser.parse_args()
     work, rounds = given.work, range(given.rounds)
     work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)
     make(work)
     results: dict[str, Any] = {}
     for name, largest in LARGEST.items():
         source = work / name
         open_checkpoint(str(source)).sha256()  # into the page cache
-        figures = medians([copying(source, work) for _ in rounds])
-        figures |= {"rounds": {**figures["rounds"], **(cast := medians([casting(source, work) for _ in rounds]))["rounds"]}}
-        figures |= {key: value for key, value in cast.items() if key != "rounds"}
+        figures = medians([{**copying(source, work), **casting(source, work)} for _ in rounds])
         peak = peak_anonymous(["convert", str(source), str(removed(work / "student")), "-q"])
         figures |= {"peak anonymous MB": round(peak / 1e6), "limit MB": round(150 + 3 * largest / 1e6)}
         results[name] = {"GB": round(source.stat().st_size / 1e9, 2), **figures}

@@ -3,15 +3,17 @@
 import argparse
 import errno
 import hashlib
+import io
 import json
 import math
 import os
 import pickle
 import re
+import reprlib
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +40,9 @@ SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
 }
 
 DTYPES_OF_SAFETENSORS = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+
+# Read, checked or cast at a time: what stays in the cache between the steps.
+PIECE_BYTES = 1 << 21
 
 # What training scripts call their sets of weights.
 _SETS = {"ema": "ema", "state_dict_ema": "ema", "model": "model", "state_dict": "state_dict"}
@@ -66,11 +71,32 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a tensor's bytes lie: one run of a file, row-major."""
+    """Where a tensor's bytes lie: one run of a file, row-major, of that dtype."""
 
     path: Path
     offset: int
     nbytes: int
+    dtype: torch.dtype
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The values, piece by piece (n,), each in the place of the last: a few MB of memory, and in the cache.
+
+        Raises LitconvertError when the file no longer reaches that far.
+        """
+        buffer = torch.empty(min(PIECE_BYTES, self.nbytes) // self.dtype.itemsize, dtype=self.dtype)
+        view = buffer.view(torch.uint8).numpy().data
+        with self.path.open("rb", buffering=0) as file:
+            done = 0
+            while done < self.nbytes:
+                wanted = min(len(view), self.nbytes - done)
+                filled = 0
+                while filled < wanted:
+                    count = os.preadv(file.fileno(), [view[filled:wanted]], self.offset + done + filled)
+                    if count == 0:
+                        raise LitconvertError(f"{self.path} became shorter while it was read; restore it and try again")
+                    filled += count
+                yield buffer[: wanted // self.dtype.itemsize]
+                done += wanted
 
 
 @dataclass(frozen=True)
@@ -349,7 +375,7 @@ def _open_safetensors(files: Sequence[Path]) -> Stored:
             if name in tensors:
                 raise LitconvertError(f"{path}: {name!r} is in two shards; download the checkpoint again")
             tensors[name] = info
-            extents[name] = Extent(path, 8 + length + start, info.nbytes)
+            extents[name] = Extent(path, 8 + length + start, info.nbytes, info.dtype)
     mapped = _Mapped()
 
     def read(name: str) -> Tensor:
@@ -370,6 +396,15 @@ def info_of_header(path: str, name: str, dtype: str, shape: Sequence[int]) -> Te
     if not all(type(count) is int and 0 <= count < 1 << 63 for count in shape) or math.prod(shape) >= 1 << 59:
         raise LitconvertError(f"{path}: {name!r} has the shape {shape}, which cannot be; download the checkpoint again")
     return TensorInfo(tuple(shape), DTYPES_OF_SAFETENSORS[dtype])
+
+
+class _BoundedReader(io.BufferedReader):
+    """A file that makes no room for more than it holds, whatever length a damaged pickle announces."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > PIECE_BYTES:
+            size = max(0, min(size, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
 
 
 def is_zip(file: IO[bytes]) -> bool:
@@ -478,7 +513,9 @@ def choose_set(
         refuse_choice(source, weights)
     for name, value in content.items():
         if not isinstance(name, str):
-            raise LitconvertError(f"{path}: has the key {name!r}, not a name, so this is not a plain state dict")
+            raise LitconvertError(
+                f"{path}: has the key {reprlib.repr(name)}, not a name, so this is not a plain state dict"
+            )
         if not isinstance(value, Tensor):
             raise LitconvertError(
                 f"{path}: {name!r} is a {type(value).__name__}, not a tensor, so this is not a plain state dict"
@@ -508,7 +545,7 @@ def _open_pickles(source: str, files: Sequence[Path], weights: str) -> tuple[Sto
 
 
 def _open_pickle(source: str, path: Path, weights: str) -> tuple[Stored, str | None, tuple[str, ...]]:
-    with _refusals(str(path)), path.open("rb") as file:
+    with _refusals(str(path)), _BoundedReader(io.FileIO(path)) as file:
         zipped = is_zip(file)
         records = _records(str(path), file, check_zip(str(path), file)) if zipped else {}
         file.seek(0)
@@ -569,7 +606,7 @@ def _place(path: Path, name: str, tensor: Tensor, records: Mapping[int, int]) ->
     Raises LitconvertError when the tensor does not lie within its entry.
     """
     if tensor.numel() == 0:
-        return Extent(path, 0, 0)
+        return Extent(path, 0, 0, tensor.dtype)
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if offset is None or offset not in records or tensor.is_neg() or tensor.is_conj():
         return None
@@ -578,7 +615,7 @@ def _place(path: Path, name: str, tensor: Tensor, records: Mapping[int, int]) ->
     start, nbytes = tensor.storage_offset() * tensor.dtype.itemsize, span * tensor.dtype.itemsize
     if start + nbytes > records[offset]:
         raise _damaged(str(path), f"{name!r} is larger than what is stored of it")
-    return Extent(path, offset + start, nbytes)
+    return Extent(path, offset + start, nbytes, tensor.dtype)
 
 
 def wrapper_prefix(names: Mapping[str, Any]) -> str:
@@ -591,12 +628,10 @@ def wrapper_prefix(names: Mapping[str, Any]) -> str:
     return prefix
 
 
-Produce = Callable[[str], Tensor | Extent]
+Produce = Callable[[str], Tensor | Extent | Iterator[Tensor]]
 Metadata = Mapping[str, str] | Callable[[], Mapping[str, str]]
 # Room in the header for metadata that is known only after the last tensor.
 METADATA_ROOM = 1024
-# Numbers cast at a time.
-CAST_PIECE = 1 << 20
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
 
@@ -613,8 +648,8 @@ def write_safetensors(
     Args:
         path: the file.
         tensors: header of every tensor, in the order of the file.
-        produce: values by name, of that shape, which are cast to that dtype; or the extent that holds just those bytes,
-            which is copied from file to file.
+        produce: values by name: a tensor of that shape, an extent that holds it, or pieces (n,) of it, row-major; cast
+            to that dtype. An extent of the same dtype is copied from file to file.
         metadata: strings for the header; a function is asked for them after the last tensor.
         on_tensor: called after each tensor.
 
@@ -649,11 +684,16 @@ def write_safetensors(
         for name, info in tensors.items():
             value = produce(name)
             if isinstance(value, Extent):
-                assert value.nbytes == info.nbytes, name
-                _copy(value, descriptor, position)
-            else:
+                assert value.nbytes // value.dtype.itemsize == info.numel, name
+                if value.dtype == info.dtype:
+                    _copy(value, descriptor, position)
+                else:
+                    _write_pieces(value.pieces(), info, descriptor, position)
+            elif isinstance(value, Tensor):
                 assert tuple(value.shape) == info.shape, name
-                _write_values(value.contiguous().view(-1), info.dtype, descriptor, position)
+                _write_pieces([value.contiguous().view(-1)], info, descriptor, position)
+            else:
+                _write_pieces(value, info, descriptor, position)
             position += info.nbytes
             on_tensor(name)
         encoded = encode(metadata() if callable(metadata) else metadata)
@@ -662,16 +702,18 @@ def write_safetensors(
         os.fsync(descriptor)
 
 
-def _write_values(values: Tensor, dtype: torch.dtype, descriptor: int, position: int) -> None:
-    """Write values (n,) as that dtype, cast piece by piece into one buffer: fresh memory costs more than the cast."""
-    if values.dtype == dtype:
-        _write(descriptor, values.view(torch.uint8).numpy().data, position)
-        return
-    buffer = torch.empty(min(CAST_PIECE, len(values)), dtype=dtype)
-    for piece in values.split(CAST_PIECE):
-        data = buffer[: len(piece)].copy_(piece).view(torch.uint8).numpy().data
+def _write_pieces(pieces: Iterable[Tensor], info: TensorInfo, descriptor: int, position: int) -> None:
+    """Write values (n,) one after the other, cast into one buffer: fresh memory costs more than the cast."""
+    buffer, end = torch.empty(0, dtype=info.dtype), position + info.nbytes
+    for piece in pieces:
+        if piece.dtype != info.dtype:
+            if len(buffer) < len(piece):
+                buffer = torch.empty(len(piece), dtype=info.dtype)
+            piece = buffer[: len(piece)].copy_(piece)
+        data = piece.view(torch.uint8).numpy().data
         _write(descriptor, data, position)
         position += data.nbytes
+    assert position == end
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:

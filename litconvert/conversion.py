@@ -1,8 +1,10 @@
 """The plan of a conversion, tensor by tensor, and carrying it out."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from litconvert.checkpoints import Extent, TensorInfo
-from litconvert.errors import LitconvertError, UsageError
+from litconvert.errors import UsageError
 from litconvert.families.key_table import Origin
 from litconvert.files import digest_of, require_space, whole_directory, write_whole
 from litconvert.model_directory import FORMAT_VERSION, already_done, versions, write_model_directory
@@ -158,8 +160,8 @@ def student_config(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
             if config[key] != value:
                 setting = key.removeprefix("linear_").replace("num_heads", "num_attention_heads")
                 raise UsageError(
-                    f"the source has linear layers already, with {key}={config[key]}, and student.{setting} is {value}; "
-                    f"go on with its own (--set student.{setting}={config[key]}), or start from a softmax model"
+                    f"the source has linear layers already, with {key}={config[key]}, and student.{setting} is "
+                    f"{value}; go on with its own (--set student.{setting}={config[key]}), or take a softmax model"
                 )
     missing = [layer for layer in student.softmax_layers if layer >= num_layers]
     if missing:
@@ -320,7 +322,7 @@ def carry_out(
         raise UsageError(f"{out} is or holds the source itself; choose another path")
     checkpoint, recipe = plan.source.checkpoint, _with_absolute_sources(plan.recipe)
     # The digest is reading and arithmetic: on a second core it costs the copying no time.
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with ThreadPoolExecutor(max_workers=1) as pool, _one_thread():
         hashing = pool.submit(checkpoint.sha256)
 
         def digest() -> str:
@@ -335,18 +337,16 @@ def carry_out(
         require_space(out.parent, plan.totals["student_bytes"])
         plan.source.check_recomputed()
         for name in _unread(plan):
-            plan.source.values(name)
+            for _ in plan.source.pieces(name):
+                pass
         written = [entry for entry in plan.entries if entry.fate in ("inherited", "fresh")]
         fates = {entry.target: entry.fate for entry in written}
         tensors = {str(entry.target): TensorInfo(entry.shape, DTYPES[entry.dtype]) for entry in written}
 
-        def produce(name: str) -> Tensor | Extent:
+        def produce(name: str) -> Tensor | Extent | Iterator[Tensor]:
             if fates[name] == "fresh":
                 return fresh_tensor(name, tensors[name], plan.recipe.seed, plan.recipe.student.conv_size)
-            value = plan.source.values(name, tensors[name].dtype)
-            # Checked; what stays as it is goes from file to file, without passing through memory.
-            extent = plan.source.extent(name) if value.dtype == tensors[name].dtype else None
-            return extent or value
+            return plan.source.checked(name, tensors[name].dtype)
 
         with whole_directory(out) as folder:
             write_model_directory(
@@ -359,6 +359,17 @@ def carry_out(
                 on_tensor=on_tensor,
             )
     return out
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch: checks and casts are bound by memory, and two threads on busy cores wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _provenance(plan: ConversionPlan, recipe: Recipe, digest: str, sha256: str) -> dict[str, Any]:
@@ -389,12 +400,20 @@ def _unread(plan: ConversionPlan) -> Iterator[str]:
 
 
 def _with_absolute_sources(recipe: Recipe) -> Recipe:
-    """Local paths made absolute, so that distillation finds the teachers from any folder."""
+    """Local paths made absolute, so that teachers, decoder and text encoder are found from any folder."""
+
+    def resolved(path: str) -> str:
+        return str(Path(path).resolve()) if os.path.exists(path) else path
 
     def absolute(source: Source) -> Source:
-        if source.path is None or not Path(source.path).exists():
-            return source
-        return source.model_copy(update={"path": str(Path(source.path).resolve())})
+        parts = {
+            name: part.model_copy(update={"path": resolved(part.path)})
+            for name in ("vae", "text_encoder")
+            if (part := getattr(source, name)) is not None
+        }
+        if source.path is not None:
+            parts["path"] = resolved(source.path)
+        return source.model_copy(update=parts)
 
     teacher = recipe.distill.teacher and absolute(recipe.distill.teacher)
     distill = recipe.distill.model_copy(update={"teacher": teacher})

@@ -42,6 +42,22 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     return accelerator
 
 
+def require_distillable(config: Mapping[str, Any]) -> None:
+    """Refuse, before anything is drawn or loaded, a model whose training is not built. Raises UsageError."""
+    kind = (
+        "captions"
+        if config["caption_channels"] is not None
+        else "velocity"
+        if config["prediction"] != "noise"
+        else None
+    )
+    if kind is not None:
+        raise UsageError(
+            f"distilling a model of {kind} is not built yet; its conversion, sampling and push work: use `litconvert "
+            "convert`, `sample` and `push`"
+        )
+
+
 def check_pair(
     student: LiTTransformer2DModel, teacher: LiTTransformer2DModel, data: LatentDataset, recipe: Recipe
 ) -> None:
@@ -165,6 +181,8 @@ def distill(
 
     def quiet(*arguments: object) -> None: ...
 
+    student_source = open_source(Source(path=str(student)))
+    require_distillable(student_source.reading.config)
     source = open_source(settings.source, settings.inherit.weights)
     if source.checkpoint.sha256() != provenance["source"]["sha256"]:
         raise LitconvertError(
@@ -180,7 +198,6 @@ def distill(
         accelerator.wait_for_everyone()
     dataset = open_latents(folder)
 
-    student_source = open_source(Source(path=str(student)))
     model = read_model(student_source, torch.float32)
     source_model = read_model(source, torch.float32)
     teacher_model = source_model if teacher_source is source else read_model(teacher_source, torch.float32)

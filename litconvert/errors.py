@@ -10,6 +10,11 @@ class LitconvertError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        # A name or value out of a file may be of any length; what is wrong comes first, and what fixes it last.
+        text = super().__str__()
+        return text if len(text) <= 1500 else f"{text[:900]} [...] {text[-500:]}"
+
 
 class UsageError(LitconvertError):
     """A command, recipe or hint that cannot be meant: exit code 2."""

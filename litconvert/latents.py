@@ -158,6 +158,8 @@ def synthesize_resolved(
     """`synthesize` for a recipe that is resolved already."""
     recipe = resolved.recipe
     opened = open_source(recipe.source, recipe.inherit.weights)
+    if opened.reading.config["caption_channels"] is not None:
+        raise UsageError(f"{opened.checkpoint.source}: drawing a training set from captions is not built yet")
     digest = synthesis_digest(recipe, opened.checkpoint.sha256(), opened.checkpoint.weights)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         found = read_json(out / RECORD).get("digest") if (out / RECORD).is_file() else None

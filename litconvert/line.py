@@ -12,7 +12,7 @@ from PIL import Image
 
 from litconvert import console
 from litconvert.conversion import ConversionPlan, carry_out, plan_conversion, with_source
-from litconvert.distillation import distill
+from litconvert.distillation import distill, require_distillable
 from litconvert.evaluation import evaluate, evaluation_passes, reference_samples
 from litconvert.files import digest_of, read_json, write_whole
 from litconvert.latents import synthesize_resolved
@@ -38,6 +38,7 @@ def run_line(
     resolved = with_source(resolve(recipe, overrides), source)
     settings = resolved.recipe
     plan = plan_conversion(open_source(settings.source, settings.inherit.weights), settings)
+    require_distillable(plan.config)
     student = carry_out(plan, out / "student", force=force)
     console.note(f"converted: {student}")
     data = settings.data.path

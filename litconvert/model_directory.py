@@ -7,9 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from litconvert.checkpoints import Extent, TensorInfo, write_weights
+from litconvert.checkpoints import Produce, TensorInfo, write_weights
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import read_json
 from litconvert.recipe import Recipe
@@ -30,7 +28,7 @@ def write_model_directory(
     *,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
-    produce: Callable[[str], Tensor | Extent],
+    produce: Produce,
     recipe: Recipe,
     provenance: Callable[[], Mapping[str, Any]],
     on_tensor: Callable[[str], None] = lambda name: None,

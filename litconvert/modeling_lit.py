@@ -479,7 +479,8 @@ class AdaLNZero(nn.Linear):
         self.parts = parts
 
     def forward(self, condition: Tensor) -> Tensor:
-        return super().forward(F.silu(condition)).unflatten(-1, (self.parts, -1))
+        modulation: Tensor = super().forward(F.silu(condition)).unflatten(-1, (self.parts, -1))
+        return modulation
 
 
 class AdaLNSingle(nn.Module):
@@ -490,7 +491,8 @@ class AdaLNSingle(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(parts, hidden_size) / hidden_size**0.5)
 
     def forward(self, condition: Tensor) -> Tensor:
-        return self.scale_shift_table + condition
+        modulation: Tensor = self.scale_shift_table + condition
+        return modulation
 
 
 class Block(nn.Module):

@@ -79,14 +79,12 @@ def write_layout(
         done[0] += 1
         on_tensor(done[0], len(tensors))
 
-    def produce(name: str) -> Tensor | Extent:
+    def produce(name: str) -> Tensor | Extent | Iterator[Tensor]:
         if name not in names:
             return position_embedding(config).to(tensors[name].dtype)
-        parts = [source.values(ours) for ours in names[name]]
-        extent = source.extent(names[name][0]) if len(parts) == 1 else None
-        if extent is not None and parts[0].dtype == tensors[name].dtype:
-            return extent
-        return torch.cat([part.to(tensors[name].dtype) for part in parts]) if len(parts) > 1 else parts[0]
+        if len(names[name]) == 1:
+            return source.checked(names[name][0], tensors[name].dtype)
+        return torch.cat([source.values(ours).to(tensors[name].dtype) for ours in names[name]])
 
     if to == "diffusers":
         assert family.diffusers_config is not None

@@ -49,6 +49,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "data_timestep": (1, 0),
 }
 TIMESTEP_CHANNELS = 256
+# More positions than any image has: their embedding alone would not fit into memory.
+MAX_SAMPLE_SIZE = 1 << 14
 # Stored, but no parameters: they are not trained and not counted.
 BUFFERS = ("conditioning.null_caption",)
 
@@ -67,6 +69,8 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if full[key] not in values:
             raise UsageError(f"{key} must be one of {values}, got {full[key]!r}")
     width = full["hidden_size"]
+    if full["sample_size"] > MAX_SAMPLE_SIZE:
+        raise UsageError(f"sample_size must be at most {MAX_SAMPLE_SIZE}, got {full['sample_size']}")
     if width % 4:
         raise UsageError(f"hidden_size must be a multiple of 4, got {width}")
     if (full["num_classes"] is None) == (full["caption_channels"] is None):
@@ -144,10 +148,10 @@ def count_macs(config: Mapping[str, Any], latent_size: int) -> int:
     """Multiply-accumulates of one forward pass of one square latent of side `latent_size`.
 
     Per token: patch embedding, 4 D^2 of projections, 2 r D^2 of feed-forward (r = mlp_ratio), the output projection;
-    attention core 2 T D (softmax, or linear when T < d) or 2 d D (linear), plus k^2 D for the convolution; KV-compressed
-    by factor f: 2 T D / f^2 and 2 D for its convolutions of K and V. With captions of L tokens (the longest trained
-    on): 2 D^2 + 2 L D more, and 2 D^2 for each caption token in every layer. Per image: the embedders and the modulation.
-    Norms, activations and the denominator (D a token) are not counted.
+    attention core 2 T D (softmax, or linear when T < d) or 2 d D (linear), plus k^2 D for the convolution;
+    KV-compressed by factor f: 2 T D / f^2 and 2 D for its convolutions of K and V. With captions of L tokens (the
+    longest trained on): 2 D^2 + 2 L D more, and 2 D^2 for each caption token in every layer. Per image: the embedders
+    and the modulation. Norms, activations and the denominator (D a token) are not counted.
     """
     c = full_config(config)
     width, p, kinds = c["hidden_size"], c["patch_size"], c["attention"]
@@ -160,11 +164,13 @@ def count_macs(config: Mapping[str, Any], latent_size: int) -> int:
         "kv_compress": 2 * tokens * width * merged + 2 * merged * width * c["kv_compress_factor"] ** 2,
     }
     inner = round(c["mlp_ratio"] * width)
+    per_image = (6 * len(kinds) + 2) * width**2
     total: int = tokens * p * p * (c["in_channels"] + c["out_channels"]) * width
     total += sum(tokens * (4 * width + 2 * inner) * width + core[kind] for kind in kinds)
     total += (TIMESTEP_CHANNELS + width) * width
     if c["caption_channels"] is None:
-        return total + (6 * len(kinds) + 2) * width**2
+        total += per_image
+        return total
     length = c["caption_tokens"]
     total += 6 * width**2 + length * (c["caption_channels"] + width) * width
     total += len(kinds) * (2 * (tokens + length) * width**2 + 2 * tokens * length * width)
@@ -176,8 +182,8 @@ def count_macs(config: Mapping[str, Any], latent_size: int) -> int:
 def position_embedding(config: Mapping[str, Any]) -> Tensor:
     """The fixed sine-cosine position embedding of a config's own square grid, (1, T, D) float32, tokens row-major.
 
-    As LiTTransformer2DModel computes it: column then row, sin then cos, frequencies 10000^(-2i/(D/2)), positions divided
-    by the interpolation scale.
+    As LiTTransformer2DModel computes it: column then row, sin then cos, frequencies 10000^(-2i/(D/2)), positions
+    divided by the interpolation scale.
     """
     width, side = config["hidden_size"], config["sample_size"] // config["patch_size"]
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))

@@ -1,6 +1,7 @@
 """A checkpoint that is recognised: its values, checked, and the model they make."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,27 +38,17 @@ class OpenSource:
     checkpoint: Checkpoint
     reading: Reading
 
-    def values(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A model tensor's values from the source, checked: finite (in `dtype` too, if given), and copies equal.
+    def values(self, name: str) -> Tensor:
+        """A model tensor's values from the source, mapped from disk where the format allows, and checked.
 
-        Raises LitconvertError when they are not. The values are not cast.
+        Raises LitconvertError for values that are not finite, and for copies that are not equal.
         """
         origin = self.reading.origins[name]
         first = self.checkpoint.read(origin.names[0])
         rows = first.shape[0] // origin.parts
         value = first[origin.part * rows : (origin.part + 1) * rows]
-        extremes = extremes_of(value)
-        if not all(map(math.isfinite, extremes)):
-            raise LitconvertError(
-                f"{self.checkpoint.source}: {origin.names[0]} holds NaN or infinite values; "
-                "the checkpoint is broken: use another one (or another weights= set)"
-            )
-        # Rounding keeps the order, so no other value leaves the range before these.
-        if dtype is not None and not torch.tensor(extremes, dtype=value.dtype).to(dtype).isfinite().all():
-            raise LitconvertError(
-                f"{name} holds values up to {max(map(abs, extremes)):.3g}, beyond "
-                f"{str(dtype).removeprefix('torch.')}; set student.dtype=bfloat16 or float32"
-            )
+        for _ in self._finite(name, [value], first.dtype):
+            pass
         for name_of_copy in origin.names[1:]:
             copy = self.checkpoint.read(name_of_copy)
             if copy.dtype != first.dtype or not torch.equal(copy, first):
@@ -68,6 +59,41 @@ class OpenSource:
                 )
         return value
 
+    def checked(self, name: str, dtype: torch.dtype) -> Extent | Iterator[Tensor]:
+        """The same values for writing as `dtype`, in which they must be finite too: a checked run of a file where that
+        holds them as they are, and otherwise pieces, row-major, each checked as it is taken."""
+        extent, pieces = self.extent(name), self.pieces(name, dtype)
+        if extent is None or extent.dtype != dtype:
+            return pieces
+        for _ in pieces:
+            pass
+        return extent
+
+    def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """The same values piece by piece, (n,) row-major, each checked as it is taken and in the place of the last."""
+        extent = self.extent(name)
+        if extent is None or len(self.reading.origins[name].names) > 1:
+            value = self.values(name)
+            return self._finite(name, [value.contiguous().view(-1)], dtype or value.dtype)
+        return self._finite(name, extent.pieces(), dtype or extent.dtype)
+
+    def _finite(self, name: str, pieces: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+        """The pieces, of which none may hold what is not finite as it is, or would not be in `dtype`."""
+        for piece in pieces:
+            extremes = extremes_of(piece)
+            if not all(map(math.isfinite, extremes)):
+                raise LitconvertError(
+                    f"{self.checkpoint.source}: {self.reading.origins[name].names[0]} holds NaN or infinite values; "
+                    "the checkpoint is broken: use another one (or another weights= set)"
+                )
+            # Rounding keeps the order, so no other value leaves the range before these.
+            if not torch.tensor(extremes, dtype=piece.dtype).to(dtype).isfinite().all():
+                raise LitconvertError(
+                    f"{name} holds values up to {max(map(abs, extremes)):.3g}, beyond "
+                    f"{str(dtype).removeprefix('torch.')}; set student.dtype=bfloat16 or float32"
+                )
+            yield piece
+
     def extent(self, name: str) -> Extent | None:
         """Where a model tensor's bytes lie in the source's files; None where they are not one run."""
         origin = self.reading.origins[name]
@@ -75,7 +101,7 @@ class OpenSource:
         if whole is None or origin.parts == 1:
             return whole
         nbytes = whole.nbytes // origin.parts
-        return Extent(whole.path, whole.offset + origin.part * nbytes, nbytes)
+        return Extent(whole.path, whole.offset + origin.part * nbytes, nbytes, whole.dtype)
 
     def check_recomputed(self) -> None:
         """Refuse a stored position embedding that the formula does not give: dropping it would change the function."""
@@ -90,7 +116,9 @@ class OpenSource:
                 others = (scale for scale in KNOWN_INTERPOLATION if scale != config["interpolation_scale"])
                 for scale in others:
                     if _difference(stored, position_embedding({**config, "interpolation_scale": scale})) is None:
-                        advice = f"it is that of interpolation_scale={scale:g} (--set source.interpolation_scale={scale:g})"
+                        advice = (
+                            f"it is that of interpolation_scale={scale:g} (--set source.interpolation_scale={scale:g})"
+                        )
             raise LitconvertError(
                 f"{self.checkpoint.source}: {name} differs from the fixed sine-cosine embedding by {difference:.2g}; "
                 f"{advice}"
@@ -180,7 +208,7 @@ def examine(source: OpenSource) -> Findings:
     modulation = [name for name in zero if "adaLN_modulation" in name and name.endswith("weight")]
     if modulation:
         odd.append(
-            f"the modulation of {len(modulation)} layers is all zero ({modulation[0]}): a model as it is before training"
+            f"the modulation of {len(modulation)} layers is all zero ({modulation[0]}): the model is not trained"
         )
     others = [name for name in zero if name not in modulation and not name.endswith("bias")]
     if others:
@@ -195,7 +223,9 @@ def _equal_sets(source: OpenSource) -> bool:
     other = "model" if source.checkpoint.weights == "ema" else "ema"
     mine = source.checkpoint
     theirs = open_checkpoint(str(mine.files[0]), weights=other)
-    return mine.tensors == theirs.tensors and all(torch.equal(mine.read(name), theirs.read(name)) for name in mine.tensors)
+    return mine.tensors == theirs.tensors and all(
+        torch.equal(mine.read(name), theirs.read(name)) for name in mine.tensors
+    )
 
 
 def describe(source: OpenSource, findings: Findings | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints in the original layouts: of full size without their weights (headers over a hole), and small random ones."""
+"""Checkpoints in the original layouts: of full size without their weights (over a hole), and small random ones."""
 
 import json
 import math

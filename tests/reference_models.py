@@ -31,7 +31,7 @@ def normalised(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def number_embedding(state: State, name: str, value: float) -> Tensor:
-    """256 sinusoids, cosines first, and an MLP. Angles in float32, of whose rounding the original makes 1e-5 at t = 700."""
+    """256 sinusoids, cosines first, and an MLP. The angles are rounded to float32, as the originals do."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
     angles = (torch.tensor(value, dtype=torch.float32) * frequencies).double()
     return linear(state, f"{name}.mlp.2", silu(linear(state, f"{name}.mlp.0", torch.cat([angles.cos(), angles.sin()]))))

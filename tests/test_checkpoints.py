@@ -4,6 +4,7 @@ import argparse
 import errno
 import hashlib
 import os
+import random
 import subprocess
 import sys
 import zipfile
@@ -23,6 +24,7 @@ from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import digest_of, read_json, require_space, whole_directory, write_whole
 from tests.checkpoint_files import dit_shapes, write_hollow
 from tests.hub_server import Blob, HubServer, Repository
+from tests.test_fuzz import flipped, rewritten_header, rewritten_zip, sound_forms, truncated
 
 STATE = {
     "weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -511,6 +513,38 @@ def test_a_damaged_file_on_the_hub_is_refused_from_its_header(tmp_path: Path, hu
             publish(hub, "tester/damaged", folder)
             with pytest.raises(LitconvertError, match=r"download it again|not a safetensors file"):
                 open_checkpoint("tester/damaged", file=file.name).read("weight")
+
+
+def test_the_hub_is_as_safe_as_the_disk(tmp_path: Path, hub: HubServer) -> None:
+    """A sample of the damage that tests/test_fuzz.py does to files on disk: read as there, or refused in a sentence."""
+    forms, draw = sound_forms(tmp_path / "sound"), random.Random(3)
+    cases = []
+    for form, rewritten in (
+        (forms["safetensors"], rewritten_header(forms["safetensors"])),
+        (forms["zip"], rewritten_zip(forms["zip"], draw)),
+    ):
+        cases += [*rewritten, *truncated(form), *flipped(form, draw, 60)][::7]
+    place, read, refusals = tmp_path / "files", 0, list[str]()
+    place.mkdir()
+    for name, form in cases:
+        file = place / form.damaged
+        file.write_bytes(form.content)
+        publish(hub, "tester/damaged", place)
+        try:
+            checkpoint = open_checkpoint("tester/damaged", file=file.name)
+            values = {each: checkpoint.read(each) for each in checkpoint.tensors}
+        except LitconvertError as error:
+            refusals.append(str(error))
+            continue
+        read += 1
+        local = open_checkpoint(str(file))
+        assert local.tensors == checkpoint.tensors, name
+        for each, value in values.items():
+            # A view may repeat one value a trillion times: it is read, but not laid out.
+            assert value.nbytes > 1 << 20 or as_stored(local.read(each)) == as_stored(value), name
+    assert len(refusals) > 50
+    assert read > 10
+    assert max(map(len, refusals)) <= 1500
 
 
 def test_what_changes_on_the_hub_after_it_was_opened_is_refused(tmp_path: Path, hub: HubServer) -> None:

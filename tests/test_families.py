@@ -278,7 +278,7 @@ def test_the_dtype_of_the_source_is_kept(tmp_path: Path, pico_state: dict[str, T
     model = litconvert.load(tmp_path / "cast.pt", num_attention_heads=2)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     table = pico_state["y_embedder.embedding_table.weight"].to(dtype)
-    assert torch.equal(model.conditioning.class_embedder.weight, table)
+    assert torch.equal(model.state_dict()["conditioning.class_embedder.weight"], table)
 
 
 def test_the_original_layout_names_sit_as_what_it_might_be(pico_checkpoint: Path) -> None:

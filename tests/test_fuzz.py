@@ -1,4 +1,4 @@
-"""Whatever a file holds, it is read right or refused in a sentence: truncated, flipped and rewritten files, by the thousand.
+"""Whatever a file holds, it is read or refused in a sentence: truncated, flipped and rewritten files, by the thousand.
 
 The cases run in a process of their own with little memory, so that a crash or a file that unpacks to gigabytes is found
 out, and its case named.
@@ -19,17 +19,19 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
 
 import litconvert
 from litconvert.errors import LitconvertError
@@ -100,9 +102,9 @@ def sound_forms(folder: Path) -> dict[str, Form]:
     hints = ["source.num_attention_heads=2", "student.num_attention_heads=2"]
     litconvert.convert(plain, folder / "student", None, hints)
     training = {"model": state, "ema": state, "opt": {"step": 3}, "args": argparse.Namespace(model="DiT", lr=1e-4)}
-    shards = files_of(folder / "shards")
+    shards, name = files_of(folder / "shards"), "a.safetensors"
     return {
-        "safetensors": Form({"a.safetensors": (folder / "original.safetensors").read_bytes()}, *["a.safetensors"] * 2),
+        "safetensors": Form({name: (folder / "original.safetensors").read_bytes()}, name, name),
         "zip": Form({"a.pt": plain.read_bytes()}, "a.pt", "a.pt"),
         "training": Form({"a.pt": saved(training)}, "a.pt", "a.pt"),
         "legacy": Form({"a.pt": saved(state, legacy=True)}, "a.pt", "a.pt"),
@@ -124,11 +126,8 @@ def flipped(form: Form, draw: random.Random, count: int) -> Cases:
     for number in range(count):
         content, size = bytearray(form.content), len(form.content)
         for _ in range(draw.choice((1, 1, 2, 8))):
-            where = draw.randrange(size)
-            if number % 3:
-                where = (
-                    draw.randrange(min(4096, size)) if number % 3 == 1 else size - 1 - draw.randrange(min(4096, size))
-                )
+            near = draw.randrange(min(4096, size))
+            where = (draw.randrange(size), near, size - 1 - near)[number % 3]
             content[where] = draw.randrange(256) if number % 2 else content[where] ^ 1 << draw.randrange(8)
         yield f"flipped {number}", form.with_content(bytes(content))
 
@@ -216,6 +215,7 @@ def rewritten_header(form: Form) -> Cases:
             changed = {other if key == name else key: value for key, value in header.items()}
             yield f"{name} named {other!r:.40}", form.with_content(as_safetensors(changed, values))
     text = json.dumps(header)
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     for what, other in {
         "deep": '{"a":' * 100_000,
         "deep list": '{"a":' + "[" * 100_000,
@@ -231,9 +231,7 @@ def rewritten_header(form: Form) -> Cases:
         "metadata": json.dumps({**header, "__metadata__": {"a": 1}}),
         "metadata list": json.dumps({**header, "__metadata__": []}),
         "tensors of 3": json.dumps(dict.fromkeys(header, 3)),
-        "many": json.dumps(
-            {**header, **{f"x{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(9999)}}
-        ),
+        "many": json.dumps(header | {f"x{n}": empty for n in range(9999)}),
     }.items():
         yield f"header {what}", form.with_content(as_safetensors(other, values))
 
@@ -347,7 +345,7 @@ def rewritten_zip(form: Form, draw: random.Random) -> Cases:
         changed_entries = [(entry, data if entry.endswith("data.pkl") else old) for entry, old in plain]
         yield f"pickle {name}", packed(changed_entries)
         yield f"legacy pickle {name}", form.with_content(data)
-        yield f"legacy pickle {name} behind its magic", form.with_content(form.content[:0] + legacy_start() + data)
+        yield f"legacy pickle {name} behind its magic", form.with_content(legacy_start() + data)
 
 
 def legacy_start() -> bytes:
@@ -360,7 +358,8 @@ def legacy_start() -> bytes:
 def strange_pickles() -> dict[str, bytes]:
     """Pickles that are legal and absurd."""
     laughs = b"\x80\x02(lq\0" + b"".join(b"(h%ch%cl%b" % (n, n, b"q" + bytes([n + 1])) for n in range(60))
-    storage = b"\x80\x02}(X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+    storage = b"\x80\x02}(X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n"
+    storage += b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
     storage += b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpu%btQ%b%b%b\x89ccollections\nOrderedDict\n)RtRu."
 
     def tensor(numel: bytes, offset: bytes, shape: bytes, stride: bytes) -> bytes:
@@ -385,7 +384,7 @@ def strange_pickles() -> dict[str, bytes]:
         "none": pickle.dumps(None, 2),
         "many": pickle.dumps(many, 2),
         "cyclic": pickle.dumps({"a": cyclic}, 2),
-        "key that doubles": pickle.dumps({nested: 1}, 2),
+        "key that is nested": pickle.dumps({((((1,),),),): 1}, 2),
         "value that doubles": pickle.dumps({"a": nested}, 2),
         "laughs": laughs + b".",
         "deep": b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
@@ -454,14 +453,38 @@ def all_cases(forms: dict[str, Form], draw: random.Random) -> Cases:
     yield from named("zip", rewritten_zip(forms["zip"], draw))
 
 
+def as_others_read(path: Path) -> dict[str, torch.Tensor] | None:
+    """The same file through torch or safetensors alone; None where they refuse it."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(content.get("ema", content))
+    except Exception:
+        return None
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
 def read_all(path: Path, heads: int | None) -> None:
-    """Open, recognise and read every tensor, as it lies and as its bytes."""
+    """Open, recognise and read every tensor, as values and as bytes; they are what others read."""
     opened = open_source(Source(path=str(path), num_attention_heads=heads))
-    for name in opened.checkpoint.tensors:
-        opened.checkpoint.read(name).clone()
-        opened.checkpoint.extent(name)
+    checkpoint = opened.checkpoint
+    values = {name: bytes_of(checkpoint.read(name)) for name in checkpoint.tensors}
+    for name, value in values.items():
+        if extent := checkpoint.extent(name):
+            with extent.path.open("rb") as file:
+                file.seek(extent.offset)
+                assert file.read(extent.nbytes) == value, name
     for name in opened.reading.origins:
         opened.extent(name)
+    others = None if path.is_dir() else as_others_read(path)
+    if others is not None:
+        assert sorted(values.values()) == sorted(map(bytes_of, others.values()))
 
 
 def convert(path: Path, heads: int | None, out: Path) -> None:
@@ -483,8 +506,8 @@ def attempt(work: Callable[[], None]) -> tuple[str, str]:
         message = str(error)
         if len(message) > MESSAGE_CHARACTERS:
             return "failed", f"a message of {len(message)} characters: {message[:300]}"
-        if isinstance(error.__cause__, TimeoutError | MemoryError):
-            return "failed", f"{type(error.__cause__).__name__}: {message[:300]}"
+        if isinstance(error.__cause__, TimeoutError):
+            return "failed", f"more than {SECONDS} s: {message[:300]}"
         return "refused", message
     except BaseException:
         return "failed", traceback.format_exc(limit=-4)[-1500:]
@@ -499,40 +522,43 @@ def run_cases(folder: Path, part: int, parts: int) -> dict[str, Any]:
     forms = sound_forms(folder / "sound")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
-    outcomes, failures, numbers = Counter[str](), list[tuple[str, str]](), Counter[str]()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcomes, failures, slowest = Counter[str](), list[tuple[str, str]](), (0.0, "")
+    place, outs = folder / "files", folder / "outs"
     for number, (name, form) in enumerate(all_cases(forms, random.Random(SEED))):
         if number % parts != part:
             continue
         (folder / "case").write_text(name)  # to be found when this process dies
-        place, outs = folder / "files", folder / "outs"
         for each in (place, outs):
             shutil.rmtree(each, ignore_errors=True)
             each.mkdir()
         for file, content in form.files.items():
             (place / file).write_bytes(content)
-        path = place / form.entry
-        outcome, message = attempt(lambda path=path, heads=form.heads: read_all(path, heads))  # type: ignore[misc]
-        numbers["cases"] += 1
+        path, began, sound = place / form.entry, time.monotonic(), name.endswith(": sound")
+        outcome, message = attempt(partial(read_all, path, form.heads))
+        outcomes["cases"] += 1
         outcomes[outcome] += 1
-        if outcome == "failed":
-            failures.append((name, message))
-        elif name.endswith(": sound") and outcome != "read":
-            failures.append((name, f"a sound checkpoint is refused: {message}"))
-        if numbers["cases"] % CONVERTED and not name.endswith(": sound"):
-            continue
-        numbers["conversions"] += 1
-        outcome, message = attempt(lambda path=path, heads=form.heads: convert(path, heads, outs / "out"))  # type: ignore[misc]
-        outcomes[f"conversion {outcome}"] += 1
-        left = sorted(each.name for each in outs.iterdir())
-        if outcome == "failed" or left != (["out"] if outcome == "read" else []):
-            failures.append((f"{name}, converted", f"left {left} {message}"))
+        # What lacks its end is never read.
+        wrong = outcome != "read" if sound else outcome == "read" and ("truncated" in name or "byte short" in name)
+        if outcome == "failed" or wrong:
+            failures.append((name, f"{outcome} {message}"))
+        if sound or outcomes["cases"] % CONVERTED == 0:
+            outcome, message = attempt(partial(convert, path, form.heads, outs / "out"))
+            outcomes["conversions"] += 1
+            outcomes[f"conversion {outcome}"] += 1
+            left = sorted(each.name for each in outs.iterdir())
+            whole = left == (["out"] if outcome == "read" else [])
+            if outcome == "failed" or not whole or (sound and outcome != "read"):
+                failures.append((f"{name}, converted", f"left {left} {message}"))
+        slowest = max(slowest, (round(time.monotonic() - began, 2), name))
     assert threading.active_count() == 1
-    return {**numbers, "outcomes": outcomes, "failures": failures}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    return {"outcomes": outcomes, "failures": failures, "slowest": slowest, "megabytes": peak >> 10}
 
 
 @pytest.mark.timeout(300)
 def test_every_damaged_checkpoint_is_read_or_refused_in_a_sentence(tmp_path: Path) -> None:
-    began, total, outcomes = time.monotonic(), Counter[str](), Counter[str]()
+    began = time.monotonic()
     outcome = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-m", "tests.test_fuzz", str(tmp_path), "0", "1"],
         cwd=Path(__file__).parents[1],
@@ -543,13 +569,13 @@ def test_every_damaged_checkpoint_is_read_or_refused_in_a_sentence(tmp_path: Pat
     case = (tmp_path / "case").read_text() if (tmp_path / "case").exists() else "before the first case"
     assert outcome.returncode == 0, f"{case}: exit {outcome.returncode}\n{outcome.stderr[-3000:]}"
     result = json.loads(outcome.stdout.splitlines()[-1])
-    total.update(cases=result["cases"], conversions=result["conversions"])
-    outcomes.update(result["outcomes"])
-    print(dict(total), dict(outcomes), f"{time.monotonic() - began:.0f} s")
-    assert result["failures"] == []
-    assert total["cases"] >= 2000
-    assert outcomes["read"] > 100
-    assert outcomes["refused"] > 1000
+    assert result.pop("failures") == []
+    print(result, f"{time.monotonic() - began:.0f} s")
+    # What a file claims may be asked of the system, but is never written to.
+    assert result["megabytes"] < 300
+    assert result["outcomes"]["cases"] >= 2000
+    assert result["outcomes"]["read"] > 100
+    assert result["outcomes"]["refused"] > 1000
 
 
 if __name__ == "__main__":

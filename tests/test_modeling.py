@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from litconvert.modeling_lit import (

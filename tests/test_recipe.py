@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+import litconvert
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.packaged import packaged_recipes, summary
-from litconvert.recipe import Recipe, Source, find_recipe, json_schema, read_recorded, resolve, resolve_data
+from litconvert.recipe import Hybrid, Recipe, Source, find_recipe, json_schema, read_recorded, resolve, resolve_data
+from tests.checkpoint_files import dit_shapes, pixart_shapes, write_hollow
 from tests.command import command
 
 NAMES = sorted(packaged_recipes())
@@ -38,9 +40,39 @@ def attention_of(value: Any) -> tuple[str, ...]:
 
 
 def test_the_promised_recipes_are_packaged() -> None:
-    assert {"digits", "digits-fast"} | {f"dit-{size}-2-256" for size in ("s", "b", "l", "xl")} | {
-        "dit-xl-2-512"
-    } <= set(NAMES)
+    dit = {f"dit-{size}-2-256" for size in ("s", "b", "l", "xl")} | {"dit-xl-2-512"}
+    pixart = {f"pixart-sigma-{size}" for size in ("512", "1024", "2k")} | {"pixart-alpha-512", "pixart-alpha-1024"}
+    assert {"digits", "digits-fast", "sit-xl-2-256"} | dit | pixart == set(NAMES)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("digits")])
+def test_a_source_without_a_recipe_finds_its_own(tmp_path: Path, name: str) -> None:
+    """Each packaged recipe is the one for a checkpoint of its size, and its hints fit that checkpoint."""
+    settings = resolve(name).recipe.source
+    size = settings.sample_size or 32
+    if name.startswith("pixart"):
+        shapes = pixart_shapes(
+            sample_size=size, tokens=120 if "alpha" in name else 300, micro_conditions=name == "pixart-alpha-1024"
+        )
+    else:
+        width, layers = {"s": (384, 12), "b": (768, 12), "l": (1024, 24)}.get(name.split("-")[1], (1152, 28))
+        shapes = dit_shapes(width=width, layers=layers, sample_size=size)
+    path = write_hollow(tmp_path / "source.safetensors", shapes)
+    overrides = ["source.family=sit"] if name.startswith("sit") else []
+    plan = litconvert.plan(path, None, overrides)
+    assert plan.recipe.distill == resolve(name).recipe.distill
+    assert plan.config["linear_num_heads"] == resolve(name).recipe.student.num_attention_heads
+
+
+@pytest.mark.parametrize(("name", "steps", "batch_size"), [("512", 106_000, 384), ("1024", 155_000, 96)])
+def test_the_paper_s_text_to_image_runs_have_the_paper_s_numbers(name: str, steps: int, batch_size: int) -> None:
+    recipe = resolve(f"pixart-sigma-{name}").recipe
+    (stage,) = recipe.distill.stages
+    assert isinstance(stage, Hybrid)
+    assert (stage.steps, stage.batch_size, stage.learning_rate, stage.warmup_steps) == (steps, batch_size, 2e-5, 1000)
+    assert (stage.max_grad_norm, stage.weight_decay) == (0.01, 0.0)
+    assert (stage.noise_weight, stage.variance_weight) == (1.0, 0.05)
+    assert (recipe.distill.teacher is not None) == (name == "1024")  # whose source is the 512px student
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,7 +80,8 @@ def test_a_packaged_recipe_is_valid_and_opens_with_its_command_schema_and_summar
     first, second = packaged_recipes()[name].read_text().splitlines()[:2]
     # The form that editors look for: the modeline opens the comment, and the schema's name ends at a space.
     assert re.match(r"# yaml-language-server: \$schema=recipe\.schema\.json ", first)
-    assert re.search(rf"litconvert run {name}( --source \S+)?$", first)
+    # What cannot be distilled yet cannot be run: its command is the plan.
+    assert re.search(rf"litconvert (run {name}( --source \S+)?|plan (\S+ )?--recipe {name})$", first)
     assert second.startswith("# ")
     assert summary(packaged_recipes()[name]) == second[2:]
     assert command("recipes", "validate", name).out == f"{name}: valid\n"

@@ -1,4 +1,4 @@
-"""The model as numbers: the table of its tensors, parameters and multiply-accumulates, held against the model itself."""
+"""The model as numbers: the table of its tensors, parameters and multiply-accumulates, held against the model."""
 
 import inspect
 from typing import Any

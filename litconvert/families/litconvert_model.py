@@ -56,7 +56,7 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
             )
     try:
         names = list(model_tensors(values))
-    except (LitconvertError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except (LitconvertError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         reason = str(error).splitlines()[0]
         raise LitconvertError(f"{checkpoint.source}: config.json: {reason}; restore it, or convert again") from error
     return Reading(

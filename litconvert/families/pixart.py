@@ -53,9 +53,13 @@ DIFFUSERS = Layout(
         "conditioning.modulation": "adaln_single.linear",
         "conditioning.caption_projection": "caption_projection",
         "blocks.{i}.adaLN_modulation": "transformer_blocks.{i}",
-        **{f"blocks.{{i}}.attn.{part}": f"transformer_blocks.{{i}}.attn1.{part}" for part in ("to_q", "to_k", "to_v")},
+        "blocks.{i}.attn.to_q": "transformer_blocks.{i}.attn1.to_q",
+        "blocks.{i}.attn.to_k": "transformer_blocks.{i}.attn1.to_k",
+        "blocks.{i}.attn.to_v": "transformer_blocks.{i}.attn1.to_v",
         "blocks.{i}.attn.to_out": "transformer_blocks.{i}.attn1.to_out.0",
-        **{f"blocks.{{i}}.cross_attn.{part}": f"transformer_blocks.{{i}}.attn2.{part}" for part in ("to_q", "to_k", "to_v")},
+        "blocks.{i}.cross_attn.to_q": "transformer_blocks.{i}.attn2.to_q",
+        "blocks.{i}.cross_attn.to_k": "transformer_blocks.{i}.attn2.to_k",
+        "blocks.{i}.cross_attn.to_v": "transformer_blocks.{i}.attn2.to_v",
         "blocks.{i}.cross_attn.to_out": "transformer_blocks.{i}.attn2.to_out.0",
         "blocks.{i}.ff.fc1": "transformer_blocks.{i}.ff.net.0.proj",
         "blocks.{i}.ff.fc2": "transformer_blocks.{i}.ff.net.2",
@@ -127,17 +131,15 @@ def _variant(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[str
         return "pixart-sigma", f"a latent of side {size} without micro-conditions is Sigma's", []
     if size == 32 and hints.interpolation_scale is None and layout is ORIGINAL:
         raise UsageError(
-            f"{checkpoint.source}: PixArt-alpha or PixArt-Sigma: without y_embedder.y_embedding the file does not tell, "
-            "and at 256px their positions differ; give family=pixart-alpha or family=pixart-sigma "
+            f"{checkpoint.source}: PixArt-alpha or PixArt-Sigma: without y_embedder.y_embedding the file does not "
+            "tell, and at 256px their positions differ; give family=pixart-alpha or family=pixart-sigma "
             "(--set source.family=...)"
         )
     assumed = "read as PixArt-Sigma, with captions of up to 300 tokens: family=pixart-alpha for 120"
     return "pixart-sigma", "it is taken for Sigma", [assumed]
 
 
-def _config(
-    checkpoint: Checkpoint, hints: Source, layout: Layout, family: str, unsure: list[str]
-) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, hints: Source, layout: Layout, family: str, unsure: list[str]) -> dict[str, Any]:
     """The model's config from shapes, from diffusers' config.json and from hints; adds to what was assumed."""
 
     def name_of(ours: str) -> str:
@@ -210,7 +212,8 @@ def _interpolation(
     told = (checkpoint.config or {}).get("interpolation_scale") if layout is DIFFUSERS else None
     if told is not None and (type(told) not in (int, float) or not told > 0):
         raise LitconvertError(
-            f"{checkpoint.source}: config.json has interpolation_scale={told!r}, not a number above 0; download it again"
+            f"{checkpoint.source}: config.json has interpolation_scale={told!r}, not a number above 0; download it "
+            "again"
         )
     if hints.interpolation_scale is not None:
         if told not in (None, hints.interpolation_scale):
