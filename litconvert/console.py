@@ -129,6 +129,7 @@ def show_source(source: "OpenSource", findings: "Findings | None" = None) -> Non
         ),
         ("condition", _condition(config)),
         *(("assumed", text) for text in facts["unsure"]),
+        *((("to download", size(facts["download_bytes"])),) if facts["download_bytes"] else ()),
     ]
     if findings is not None:
         rows += [("values", text) for text in findings.facts]
@@ -151,10 +152,14 @@ def _attention(kinds: Sequence[str]) -> str:
 
 def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
     """The plan: the four groups, parameters, multiply-accumulates, and with `tensors` every tensor."""
-    reading = plan.source.reading
-    line(f"{plan.source.checkpoint.source}: {reading.family}, {reading.layout} layout, because {reading.because}")
-    for text in reading.unsure:
+    from litconvert.sources import describe
+
+    facts = describe(plan.source)
+    line(f"{facts['path']}: {facts['title']}, {facts['layout']} layout, because {facts['because']}")
+    for text in facts["unsure"]:
         line(f"assumed: {text}")
+    if facts["download_bytes"]:
+        line(f"to be downloaded first: {size(facts['download_bytes'])}")
     line("")
     groups, totals = plan.groups, plan.totals
     rows: list[tuple[Any, ...]] = [

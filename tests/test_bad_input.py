@@ -152,7 +152,9 @@ def test_a_whole_pickled_model_is_refused(bench: Bench, pico_state: State) -> No
 
 def test_an_unknown_architecture(bench: Bench, pico_state: State) -> None:
     path = save({"encoder.layer.0.weight": torch.zeros(3)}, bench.folder / "bert.pt")
-    bench.assert_refuses(path, 2, "unknown architecture (keys: encoder.layer.0.weight, ...)", "DiT, SiT, PixArt-alpha, PixArt-Sigma")
+    bench.assert_refuses(
+        path, 2, "unknown architecture (keys: encoder.layer.0.weight, ...)", "DiT, SiT, PixArt-alpha, PixArt-Sigma"
+    )
     cross = {"blocks.0.cross_attn.proj.weight": torch.zeros(3)}
     path = save(pico_state | cross, bench.folder / "pixart.pt")
     bench.assert_refuses(path, 2, "unknown architecture")

@@ -170,4 +170,4 @@ def test_a_full_disk_is_reported_before_the_copy_begins(
 
 
 if __name__ == "__main__":
-    print(json.dumps(kill_conversions(Path(sys.argv[1]), seed=20)))
+    print(json.dumps(kill_conversions(Path(sys.argv[1]), seed=65)))
