@@ -24,9 +24,10 @@ format: $(INSTALLED)      ## mend what lint can mend
 table: $(INSTALLED)       ## the README's table: hours on two cores, resumable
 	$(BIN)/python -m benchmarks.digits_table
 
-benchmarks: $(INSTALLED)  ## start-up time, and a full-size conversion
+benchmarks: $(INSTALLED)  ## start-up time, a full-size conversion, and conversion against cp: 30 GB of disk
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.full_size
+	$(BIN)/python -m benchmarks.conversion
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -558,6 +558,11 @@ def _open_pickle(source: str, path: Path, weights: str) -> tuple[Stored, str | N
         state, chosen, sets = choose_set(source, str(path), content, weights)
         places = {}
     tensors = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in state.items()}
+    size = path.stat().st_size
+    for name, info in tensors.items():
+        # Strides of 0 make any number of values of a few bytes, which would take for ever to check.
+        if info.nbytes > size and (name in places or not state[name].is_meta):
+            raise LitconvertError(f"{path}: {name!r} is a view of more values than the file holds; save plain tensors")
 
     mapped = _Mapped()
 

@@ -57,7 +57,7 @@ class Bench:
         assert_done(self.convert(source, "--force"))
 
     def assert_refuses(self, source: Path, code: int, *words: str) -> None:
-        """`convert` refuses the source and leaves nothing; so does `inspect --weights`, which shows what it is first."""
+        """`convert` refuses the source and leaves nothing; so does `inspect --weights`, after its report."""
         before = contents(self.folder)
         assert_refused(self.convert(source), code, *words)
         assert contents(self.folder) == before

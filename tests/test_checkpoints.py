@@ -194,6 +194,16 @@ def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: object, 
         open_checkpoint(str(tmp_path / "state.pt"))
 
 
+def test_a_view_of_more_values_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    torch.save({"few": torch.ones(1).expand(64)}, tmp_path / "few.pt")
+    assert torch.equal(open_checkpoint(str(tmp_path / "few.pt")).read("few"), torch.ones(64))
+    for legacy in (False, True):
+        path = tmp_path / f"many-{legacy}.pt"
+        torch.save({"many": torch.ones(1).expand(1 << 40)}, path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(LitconvertError, match="a view of more values than the file holds"):
+            open_checkpoint(str(path))
+
+
 def test_shapes_without_values_can_be_planned_but_not_read(tmp_path: Path) -> None:
     torch.save({"weight": torch.empty(2, 3, device="meta")}, tmp_path / "meta.pt")
     checkpoint = open_checkpoint(str(tmp_path / "meta.pt"))
