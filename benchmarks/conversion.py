@@ -111,6 +111,7 @@ def apart(watch: Stopwatch, digest: str) -> Iterator[None]:
         patch.object(OpenSource, "checked", watch.wrap("check", OpenSource.checked)),
         patch.object(OpenSource, "check_recomputed", watch.wrap("check", OpenSource.check_recomputed)),
         patch.object(os, "fsync", watch.wrap("fsync", os.fsync)),
+        patch.object(os, "posix_fadvise", watch.wrap("fsync", os.posix_fadvise)),  # which starts the flushing
         patch.object(conversion, "fresh_tensor", watch.wrap("fresh", conversion.fresh_tensor)),
     ):
         yield

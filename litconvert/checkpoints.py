@@ -41,8 +41,8 @@ SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
 
 DTYPES_OF_SAFETENSORS = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
-# Read, checked or cast at a time: what stays in the cache between the steps.
-PIECE_BYTES = 1 << 21
+# What a damaged pickle may ask to be read at once, before the file's own size is looked at.
+READ_BYTES = 1 << 21
 
 # What training scripts call their sets of weights.
 _SETS = {"ema": "ema", "state_dict_ema": "ema", "model": "model", "state_dict": "state_dict"}
@@ -77,26 +77,6 @@ class Extent:
     offset: int
     nbytes: int
     dtype: torch.dtype
-
-    def pieces(self) -> Iterator[Tensor]:
-        """The values, piece by piece (n,), each in the place of the last: a few MB of memory, and in the cache.
-
-        Raises LitconvertError when the file no longer reaches that far.
-        """
-        buffer = torch.empty(min(PIECE_BYTES, self.nbytes) // self.dtype.itemsize, dtype=self.dtype)
-        view = buffer.view(torch.uint8).numpy().data
-        with self.path.open("rb", buffering=0) as file:
-            done = 0
-            while done < self.nbytes:
-                wanted = min(len(view), self.nbytes - done)
-                filled = 0
-                while filled < wanted:
-                    count = os.preadv(file.fileno(), [view[filled:wanted]], self.offset + done + filled)
-                    if count == 0:
-                        raise LitconvertError(f"{self.path} became shorter while it was read; restore it and try again")
-                    filled += count
-                yield buffer[: wanted // self.dtype.itemsize]
-                done += wanted
 
 
 @dataclass(frozen=True)
@@ -402,7 +382,7 @@ class _BoundedReader(io.BufferedReader):
     """A file that makes no room for more than it holds, whatever length a damaged pickle announces."""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size > PIECE_BYTES:
+        if size is not None and size > READ_BYTES:
             size = max(0, min(size, os.fstat(self.fileno()).st_size - self.tell()))
         return super().read(size)
 
@@ -653,8 +633,8 @@ def write_safetensors(
     Args:
         path: the file.
         tensors: header of every tensor, in the order of the file.
-        produce: values by name: a tensor of that shape, an extent that holds it, or pieces (n,) of it, row-major; cast
-            to that dtype. An extent of the same dtype is copied from file to file.
+        produce: values by name: a tensor of that shape or pieces (n,) of it, row-major, which are cast to that dtype;
+            or an extent that holds it in that dtype, which is copied from file to file.
         metadata: strings for the header; a function is asked for them after the last tensor.
         on_tensor: called after each tensor.
 
@@ -689,16 +669,16 @@ def write_safetensors(
         for name, info in tensors.items():
             value = produce(name)
             if isinstance(value, Extent):
-                assert value.nbytes // value.dtype.itemsize == info.numel, name
-                if value.dtype == info.dtype:
-                    _copy(value, descriptor, position)
-                else:
-                    _write_pieces(value.pieces(), info, descriptor, position)
+                assert (value.nbytes, value.dtype) == (info.nbytes, info.dtype), name
+                _copy(value, descriptor, position)
             elif isinstance(value, Tensor):
                 assert tuple(value.shape) == info.shape, name
                 _write_pieces([value.contiguous().view(-1)], info, descriptor, position)
             else:
                 _write_pieces(value, info, descriptor, position)
+            # Starts writing to disk what is in memory, so that the flush at the end has little left to wait for.
+            with suppress(AttributeError, OSError):
+                os.posix_fadvise(descriptor, position, info.nbytes, os.POSIX_FADV_DONTNEED)
             position += info.nbytes
             on_tensor(name)
         encoded = encode(metadata() if callable(metadata) else metadata)

@@ -337,8 +337,7 @@ def carry_out(
         require_space(out.parent, plan.totals["student_bytes"])
         plan.source.check_recomputed()
         for name in _unread(plan):
-            for _ in plan.source.pieces(name):
-                pass
+            plan.source.values(name)
         written = [entry for entry in plan.entries if entry.fate in ("inherited", "fresh")]
         fates = {entry.target: entry.fate for entry in written}
         tensors = {str(entry.target): TensorInfo(entry.shape, DTYPES[entry.dtype]) for entry in written}

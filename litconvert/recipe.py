@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -299,7 +299,16 @@ _NUMBER = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, as editors read them: `no` and `12:30` are strings, `1e-3` is a number."""
+    """YAML 1.2's scalars, as editors read them: `no` and `12:30` are strings, `1e-3` is a number.
+
+    Aliases are refused: a recipe may come from the Hub, and a few lines of them can expand to any size.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            problem = "aliases (*name) are not read, write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -319,15 +328,13 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.01234
 
 
 def _parse(text: str) -> tuple[yaml.Node | None, Any]:
-    """YAML as nodes, which know their lines, and as plain data.
-
-    Aliases are refused: a recipe may come from the Hub, and a few lines of them can expand to any size.
-    """
-    for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.AliasEvent):
-            problem = "aliases (*name) are not read, write the value out"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=cast(yaml.Mark, event.start_mark))
-    return yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader)
+    """YAML as nodes, which know their lines, and as plain data."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A checkpoint that is recognised: its values, checked, and the model they make."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 # Interpolation scales to name when a stored position embedding is another's: those of the released checkpoints.
 KNOWN_INTERPOLATION = (0.5, 1.0, 2.0, 4.0)
+
+
+# Numbers that are checked, cast and written at a time: they stay in the processor's cache between the steps.
+PIECE = 1 << 19
 
 
 def extremes_of(value: Tensor) -> tuple[float, float]:
@@ -43,17 +47,13 @@ class OpenSource:
 
         Raises LitconvertError for values that are not finite, and for copies that are not equal.
         """
-        origin = self.reading.origins[name]
-        first = self.checkpoint.read(origin.names[0])
-        rows = first.shape[0] // origin.parts
-        value = first[origin.part * rows : (origin.part + 1) * rows]
-        for _ in self._finite(name, [value], first.dtype):
-            pass
-        for name_of_copy in origin.names[1:]:
-            copy = self.checkpoint.read(name_of_copy)
-            if copy.dtype != first.dtype or not torch.equal(copy, first):
+        value = self._finite(name, self._mapped(name))
+        first, *copies = self.reading.origins[name].names
+        for name_of_copy in copies:
+            one, other = self.checkpoint.read(first), self.checkpoint.read(name_of_copy)
+            if one.dtype != other.dtype or not torch.equal(one, other):
                 raise LitconvertError(
-                    f"{self.checkpoint.source}: {origin.names[0]} and {name_of_copy} differ. The layout stores one "
+                    f"{self.checkpoint.source}: {first} and {name_of_copy} differ. The layout stores one "
                     "embedder in every block, so they must be equal; a model fine-tuned with separate copies cannot be "
                     "read as DiT"
                 )
@@ -61,38 +61,37 @@ class OpenSource:
 
     def checked(self, name: str, dtype: torch.dtype) -> Extent | Iterator[Tensor]:
         """The same values for writing as `dtype`, in which they must be finite too: a checked run of a file where that
-        holds them as they are, and otherwise pieces, row-major, each checked as it is taken."""
-        extent, pieces = self.extent(name), self.pieces(name, dtype)
-        if extent is None or extent.dtype != dtype:
-            return pieces
-        for _ in pieces:
-            pass
-        return extent
-
-    def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """The same values piece by piece, (n,) row-major, each checked as it is taken and in the place of the last."""
+        holds them as they are, and otherwise pieces (n,), row-major, each checked as it is taken."""
         extent = self.extent(name)
-        if extent is None or len(self.reading.origins[name].names) > 1:
-            value = self.values(name)
-            return self._finite(name, [value.contiguous().view(-1)], dtype or value.dtype)
-        return self._finite(name, extent.pieces(), dtype or extent.dtype)
+        if len(self.reading.origins[name].names) > 1 or (extent is not None and extent.dtype == dtype):
+            self.values(name)
+        if extent is not None and extent.dtype == dtype:
+            return extent
+        pieces = self._mapped(name).contiguous().view(-1).split(PIECE)
+        return (self._finite(name, piece, dtype) for piece in pieces)
 
-    def _finite(self, name: str, pieces: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-        """The pieces, of which none may hold what is not finite as it is, or would not be in `dtype`."""
-        for piece in pieces:
-            extremes = extremes_of(piece)
-            if not all(map(math.isfinite, extremes)):
-                raise LitconvertError(
-                    f"{self.checkpoint.source}: {self.reading.origins[name].names[0]} holds NaN or infinite values; "
-                    "the checkpoint is broken: use another one (or another weights= set)"
-                )
-            # Rounding keeps the order, so no other value leaves the range before these.
-            if not torch.tensor(extremes, dtype=piece.dtype).to(dtype).isfinite().all():
-                raise LitconvertError(
-                    f"{name} holds values up to {max(map(abs, extremes)):.3g}, beyond "
-                    f"{str(dtype).removeprefix('torch.')}; set student.dtype=bfloat16 or float32"
-                )
-            yield piece
+    def _mapped(self, name: str) -> Tensor:
+        """Values as they are on disk."""
+        origin = self.reading.origins[name]
+        whole = self.checkpoint.read(origin.names[0])
+        rows = whole.shape[0] // origin.parts
+        return whole[origin.part * rows : (origin.part + 1) * rows]
+
+    def _finite(self, name: str, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The values, none of which may be NaN or infinite as it is, or become so in `dtype`."""
+        extremes = extremes_of(values)
+        if not all(map(math.isfinite, extremes)):
+            raise LitconvertError(
+                f"{self.checkpoint.source}: {self.reading.origins[name].names[0]} holds NaN or infinite values; "
+                "the checkpoint is broken: use another one (or another weights= set)"
+            )
+        # Rounding keeps the order, so no other value leaves the range before these.
+        if dtype is not None and not torch.tensor(extremes, dtype=values.dtype).to(dtype).isfinite().all():
+            raise LitconvertError(
+                f"{name} holds values up to {max(map(abs, extremes)):.3g}, beyond "
+                f"{str(dtype).removeprefix('torch.')}; set student.dtype=bfloat16 or float32"
+            )
+        return values
 
     def extent(self, name: str) -> Extent | None:
         """Where a model tensor's bytes lie in the source's files; None where they are not one run."""
