@@ -206,6 +206,7 @@ def open_checkpoint(
         files = [path]
         if file is not None and path.name != Path(file).name:
             raise UsageError(f"{source}: is a file, so source.file={file!r} cannot be chosen from it; leave it out")
+        config = _config_beside(path)
         if not path.is_file():
             raise UsageError(
                 f"{source}: a device or a pipe, which cannot be mapped; save the checkpoint to a file first"
@@ -244,13 +245,13 @@ def refuse_choice(source: str, weights: str) -> None:
 
 def _files_of_folder(folder: Path, file: str | None) -> tuple[list[Path], dict[str, Any] | None]:
     """The weight files of a folder in diffusers' layout, or its one weights file; and config.json."""
-    if file is None and (folder / "model_index.json").is_file() and (folder / "transformer").is_dir():
+    if file is None and (folder / "transformer" / "config.json").is_file():
         folder = folder / "transformer"
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if file is not None:
         if not os.path.isfile(folder / file):
             raise UsageError(f"{folder}: holds no file {file!r}")
-        return [folder / file], config
+        return [folder / file], _config_beside(folder / file) or config
     for stem in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
@@ -266,6 +267,12 @@ def _files_of_folder(folder: Path, file: str | None) -> tuple[list[Path], dict[s
         )
     names = ", ".join(path.name for path in found)
     raise UsageError(f"{folder}: holds several weight files ({names}); choose one with --set source.file=NAME")
+
+
+def _config_beside(file: Path) -> dict[str, Any] | None:
+    """config.json beside a weights file that is named as diffusers names them, to which it belongs."""
+    beside = file.with_name("config.json")
+    return read_json(beside) if file.name.startswith("diffusion_pytorch_model.") and beside.is_file() else None
 
 
 def shards_of_index(index: Path) -> list[str]:

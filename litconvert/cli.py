@@ -147,7 +147,9 @@ def convert(
     console.be_quiet(quiet)
     given = _overrides(sets, num_attention_heads, sample_size, seed)
     if to is not None:
-        _rewrite(source, out, recipe, given, to, dry_run=dry_run, force=force)
+        if seed is not None:
+            raise UsageError("--to writes the source's own weights: --seed means nothing there, leave it out")
+        _rewrite(source, out, recipe, given, to, dry_run=dry_run, force=force, as_json=as_json)
         return
     made = conversion.plan(source, recipe, given)
     if not dry_run:
@@ -167,7 +169,15 @@ def convert(
 
 
 def _rewrite(
-    source: str, out: Path, recipe: str | None, overrides: list[str], to: str, *, dry_run: bool, force: bool
+    source: str,
+    out: Path,
+    recipe: str | None,
+    overrides: list[str],
+    to: str,
+    *,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """`convert --to`: the source's own weights in another layout."""
     from litconvert.conversion import with_source
@@ -179,17 +189,28 @@ def _rewrite(
         raise UsageError(f"--to {to}: there are {' and '.join(TARGETS)}")
     resolved = resolve(recipe, overrides) if recipe else resolve_data({}, overrides, "command line")
     settings = with_source(resolved, source).recipe
+    if settings.student.dtype is not None:
+        raise UsageError("--to writes weights exactly as they are; leave student.dtype out")
     opened = open_source(settings.source, settings.inherit.weights)
     with console.progress("write") as show:
-        left_out, total = write_layout(
-            opened, out, to, force=force, dry_run=dry_run, on_tensor=lambda done, total: show(done, total, "")
+        notes, total = write_layout(
+            opened,
+            out,
+            to,
+            force=force,
+            dry_run=dry_run,
+            max_shard_bytes=settings.student.max_shard_bytes,
+            on_tensor=lambda done, total: show(done, total, ""),
         )
-    for name in left_out:
-        console.note(f"left out, the {to} layout has no place for it: {name}")
     for text in opened.reading.unsure:
         console.note(f"assumed: {text}")
+    for text in notes:
+        console.note(f"note: {text}")
     console.note(f"nothing written (--dry-run); would write {total} tensors" if dry_run else f"{total} tensors")
-    console.line(str(out))
+    if as_json:
+        console.data({"out": None if dry_run else str(out), "layout": to, "tensors": total, "notes": notes})
+    else:
+        console.line(str(out))
 
 
 @latents_app.command("synthesize")

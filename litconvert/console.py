@@ -121,13 +121,14 @@ def show_source(source: "OpenSource", findings: "Findings | None" = None) -> Non
             "size",
             f"{config['num_layers']} layers, width {config['hidden_size']}, {config['num_attention_heads']} heads",
         ),
-        ("attention", _attention(config["attention"])),
+        ("attention", _attention(config)),
         (
             "latent",
             f"{config['in_channels']} x {side} x {side}, patch {config['patch_size']}, "
             f"{config['out_channels']} output channels",
         ),
         ("condition", _condition(config)),
+        ("predicts", _prediction(config)),
         *(("assumed", text) for text in facts["unsure"]),
         *((("to download", size(facts["download_bytes"])),) if facts["download_bytes"] else ()),
     ]
@@ -146,8 +147,20 @@ def _condition(config: Mapping[str, Any]) -> str:
     return f"{text}, positions interpolated by {config['interpolation_scale']:g}"
 
 
-def _attention(kinds: Sequence[str]) -> str:
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+def _attention(config: Mapping[str, Any]) -> str:
+    kinds = config["attention"]
+    text = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    if "linear" in kinds:
+        size = config["linear_conv_size"]
+        text += f" ({config['linear_num_heads']} heads, {config['linear_kernel']}, eps {config['linear_eps']:g}, "
+        text += f"convolution {size} x {size})" if size else "no convolution)"
+    return text
+
+
+def _prediction(config: Mapping[str, Any]) -> str:
+    if config["prediction"] == "velocity":
+        return f"velocity, data at t = {config['data_timestep']}"
+    return "noise and variance" if config["out_channels"] == 2 * config["in_channels"] else "noise"
 
 
 def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
@@ -158,6 +171,7 @@ def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
     line(f"{facts['path']}: {facts['title']}, {facts['layout']} layout, because {facts['because']}")
     for text in facts["unsure"]:
         line(f"assumed: {text}")
+    line(f"recipe: {plan.recipe_name or 'none, the defaults'} (--recipe chooses another)")
     if facts["download_bytes"]:
         line(f"to be downloaded first: {size(facts['download_bytes'])}")
     line("")

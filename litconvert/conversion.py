@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from litconvert.checkpoints import Extent, TensorInfo
 from litconvert.errors import UsageError
 from litconvert.families.key_table import Origin
-from litconvert.files import digest_of, require_space, whole_directory, write_whole
+from litconvert.files import digest_of, refuse_source, require_space, whole_directory, write_whole
 from litconvert.model_directory import FORMAT_VERSION, already_done, versions, write_model_directory
 from litconvert.packaged import recipe_of
 from litconvert.recipe import Recipe, ResolvedRecipe, Source, read_recorded, resolve, resolve_data
 from litconvert.shapes import count_macs, count_parameters, model_tensors
-from litconvert.sources import OpenSource, describe, open_source, read_as
+from litconvert.sources import OpenSource, describe, open_source
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Fate = Literal["inherited", "fresh", "recomputed", "dropped"]
@@ -66,6 +66,7 @@ class ConversionPlan:
     recipe: Recipe
     config: dict[str, Any]
     entries: tuple[Entry, ...]
+    recipe_name: str | None = None
 
     @cached_property
     def groups(self) -> dict[str, dict[str, int]]:
@@ -134,6 +135,7 @@ class ConversionPlan:
         """The whole plan as plain data."""
         return {
             "source": describe(self.source),
+            "recipe": self.recipe_name,
             "student_config": self.config,
             "groups": self.groups,
             "totals": self.totals,
@@ -187,8 +189,8 @@ def _inherits(name: str, source: Sequence[str], student: Sequence[str], inherite
     return {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o"}[projection] in inherited
 
 
-def plan_conversion(source: OpenSource, recipe: Recipe) -> ConversionPlan:
-    """The plan, from headers alone."""
+def plan_conversion(source: OpenSource, recipe: Recipe, recipe_name: str | None = None) -> ConversionPlan:
+    """The plan, from headers alone. `recipe_name` is for people; None: no recipe, the defaults."""
     config = student_config(source.reading.config, recipe)
     kinds, checkpoint = (source.reading.config["attention"], config["attention"]), source.checkpoint
     wanted = recipe.student.dtype
@@ -224,7 +226,7 @@ def plan_conversion(source: OpenSource, recipe: Recipe) -> ConversionPlan:
             origin = source.reading.origins[name]
             dtype = name_of(checkpoint.tensors[origin.names[0]].dtype)
             entries.append(entry("dropped", None, origin, info, dtype))
-    return ConversionPlan(source, recipe, config, tuple(entries))
+    return ConversionPlan(source, recipe, config, tuple(entries), recipe_name)
 
 
 def plan(source: str | Path | None, recipe: str | None = None, overrides: Sequence[str] = ()) -> ConversionPlan:
@@ -241,10 +243,14 @@ def plan(source: str | Path | None, recipe: str | None = None, overrides: Sequen
         recipe = recipe_of(opened.reading.family, opened.reading.config)
         if recipe is None:
             return plan_conversion(opened, bare.recipe)
-        found = with_source(resolve(recipe, overrides), source).recipe
-        return plan_conversion(read_as(found.source, opened.checkpoint), found)
+        found = resolve(recipe, overrides).recipe
+        # Its hints are of the released checkpoint; what this source is was read without them.
+        about = {name: getattr(found.source, name) for name in ("license", "vae", "text_encoder")}
+        settings = found.model_copy(update={"source": bare.recipe.source.model_copy(update=about)})
+        return plan_conversion(opened, settings, recipe)
     resolved = with_source(resolve(recipe, overrides), source)
-    return plan_conversion(open_source(resolved.recipe.source, resolved.recipe.inherit.weights), resolved.recipe)
+    opened = open_source(resolved.recipe.source, resolved.recipe.inherit.weights)
+    return plan_conversion(opened, resolved.recipe, recipe)
 
 
 def with_source(resolved: ResolvedRecipe, source: str | Path | None) -> ResolvedRecipe:
@@ -317,9 +323,7 @@ def carry_out(
     plan: ConversionPlan, out: Path, *, force: bool = False, on_tensor: Callable[[str], None] = lambda name: None
 ) -> Path:
     """Write the student of a plan."""
-    place, files = out.resolve(), [file.resolve() for file in plan.source.checkpoint.files]
-    if any(place in (file, *file.parents) for file in files):
-        raise UsageError(f"{out} is or holds the source itself; choose another path")
+    refuse_source(out, plan.source.checkpoint.files)
     checkpoint, recipe = plan.source.checkpoint, _with_absolute_sources(plan.recipe)
     # The digest is reading and arithmetic: on a second core it costs the copying no time.
     with ThreadPoolExecutor(max_workers=1) as pool, _one_thread():

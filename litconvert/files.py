@@ -5,12 +5,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from litconvert.errors import LitconvertError, system_cause
+from litconvert.errors import LitconvertError, UsageError, system_cause
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,6 +39,13 @@ def require_space(folder: Path, nbytes: int) -> None:
             f"{folder}: {nbytes / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; "
             "free some space, or write elsewhere"
         )
+
+
+def refuse_source(out: Path, sources: Iterable[Path]) -> None:
+    """Raise UsageError where writing `out` would overwrite a file that is read, or the folder it is in."""
+    place = out.resolve()
+    if any(place in (file.resolve(), *file.resolve().parents) for file in sources):
+        raise UsageError(f"{out} is the source itself, or holds it; choose another path")
 
 
 def _alive(pid: int) -> bool:
@@ -86,6 +93,34 @@ def whole_directory(out: Path) -> Iterator[Path]:
         _sync(out.parent, recurse=False)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, Exception) and not isinstance(error, LitconvertError) and (cause := system_cause(error)):
+            raise LitconvertError(f"cannot write {out}: {cause}") from error
+        raise
+
+
+@contextmanager
+def whole_file(out: Path) -> Iterator[Path]:
+    """A temporary sibling file that becomes `out` when the block ends well, and vanishes when it does not.
+
+    What a killed process left behind is removed on the next try. An existing `out` is replaced.
+    """
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder, and a file is to be written; name a file")
+    temporary = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+            pid = stale.name.rsplit("-", 1)[1]
+            if not pid.isdigit() or not _alive(int(pid)):
+                stale.unlink(missing_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(out)
+        _sync(out.parent, recurse=False)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if isinstance(error, Exception) and not isinstance(error, LitconvertError) and (cause := system_cause(error)):
             raise LitconvertError(f"cannot write {out}: {cause}") from error
         raise

@@ -316,7 +316,8 @@ def _wanted_files(repo_id: str, names: set[str], file: str | None) -> list[str]:
     if file is not None:
         if file not in names:
             raise UsageError(f"{repo_id}: holds no file {file!r}{did_you_mean(file, names)}")
-        return [file]
+        beside = str(PurePosixPath(file).with_name("config.json"))
+        return [file, beside] if beside in names else [file]
     folder = "transformer/" if "transformer/config.json" in names else ""
     for suffix in ("safetensors", "bin"):
         stem = f"{folder}diffusion_pytorch_model"

@@ -88,7 +88,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 def already_done(out: Path, digest: str, *, force: bool) -> bool:
     """Whether `out` is the result of these very inputs. Raises when it is something else and is not to be replaced."""
-    if force or not out.exists():
+    if not out.exists():
+        return False
+    if force:
+        # Not even --force deletes what is not ours.
+        if not out.is_dir() or (any(out.iterdir()) and not (out / "litconvert.json").is_file()):
+            raise LitconvertError(
+                f"{out} exists and is not a result of litconvert; remove it yourself, or choose another path"
+            )
         return False
     try:
         found = read_provenance(out).get("digest") if out.is_dir() else None

@@ -22,6 +22,8 @@ _RECIPES = {
 
 def recipe_of(family: str, config: Mapping[str, Any]) -> str | None:
     """The packaged recipe for a source of this family and config, None where there is none."""
+    if (config["patch_size"], config["in_channels"]) != (2, 4):
+        return None
     return _RECIPES.get((family, config["hidden_size"], config["sample_size"]))
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from litconvert.card import is_hub_id, model_card
 from litconvert.errors import LitconvertError, UsageError, system_cause
+from litconvert.families.pixart import variant_of
 from litconvert.files import read_json
 from litconvert.model_directory import read_provenance, weights_of
 from litconvert.recipe import Recipe, Source, Vae, read_recorded
@@ -357,7 +358,7 @@ def pipeline_class(config: Mapping[str, Any]) -> tuple[str, str]:
     """Module and class of the pipeline that draws with a model of this config."""
     if config.get("caption_channels") is None:
         return "pipeline_lit", "LiTPipeline"
-    alpha = config["caption_tokens"] == 120 or config["micro_conditions"]
+    alpha = variant_of(config) == "pixart-alpha"
     return "pipeline_lit_text", "LiTAlphaPipeline" if alpha else "LiTSigmaPipeline"
 
 

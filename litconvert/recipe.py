@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -88,6 +88,8 @@ class Source(Section):
     """Heads of linear layers in LiT's public layout, where no convolution tells."""
     linear_kernel: Literal["relu", "gelu", "focused"] | None = None
     """Kernel of linear layers in LiT's public layout. Default: relu."""
+    linear_eps: Annotated[float, Field(gt=0)] | None = None
+    """Eps of linear layers in LiT's public layout. Default: 1e-6."""
     data_timestep: Literal[0, 1] | None = None
     """Of a SiT: the end of [0, 1] where x_t is data. Default: 1, as in SiT's own code; REPA's and others' is 0."""
     timestep_freq_shift: float | None = None
@@ -307,7 +309,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             problem = "aliases (*name) are not read, write the value out"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+            mark = cast(yaml.Mark, self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         return super().compose_node(parent, index)
 
 

@@ -1,9 +1,7 @@
 """Writing a model in the layout of the original code or of diffusers, so that a user can move either way."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,11 @@ import torch
 from torch import Tensor
 
 from litconvert.checkpoints import Extent, TensorInfo, write_safetensors, write_weights
-from litconvert.errors import LitconvertError, UsageError, system_cause
+from litconvert.errors import LitconvertError, UsageError
 from litconvert.families import Family, families
 from litconvert.families.key_table import Layout
-from litconvert.files import require_space, whole_directory
+from litconvert.families.pixart import variant_of
+from litconvert.files import refuse_source, require_space, whole_directory, whole_file
 from litconvert.model_directory import WEIGHTS_STEM
 from litconvert.shapes import BUFFERS, model_tensors, position_embedding
 from litconvert.sources import OpenSource
@@ -45,7 +44,7 @@ def write_layout(
         max_shard_bytes: of the files of a diffusers folder.
         on_tensor: called after each tensor with how many are written, and of how many.
 
-    Returns: our tensors that the layout has no place for, and which were left out; and how many it has.
+    Returns: what the layout cannot say, in sentences; and how many tensors it has.
 
     Raises UsageError for what the layout cannot hold.
     """
@@ -58,18 +57,22 @@ def write_layout(
             f"{' and '.join(family.layouts) or 'none'}"
         )
     _require_place(source, family, layout)
+    refuse_source(out, source.checkpoint.files)
     if out.exists() and not force:
         raise LitconvertError(f"{out} exists; choose another path, or replace it with --force")
+    if to == "diffusers" and out.exists() and not _is_a_model(out):
+        raise LitconvertError(
+            f"{out} holds other things than a diffusers model; remove it yourself, or choose another path"
+        )
     if to == "original" and out.suffix not in (*PICKLES, ".safetensors"):
         raise UsageError(f"{out}: the original layout is one file; name it .pth, .pt or .safetensors")
-    if out.resolve() in (file.resolve() for file in source.checkpoint.files):
-        raise UsageError(f"{out} is the source itself; choose another path")
     source.check_recomputed()
     names, tensors = _targets(source, layout)
     if to == "original":
         tensors["pos_embed"] = TensorInfo(tuple(position_embedding(config).shape), source.dtype())
     placed = {ours for group in names.values() for ours in group}
-    result = [name for name in model_tensors(config) if name not in placed], len(tensors)
+    lost = [f"left out, there is no place for it: {name}" for name in model_tensors(config) if name not in placed]
+    result = [*lost, *_unsaid(config, family, to)], len(tensors)
     require_space(out.parent, sum(info.nbytes for info in tensors.values()))
     if dry_run:
         return result
@@ -102,12 +105,38 @@ def write_layout(
                 on_tensor=count,
             )
     elif out.suffix == ".safetensors":
-        with _whole_file(out) as temporary:
+        with whole_file(out) as temporary:
             write_safetensors(temporary, tensors, produce, {"format": "pt"}, on_tensor=count)
     else:
-        with _whole_file(out) as temporary:
+        with whole_file(out) as temporary:
             _write_pickle(temporary, tensors, source, names, family.container, count)
     return result
+
+
+def _is_a_model(folder: Path) -> bool:
+    """Whether a folder holds a diffusers model and nothing else, so that it may be replaced."""
+    return folder.is_dir() and all(
+        path.name == "config.json" or path.name.startswith(WEIGHTS_STEM) for path in folder.iterdir()
+    )
+
+
+def _unsaid(config: Mapping[str, Any], family: Family, to: str) -> list[str]:
+    """What determines the function and has no place in the layout, with the hint that restores it."""
+    usual: dict[str, Any] = {"timestep_freq_shift": 0.0, "norm_eps": 1e-6}
+    if "linear" in config["attention"]:
+        usual |= {"linear_kernel": "relu", "linear_eps": 1e-6}
+    if config["prediction"] == "velocity":
+        usual |= {"data_timestep": 1}
+    hints = [f"{key}={config[key]}" for key, value in usual.items() if config[key] != value]
+    if family.name == "sit":
+        hints.insert(0, "family=sit")
+    notes = [f"the layout does not say it: read it back with --set source.{hint}" for hint in hints]
+    if family.name == "dit" and to == "diffusers" and config["timestep_freq_shift"] != 1:
+        notes.append(
+            "diffusers' DiT embeds timesteps with a shift of 1, and these weights were trained with "
+            f"{config['timestep_freq_shift']:g}: there its outputs differ, as those of the released DiT folders do"
+        )
+    return notes
 
 
 def _family_of(source: OpenSource) -> Family:
@@ -116,8 +145,7 @@ def _family_of(source: OpenSource) -> Family:
     if source.reading.family != "litconvert":
         return known[source.reading.family]
     if config["caption_channels"] is not None:
-        alpha = config["micro_conditions"] or config["caption_tokens"] == 120
-        return known["pixart-alpha" if alpha else "pixart-sigma"]
+        return known[variant_of(config)]
     return known["sit" if config["prediction"] == "velocity" else "dit"]
 
 
@@ -178,20 +206,3 @@ def _write_pickle(
         on_tensor(name)
     content: dict[str, Any] = {container: state} if container else state
     torch.save(content, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _whole_file(out: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `out` when the block ends well, and vanishes when it does not."""
-    temporary = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(out)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, Exception) and not isinstance(error, LitconvertError) and (cause := system_cause(error)):
-            raise LitconvertError(f"cannot write {out}: {cause}") from error
-        raise

@@ -422,15 +422,15 @@ def sample_to_files(
     if recipe is None and (Path(path) / "recipe.yaml").is_file():
         recipe = path
     settings = (resolve(recipe, overrides) if recipe else resolve_data({}, overrides, "command line")).recipe
+    given = resolve_data({}, [one for one in overrides if one.startswith("source.")], "command line").recipe.source
 
     def source_of(name: str) -> Source:
-        # The recipe's hints describe its own source; any other checkpoint must tell for itself.
-        if settings.source.path in (name, str(Path(name).resolve())):
-            return settings.source
-        if settings.source.path is None and name == path:  # hints of --set, or of a recipe without a source
-            heads = num_attention_heads or settings.source.num_attention_heads
-            return settings.source.model_copy(update={"path": name, "num_attention_heads": heads})
-        return Source(path=name, num_attention_heads=num_attention_heads)
+        # The recipe's hints describe its own source; any other checkpoint takes those given here, or tells for itself.
+        told = settings.source if settings.source.path in (None, name, str(Path(name).resolve())) else given
+        if (Path(name) / "litconvert.json").is_file():
+            told = Source()  # its config.json says it all
+        update = {"path": name, "num_attention_heads": num_attention_heads or told.num_attention_heads}
+        return told.model_copy(update=update)
 
     if npz is not None and latents is not None:
         raise UsageError("--npz needs decoded images and --latents skips decoding; give one of them")

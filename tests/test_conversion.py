@@ -480,7 +480,7 @@ def test_another_source_is_another_input(tmp_path: Path, pico_checkpoint: Path, 
 
 def test_the_source_is_never_replaced(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> None:
     for out in (tmp_path, pico_checkpoint):
-        with pytest.raises(UsageError, match="is or holds the source itself"):
+        with pytest.raises(UsageError, match="is the source itself, or holds it"):
             litconvert.convert(pico_checkpoint, out, str(pico_recipe), force=True)
     assert pico_checkpoint.is_file()
     litconvert.convert(pico_checkpoint, tmp_path / "out", str(pico_recipe), force=True)
@@ -677,5 +677,15 @@ def test_without_a_recipe_the_packaged_one_for_the_source_is_taken(tmp_path: Pat
     assert plan.recipe.distill.stages[0].steps == 155_000
     assert plan.recipe.source.path == str(path)
     assert plan.totals["student_parameters"] == 610_856_096 + 28 * 26 * 1152 // 4
+    assert (plan.recipe_name, plan.to_json()["recipe"]) == ("pixart-sigma-1024", "pixart-sigma-1024")
+    assert "recipe: pixart-sigma-1024" in command("plan", path).out
+    assert (
+        plan.source.reading.because == litconvert.plan(path, "pixart-sigma-512", ["source={}"]).source.reading.because
+    )
     other = write_hollow(tmp_path / "odd.safetensors", dit_shapes(layers=1, sample_size=48))
     assert litconvert.plan(other).recipe.distill.stages == ()
+    assert "recipe: none, the defaults" in command("plan", other).out
+    # The packaged recipe's hints are of the released checkpoint, not of one fine-tuned on ten classes.
+    tuned = write_hollow(tmp_path / "tuned.safetensors", dit_shapes(width=384, layers=12, rows=11))
+    assert litconvert.plan(tuned).config["num_classes"] == 10
+    assert litconvert.plan(tuned).recipe_name == "dit-s-2-256"

@@ -291,6 +291,24 @@ def test_a_released_diffusers_folder_is_recognised(
     assert reading.config["micro_conditions"] is micro
 
 
+@pytest.mark.parametrize("size", [32, 64])
+def test_alphas_diffusers_folders_name_no_interpolation(tmp_path: Path, size: int) -> None:
+    with torch.device("meta"):
+        model = PixArtTransformer2DModel(sample_size=size, caption_channels=4096, use_additional_conditions=False)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    (tmp_path / "transformer").mkdir()
+    weights = write_hollow(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", shapes)
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(dict(model.config)))
+    for place in (tmp_path, tmp_path / "transformer", weights):  # a file's config.json is the one beside it
+        reading = open_source(Source(path=str(place))).reading
+        assert (reading.family, reading.config["interpolation_scale"]) == ("pixart-alpha", 1.0)
+        assert "family=pixart-sigma" in reading.unsure[0]
+    (tmp_path / "transformer" / "config.json").unlink()
+    if size == 32:
+        with pytest.raises(UsageError, match="family=pixart-alpha or family=pixart-sigma"):
+            open_source(Source(path=str(weights), sample_size=32))
+
+
 def test_at_256_pixels_a_missing_null_caption_asks_for_the_family(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "pixart.safetensors", pixart_shapes(sample_size=32, tokens=None))
     with pytest.raises(UsageError, match="family=pixart-alpha or family=pixart-sigma"):
@@ -367,7 +385,7 @@ def test_hints_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     litconvert.load(tmp_path / "pixart", interpolation_scale=2.0)
     with pytest.raises(UsageError, match="leave the hint out"):
         litconvert.load(tmp_path / "pixart", interpolation_scale=4.0)
-    with pytest.raises(UsageError, match="captions, not classes"):
+    with pytest.raises(UsageError, match="num_classes means nothing for a PixArt"):
         litconvert.load(tmp_path / "pixart", num_classes=10)
 
 

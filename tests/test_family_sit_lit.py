@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import litconvert
-from litconvert.errors import UsageError
+from litconvert.errors import LitconvertError, UsageError
 from litconvert.recipe import Source
 from litconvert.shapes import count_parameters
 from litconvert.sources import open_source
@@ -69,6 +69,30 @@ def test_an_unknown_family_is_refused_with_those_there_are(pico_checkpoint: Path
         litconvert.load(pico_checkpoint, family="sitt", num_attention_heads=2)
 
 
+def test_hints_that_mean_nothing_are_refused(pico_checkpoint: Path) -> None:
+    litconvert.load(pico_checkpoint, num_attention_heads=2)
+    hints: list[dict[str, Any]] = [
+        {"interpolation_scale": 2.0},
+        {"data_timestep": 0},
+        {"linear_num_heads": 2},
+        {"linear_kernel": "gelu"},
+        {"linear_eps": 1e-4},
+    ]
+    for hint in hints:
+        with pytest.raises(UsageError, match=f"{next(iter(hint))} means nothing for"):
+            litconvert.load(pico_checkpoint, num_attention_heads=2, **hint)
+
+
+@pytest.mark.parametrize("block", ["99999999999", "9" * 120])
+def test_a_layer_beyond_the_file_is_refused(tmp_path: Path, block: str) -> None:
+    path = write_hollow(tmp_path / "odd.safetensors", {f"blocks.{block}.attn.qkv.weight": (3, 1)} | dit_shapes(**PICO))
+    with pytest.raises(LitconvertError, match=r"names a layer beyond|has no numbered layers|is not part of"):
+        open_source(Source(path=str(path), num_attention_heads=4))
+    alone = write_hollow(tmp_path / "alone.safetensors", {f"blocks.{block}.attn.qkv.weight": (3, 1)})
+    with pytest.raises(LitconvertError):
+        open_source(Source(path=str(alone), num_attention_heads=4))
+
+
 # LiT's public layout
 
 
@@ -85,7 +109,8 @@ def test_a_lit_equals_the_formula(tmp_path: Path, noisy: Tensor) -> None:
 
 def test_a_lit_of_full_size_is_recognised_by_its_headers(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "lit.safetensors", dit_shapes(linear_heads=2))
-    reading = open_source(Source(path=str(path), family="dit", linear_kernel="relu", num_classes=1000)).reading
+    hints: dict[str, Any] = {"family": "dit", "linear_kernel": "relu", "linear_eps": 1e-6, "num_classes": 1000}
+    reading = open_source(Source(path=str(path), **hints)).reading
     assert (reading.layout, reading.unsure, reading.config["linear_conv_size"]) == ("lit", (), 5)
     assert count_parameters(reading.config) == 675_129_632 - 256 * 1152 + 28 * 26 * 1152 // 2
 

@@ -55,8 +55,8 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_to_diffusers_and_back_is_exact(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     state, source = original(tmp_path / "source.pth", name, dtype)
-    left_out, _ = write_layout(source, tmp_path / "theirs", "diffusers")
-    assert left_out == (["conditioning.null_caption"] if name != "DiT" else [])
+    (note,), _ = write_layout(source, tmp_path / "theirs", "diffusers")
+    assert ("embeds timesteps with a shift of 1" if name == "DiT" else "conditioning.null_caption") in note
     cls = DiTTransformer2DModel if name == "DiT" else PixArtTransformer2DModel
     theirs, loaded = cls.from_pretrained(tmp_path / "theirs", output_loading_info=True)
     assert not any(loaded[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -78,8 +78,9 @@ def test_our_own_directory_goes_back_to_the_original_layout(tmp_path: Path, name
 
     read_model(source).save_pretrained(tmp_path / "ours")
     ours = open_source(Source(path=str(tmp_path / "ours")))
-    left_out, count = write_layout(ours, tmp_path / f"again{suffix}", "original")
-    assert (left_out, count) == ([], len(state))
+    notes, count = write_layout(ours, tmp_path / f"again{suffix}", "original")
+    assert count == len(state)
+    assert [note.split("source.")[1] for note in notes] == (["family=sit"] if name == "SiT" else [])
     if suffix == ".pt":
         content = torch.load(tmp_path / "again.pt", weights_only=True)
         assert equal(content.get("state_dict", content), state)
@@ -140,7 +141,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert (dry.code, (tmp_path / "theirs").exists()) == (0, False)
     shown = command("convert", source, tmp_path / "theirs", "--to", "diffusers", *heads)
     assert (shown.code, shown.out.strip()) == (0, str(tmp_path / "theirs"))
-    assert "has no place for it: conditioning.null_caption" in shown.err
+    assert "there is no place for it: conditioning.null_caption" in shown.err
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["use_additional_conditions"] is False
     again = command("convert", source, tmp_path / "theirs", "--to", "diffusers", *heads)
     assert (again.code, "replace it with --force" in again.err) == (1, True)
@@ -148,6 +149,13 @@ def test_the_command_line(tmp_path: Path) -> None:
     unnamed = command("convert", source, tmp_path / "folder", "--to", "original", *heads)
     assert (unnamed.code, "name it .pth, .pt or .safetensors" in unnamed.err) == (2, True)
     assert command("convert", source, tmp_path / "x", "--to", "jax", *heads).code == 2
+    for lost in (("--seed", 3), ("--set", "student.dtype=bfloat16")):
+        assert command("convert", source, tmp_path / "x.pt", "--to", "original", *lost, *heads).code == 2
+    shards = ("--set", "student.max_shard_bytes=20000", "--json")
+    shown = command("convert", source, tmp_path / "shards", "--to", "diffusers", *shards, *heads)
+    assert json.loads(shown.out)["layout"] == "diffusers"
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    assert open_source(Source(path=str(tmp_path / "shards"))).reading.family == "pixart-alpha"
     itself = command("convert", source, source, "--to", "original", "--force", *heads)
     assert (itself.code, "is the source itself" in itself.err) == (2, True)
     assert equal(torch.load(source, weights_only=True)["state_dict"], state)
@@ -162,3 +170,54 @@ def test_a_broken_source_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(LitconvertError, match="holds NaN"):
             write_layout(broken, tmp_path / out, to)
     assert {path.name for path in tmp_path.iterdir()} == {"source.pth", "broken.safetensors"}
+
+
+def test_force_deletes_neither_the_source_nor_what_is_not_a_model(tmp_path: Path) -> None:
+    holder, precious = tmp_path / "holder", tmp_path / "precious"
+    holder.mkdir()
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    _, source = original(holder / "source.pth", "PixArt")
+    before = (holder / "source.pth").read_bytes()
+    with pytest.raises(UsageError, match="is the source itself, or holds it"):
+        write_layout(source, holder, "diffusers", force=True)
+    with pytest.raises(LitconvertError, match="holds other things than a diffusers model"):
+        write_layout(source, precious, "diffusers", force=True)
+    folder = tmp_path / "folder.pt"
+    folder.mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        write_layout(source, folder, "original", force=True)
+    options = ["source.num_attention_heads=4", "student.num_attention_heads=3"]
+    with pytest.raises(LitconvertError, match="is not a result of litconvert; remove it yourself"):
+        litconvert.convert(holder / "source.pth", precious, overrides=options, force=True)
+    assert ((holder / "source.pth").read_bytes(), (precious / "thesis.txt").read_text()) == (before, "years")
+    write_layout(source, tmp_path / "theirs", "diffusers")
+    write_layout(source, tmp_path / "theirs", "diffusers", force=True)
+    again = open_source(Source(path=str(tmp_path / "theirs")))
+    with pytest.raises(UsageError, match="is the source itself"):
+        write_layout(again, tmp_path / "theirs", "diffusers", force=True)
+
+
+def test_what_the_original_layout_cannot_say_is_named_with_the_hint_that_restores_it(tmp_path: Path) -> None:
+    original(tmp_path / "source.pth", "PixArt")
+    options = ["source.num_attention_heads=4", "student={num_attention_heads: 3, kernel: focused, eps: 1.0e-4}"]
+    student = litconvert.convert(tmp_path / "source.pth", tmp_path / "student", overrides=options)
+    notes, _ = write_layout(open_source(Source(path=str(student))), tmp_path / "lit.pth", "original")
+    assert [note.split("source.")[1] for note in notes] == ["linear_kernel=focused", "linear_eps=0.0001"]
+    given = torch.randn(1, 4, 16, 16), torch.tensor([7])
+    caption = torch.randn(1, 5, 20)
+    expected = litconvert.load(student)(*given, encoder_hidden_states=caption).sample
+    told = litconvert.load(tmp_path / "lit.pth", num_attention_heads=4, linear_kernel="focused", linear_eps=1e-4)
+    assert torch.equal(told(*given, encoder_hidden_states=caption).sample, expected)
+    untold = open_source(Source(path=str(tmp_path / "lit.pth"), num_attention_heads=4))
+    assert [text.split(",")[0] for text in untold.reading.unsure if "does not tell" in text] == [
+        "the file does not tell linear_kernel",
+        "the file does not tell linear_eps",
+    ]
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    _, source = original(tmp_path / "source.pth", "DiT")
+    (tmp_path / ".again.pt.partial-999999999").write_text("half")
+    write_layout(source, tmp_path / "again.pt", "original")
+    assert {path.name for path in tmp_path.iterdir()} == {"source.pth", "again.pt"}

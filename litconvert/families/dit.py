@@ -15,6 +15,7 @@ from litconvert.families.headers import (
     count_layers,
     has_key,
     num_attention_heads,
+    refuse_hints,
     sample_size,
     shape_of,
 )
@@ -123,6 +124,9 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[dict
         assert origin is not None
         return shape_of(checkpoint, origin.names[0], dimensions)
 
+    refuse_hints(checkpoint, hints, "a model of classes", "interpolation_scale")
+    if hints.family != "sit":
+        refuse_hints(checkpoint, hints, "a DiT", "data_timestep")
     theirs = (checkpoint.config or {}) if layout is DIFFUSERS else {}
     num_layers = count_layers(checkpoint, "transformer_blocks" if layout is DIFFUSERS else "blocks")
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
@@ -159,9 +163,7 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[dict
         )
     attention: dict[str, Any] = {"attention": ["softmax"] * num_layers}
     if layout is ORIGINAL:
-        attention = attention_config(checkpoint, hints, hidden_size, num_layers)
-    if "linear" in attention["attention"] and hints.linear_kernel is None:
-        unsure.append("the kernel of linear attention is not in the file and read as relu: linear_kernel=... if not")
+        attention = attention_config(checkpoint, hints, hidden_size, num_layers, unsure)
     told_heads = theirs.get("num_attention_heads")
     if set(attention["attention"]) == {"linear"}:  # no softmax head anywhere, so nothing to ask for
         told_heads = told_heads or attention["linear_num_heads"]
@@ -201,7 +203,7 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "in_channels": config["in_channels"],
         "out_channels": config["out_channels"],
         "num_embeds_ada_norm": config["num_classes"],
-        "norm_eps": 1e-5,
+        "norm_eps": config["norm_eps"],
         **DIFFUSERS_CONFIG,
     }
 

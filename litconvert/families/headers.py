@@ -10,6 +10,7 @@ from litconvert.errors import LitconvertError, UsageError
 from litconvert.recipe import Source
 
 # Head counts of the published sizes: S, B, L, XL. D / 64 is no rule (XL has 72), so any other width asks.
+LINEAR_HINTS = ("linear_num_heads", "linear_kernel", "linear_eps")
 HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
@@ -35,17 +36,28 @@ def shape_of(checkpoint: Checkpoint, name: str, dimensions: int) -> tuple[int, .
     return info.shape
 
 
+def refuse_hints(checkpoint: Checkpoint, hints: Source, what: str, *names: str) -> None:
+    """Raise UsageError for hints that mean nothing for `what` this is."""
+    given = [name for name in names if getattr(hints, name) is not None]
+    if given:
+        raise UsageError(f"{checkpoint.source}: {given[0]} means nothing for {what}; leave it out")
+
+
 def count_layers(checkpoint: Checkpoint, prefix: str) -> int:
     """One more than the highest layer among keys `prefix.N.`.
 
     Raises LitconvertError for a number that no file of so many tensors can mean.
     """
     keys = checkpoint.tensors
-    found = [match for key in keys if (match := re.match(rf"{re.escape(prefix)}\.(\d{{1,9}})\.", key))]
+    found = [match for key in keys if (match := re.match(rf"{re.escape(prefix)}\.(\d{{1,99}})\.", key))]
+    if not found:
+        raise LitconvertError(
+            f"{checkpoint.source}: has no numbered layers {prefix}.0, ...; use the complete, unmodified checkpoint"
+        )
     last = max(found, key=lambda match: int(match.group(1)))
     if int(last.group(1)) >= len(keys):
         raise LitconvertError(
-            f"{checkpoint.source}: {last.string} names a layer beyond the file's {len(keys)} tensors; "
+            f"{checkpoint.source}: {last.string[:80]} names a layer beyond the file's {len(keys)} tensors; "
             "use the complete, unmodified checkpoint"
         )
     return 1 + int(last.group(1))
@@ -92,6 +104,10 @@ def sample_size(
                 "Give sample_size=N (--sample-size N, or source.sample_size in the recipe): an eighth of the image's "
                 "side, so 32 for 256px models, 64 for 512px, 128 for 1024px"
             )
+        if told % patch_size:
+            raise UsageError(
+                f"{checkpoint.source}: sample_size={told} is no multiple of the patch size {patch_size}; give one"
+            )
         return int(told)
     side = math.isqrt(stored.shape[1])
     if side * side != stored.shape[1]:
@@ -106,11 +122,14 @@ def sample_size(
     return side * patch_size
 
 
-def attention_config(checkpoint: Checkpoint, hints: Source, hidden_size: int, num_layers: int) -> dict[str, Any]:
+def attention_config(
+    checkpoint: Checkpoint, hints: Source, hidden_size: int, num_layers: int, unsure: list[str]
+) -> dict[str, Any]:
     """The kind of every layer of an original layout, and what its tensors tell of linear and KV-compressed ones.
 
     Softmax layers have `attn.qkv`; KV-compressed ones `attn.sr` beside it (PixArt-Sigma); linear ones `attn.q` and
     `attn.kv`, and their heads follow from the convolution `attn.dwc`, which all heads share (LiT's public layout).
+    Adds to `unsure` what had to be assumed.
 
     Raises UsageError, naming the hint, for linear layers without a convolution to tell their heads.
     """
@@ -125,7 +144,13 @@ def attention_config(checkpoint: Checkpoint, hints: Source, hidden_size: int, nu
             checkpoint, f"blocks.{kinds.index('kv_compress')}.attn.sr.weight", dimensions=4
         )[-1]
     if "linear" not in kinds:
+        refuse_hints(checkpoint, hints, "a model without linear layers", *LINEAR_HINTS)
         return config
+    for name, assumed in (("linear_kernel", "relu"), ("linear_eps", 1e-6)):
+        if getattr(hints, name) is None:
+            unsure.append(
+                f"the file does not tell {name}, which is taken for LiT's {assumed}: {name}=... if it differs"
+            )
     convolution = f"blocks.{kinds.index('linear')}.attn.dwc.weight"
     heads = hints.linear_num_heads
     if convolution in tensors:
@@ -144,7 +169,12 @@ def attention_config(checkpoint: Checkpoint, hints: Source, hidden_size: int, nu
         )
     else:
         config["linear_conv_size"] = 0
-    return {**config, "linear_num_heads": heads, "linear_kernel": hints.linear_kernel or "relu"}
+    return {
+        **config,
+        "linear_num_heads": heads,
+        "linear_kernel": hints.linear_kernel or "relu",
+        "linear_eps": hints.linear_eps or 1e-6,
+    }
 
 
 def check_config(

@@ -3,6 +3,7 @@
 from litconvert.checkpoints import Checkpoint
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.families import Family, Reading
+from litconvert.families.headers import LINEAR_HINTS
 from litconvert.families.key_table import Origin
 from litconvert.recipe import Source
 from litconvert.shapes import CONFIG_DEFAULTS, model_tensors
@@ -24,7 +25,7 @@ SIZES = (
 )
 # What config.json says, so that no hint may. The size and the interpolation of positions may change: so a student goes
 # on at another resolution.
-FIXED = ("num_attention_heads", "num_classes", "linear_num_heads", "linear_kernel", "data_timestep")
+FIXED = ("num_attention_heads", "num_classes", "data_timestep", "timestep_freq_shift", "norm_eps", *LINEAR_HINTS)
 RESIZABLE = ("sample_size", "interpolation_scale")
 
 

@@ -13,6 +13,7 @@ from litconvert.families.headers import (
     count_layers,
     has_key,
     num_attention_heads,
+    refuse_hints,
     sample_size,
     shape_of,
 )
@@ -129,10 +130,14 @@ def _variant(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[str
         size = 2 * round(checkpoint.tensors["pos_embed"].shape[1] ** 0.5)
     if size in (128, 256):
         return "pixart-sigma", f"a latent of side {size} without micro-conditions is Sigma's", []
-    if size == 32 and hints.interpolation_scale is None and layout is ORIGINAL:
+    config = checkpoint.config if layout is DIFFUSERS else None
+    if config is not None and config.get("interpolation_scale") is None:
+        assumed = "read as PixArt-alpha, with captions of up to 120 tokens: family=pixart-sigma for 300"
+        return "pixart-alpha", "its config.json names no interpolation, as Sigma's does", [assumed]
+    if size == 32 and hints.interpolation_scale is None and config is None:
         raise UsageError(
-            f"{checkpoint.source}: PixArt-alpha or PixArt-Sigma: without y_embedder.y_embedding the file does not "
-            "tell, and at 256px their positions differ; give family=pixart-alpha or family=pixart-sigma "
+            f"{checkpoint.source}: PixArt-alpha or PixArt-Sigma: without its null caption or a config.json the file "
+            "does not tell, and at 256px their positions differ; give family=pixart-alpha or family=pixart-sigma "
             "(--set source.family=...)"
         )
     assumed = "read as PixArt-Sigma, with captions of up to 300 tokens: family=pixart-alpha for 120"
@@ -150,8 +155,7 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout, family: str, 
     def shape(ours: str, dimensions: int) -> tuple[int, ...]:
         return shape_of(checkpoint, name_of(ours), dimensions)
 
-    if hints.num_classes is not None:
-        raise UsageError(f"{checkpoint.source}: a PixArt has captions, not classes; leave num_classes out")
+    refuse_hints(checkpoint, hints, "a PixArt", "num_classes", "data_timestep")
     theirs = (checkpoint.config or {}) if layout is DIFFUSERS else {}
     num_layers = count_layers(checkpoint, "transformer_blocks" if layout is DIFFUSERS else "blocks")
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
@@ -172,7 +176,7 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout, family: str, 
     )
     attention: dict[str, Any] = {"attention": ["softmax"] * num_layers}
     if layout is ORIGINAL:
-        attention = attention_config(checkpoint, hints, hidden_size, num_layers)
+        attention = attention_config(checkpoint, hints, hidden_size, num_layers, unsure)
     if "linear" in attention["attention"]:
         unsure.append(
             "cross-attention is read with the source's own heads: LiT's public text-to-image code regroups it into "
@@ -225,7 +229,7 @@ def _interpolation(
     if told is not None:
         return float(told)
     if layout is DIFFUSERS and checkpoint.config is not None:
-        return float(max(size // 64, 1))  # diffusers' own default
+        return _diffusers_interpolation(size)
     if size in INTERPOLATION[family]:
         return INTERPOLATION[family][size]
     unsure.append(
@@ -235,9 +239,22 @@ def _interpolation(
     return 1.0
 
 
+def _diffusers_interpolation(size: int) -> float:
+    """What diffusers takes where config.json names no interpolation."""
+    return float(max(size // 64, 1))
+
+
+def variant_of(config: Mapping[str, Any]) -> str:
+    """Which of the two a model's own config is: alpha has micro-conditions or shorter captions."""
+    alpha = config["micro_conditions"] or config["caption_tokens"] == CAPTION_TOKENS["pixart-alpha"]
+    return "pixart-alpha" if alpha else "pixart-sigma"
+
+
 def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of diffusers' PixArtTransformer2DModel for a softmax PixArt."""
-    scale = config["interpolation_scale"]
+    scale, usual = config["interpolation_scale"], _diffusers_interpolation(config["sample_size"])
+    if variant_of(config) == "pixart-alpha" and scale == usual:
+        scale = None  # as alpha's own folders leave it
     return {
         "_class_name": "PixArtTransformer2DModel",
         **{key: config[key] for key in ("num_attention_heads", "num_layers", "sample_size", "patch_size")},
@@ -246,7 +263,7 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "out_channels": config["out_channels"],
         "cross_attention_dim": config["hidden_size"],
         "caption_channels": config["caption_channels"],
-        "interpolation_scale": int(scale) if scale == int(scale) else scale,
+        "interpolation_scale": int(scale) if scale is not None and scale == int(scale) else scale,
         # Explicit: diffusers takes None for True at 1024px, which is wrong for Sigma.
         "use_additional_conditions": config["micro_conditions"],
         **DIFFUSERS_CONFIG,
