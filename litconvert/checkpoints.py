@@ -41,6 +41,8 @@ SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
 
 DTYPES_OF_SAFETENSORS = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
+REMEDY = "Save the state dict alone: torch.save(model.state_dict(), path)"
+
 # What a damaged pickle may ask to be read at once, before the file's own size is looked at.
 READ_BYTES = 1 << 21
 
@@ -443,13 +445,12 @@ def _refusals(path: str) -> Iterator[None]:
     except LitconvertError:
         raise
     except pickle.UnpicklingError as error:
-        remedy = "Save the state dict alone: torch.save(model.state_dict(), path)"
         if found := re.search(r"GLOBAL\s+([\w.]+)", str(error)):
             raise LitconvertError(
-                f"{path}: holds code or objects ({found.group(1)}), not only tensors; refused and not run. {remedy}"
+                f"{path}: holds code or objects ({found.group(1)}), not only tensors; refused and not run. {REMEDY}"
             ) from error
         raise LitconvertError(
-            f"{path}: not a checkpoint that can be read safely; it may be damaged: download it again. {remedy}"
+            f"{path}: not a checkpoint that can be read safely; it may be damaged: download it again. {REMEDY}"
         ) from error
     except Exception as error:  # a damaged file raises whatever it leads to
         if isinstance(error, OSError) and (cause := system_cause(error)):
@@ -482,7 +483,7 @@ def choose_set(
     DiT's training checkpoints hold `ema` and `model`, PixArt's `state_dict_ema` and `state_dict`.
     """
     if not isinstance(content, dict):
-        raise LitconvertError(f"{path}: holds a {type(content).__name__}, not a state dict")
+        raise LitconvertError(f"{path}: holds a {type(content).__name__}, not a state dict. {REMEDY}")
     found = {name: content[key] for key, name in _SETS.items() if isinstance(content.get(key), dict)}
     if set(found) == {"state_dict"}:
         content, found = found["state_dict"], {}
@@ -501,11 +502,12 @@ def choose_set(
     for name, value in content.items():
         if not isinstance(name, str):
             raise LitconvertError(
-                f"{path}: has the key {reprlib.repr(name)}, not a name, so this is not a plain state dict"
+                f"{path}: has the key {reprlib.repr(name)}, not a name, so this is not a plain state dict. {REMEDY}"
             )
         if not isinstance(value, Tensor):
             raise LitconvertError(
-                f"{path}: {name!r} is a {type(value).__name__}, not a tensor, so this is not a plain state dict"
+                f"{path}: {name!r} is a {type(value).__name__}, not a tensor, so this is not a plain state "
+                f"dict. {REMEDY}"
             )
         if value.layout != torch.strided or value.is_quantized:
             raise LitconvertError(f"{path}: {name!r} is sparse or quantised; use the plain checkpoint")
