@@ -80,6 +80,10 @@ class Extent:
     nbytes: int
     dtype: torch.dtype
 
+    def followed_by(self, other: "Extent") -> bool:
+        """Whether the other's bytes are the next ones of the same file."""
+        return self.path == other.path and self.offset + self.nbytes == other.offset
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -626,6 +630,9 @@ Produce = Callable[[str], Tensor | Extent | Iterator[Tensor]]
 Metadata = Mapping[str, str] | Callable[[], Mapping[str, str]]
 # Room in the header for metadata that is known only after the last tensor.
 METADATA_ROOM = 1024
+# Neighbours in the source are copied together, up to about so many bytes.
+RUN_BYTES = 1 << 28
+PAGE_BYTES = 4096
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
 
@@ -664,6 +671,10 @@ def write_safetensors(
 
     length = len(encode({})) + METADATA_ROOM if callable(metadata) else len(encode(metadata))
     length += -length % 8
+    first = produce(next(iter(tensors))) if tensors else None
+    if isinstance(first, Extent) and first.offset % 8 == 0:
+        # In step with the pages of the source, whose copying is then that of whole pages.
+        length += (first.offset - 8 - length) % PAGE_BYTES
     total = 8 + length + sum(info.nbytes for info in tensors.values())
     with path.open("w+b", buffering=0) as file:
         descriptor = file.fileno()
@@ -675,25 +686,44 @@ def write_safetensors(
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                     raise
         position = 8 + length
+        run: Extent | None = None  # ends at `position` in the file that is written, and is yet to be copied
+
+        def copy_run() -> None:
+            if run is not None:
+                _copy(run, descriptor, position - run.nbytes)
+                _start_flushing(descriptor, position - run.nbytes, run.nbytes)
+
         for name, info in tensors.items():
-            value = produce(name)
+            value = produce(name) if first is None else first
+            first = None
             if isinstance(value, Extent):
                 assert (value.nbytes, value.dtype) == (info.nbytes, info.dtype), name
-                _copy(value, descriptor, position)
-            elif isinstance(value, Tensor):
-                assert tuple(value.shape) == info.shape, name
-                _write_pieces([value.contiguous().view(-1)], info, descriptor, position)
+                if run is not None and run.followed_by(value) and run.nbytes < RUN_BYTES:
+                    run = replace(run, nbytes=run.nbytes + value.nbytes)
+                else:
+                    copy_run()
+                    run = value
             else:
+                copy_run()
+                run = None
+                if isinstance(value, Tensor):
+                    assert tuple(value.shape) == info.shape, name
+                    value = iter([value.contiguous().view(-1)])
                 _write_pieces(value, info, descriptor, position)
-            # Starts writing to disk what is in memory, so that the flush at the end has little left to wait for.
-            with suppress(AttributeError, OSError):
-                os.posix_fadvise(descriptor, position, info.nbytes, os.POSIX_FADV_DONTNEED)
+                _start_flushing(descriptor, position, info.nbytes)
             position += info.nbytes
             on_tensor(name)
+        copy_run()
         encoded = encode(metadata() if callable(metadata) else metadata)
         assert len(encoded) <= length, "the metadata is longer than the room for it"
         _write(descriptor, memoryview(struct.pack("<Q", length) + encoded.ljust(length)), 0)
         os.fsync(descriptor)
+
+
+def _start_flushing(descriptor: int, position: int, nbytes: int) -> None:
+    """Start writing to disk what is in memory, so that the flush at the end has little left to wait for."""
+    with suppress(AttributeError, OSError):
+        os.posix_fadvise(descriptor, position, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _write_pieces(pieces: Iterable[Tensor], info: TensorInfo, descriptor: int, position: int) -> None:

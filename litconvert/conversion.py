@@ -344,6 +344,7 @@ def carry_out(
             plan.source.values(name)
         written = [entry for entry in plan.entries if entry.fate in ("inherited", "fresh")]
         fates = {entry.target: entry.fate for entry in written}
+        written.sort(key=lambda entry: _place(plan.source, entry))
         tensors = {str(entry.target): TensorInfo(entry.shape, DTYPES[entry.dtype]) for entry in written}
 
         def produce(name: str) -> Tensor | Extent | Iterator[Tensor]:
@@ -362,6 +363,13 @@ def carry_out(
                 on_tensor=on_tensor,
             )
     return out
+
+
+def _place(source: OpenSource, entry: Entry) -> tuple[int, str, int]:
+    """Where a tensor is written: those that are copied come first and as they lie in the source, so that neighbours are
+    copied together."""
+    extent = source.extent(str(entry.target)) if entry.fate == "inherited" else None
+    return (0, str(extent.path), extent.offset) if extent else (1, "", 0)
 
 
 @contextmanager
