@@ -716,9 +716,12 @@ def test_neighbours_are_copied_together(tmp_path: Path, monkeypatch: pytest.Monk
     source = open_checkpoint(str(tmp_path / "source.safetensors"))
     copied: list[int] = []
     copy = checkpoints._copy
-    monkeypatch.setattr(
-        checkpoints, "_copy", lambda extent, *place: (copied.append(extent.nbytes), copy(extent, *place))
-    )
+
+    def counted(extent: Extent, descriptor: int, position: int) -> None:
+        copied.append(extent.nbytes)
+        copy(extent, descriptor, position)
+
+    monkeypatch.setattr(checkpoints, "_copy", counted)
     names = [*"abc", "new", *"ef"]
     infos = {name: TensorInfo((5, 7), torch.float32) for name in names}
     new = torch.ones(5, 7)
