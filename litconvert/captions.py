@@ -186,7 +186,8 @@ def encode(
 
 def write_embeddings(captions: Captions, path: Path) -> None:
     """Write captions as safetensors: features, mask and, where there is one, null_features and null_mask."""
-    from litconvert.checkpoints import TensorInfo, write_safetensors
+    from litconvert.checkpoints import TensorInfo
+    from litconvert.writing import write_safetensors
 
     tensors = {name: value for name in TENSORS if (value := getattr(captions, name)) is not None}
     infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}

@@ -1,23 +1,16 @@
-"""Any checkpoint as lazily read named tensors, and writing that appears whole or not at all."""
+"""Any checkpoint as lazily read named tensors."""
 
-import argparse
-import errno
 import hashlib
 import io
 import json
 import math
 import os
-import pickle
 import re
-import reprlib
 import struct
-import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +18,18 @@ from torch import Tensor
 
 from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.files import read_json
+from litconvert.pickles import (
+    BoundedReader,
+    check_zip,
+    choose_set,
+    damaged,
+    first_line,
+    is_zip,
+    load_pickle,
+    records_of,
+    refusals,
+    refuse_choice,
+)
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
@@ -41,18 +46,7 @@ SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
 
 DTYPES_OF_SAFETENSORS = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
-REMEDY = "Save the state dict alone: torch.save(model.state_dict(), path)"
-
-# What a damaged pickle may ask to be read at once, before the file's own size is looked at.
-READ_BYTES = 1 << 21
-
-# What training scripts call their sets of weights.
-_SETS = {"ema": "ema", "state_dict_ema": "ema", "model": "model", "state_dict": "state_dict"}
-
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "base_model.")
-
-# Training scripts store their command line beside the weights; nothing else that is code is let in.
-_SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 
 
 @dataclass(frozen=True)
@@ -173,11 +167,6 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
-    """What went wrong inside a library, of which a damaged file may choose the words."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
 def open_checkpoint(
     source: str, *, file: str | None = None, weights: str = "auto", revision: str | None = None
 ) -> Checkpoint:
@@ -241,12 +230,6 @@ def open_files(
     if not stored.tensors:
         raise LitconvertError(f"{source}: holds no tensors")
     return Checkpoint(source, config, stored.tensors, chosen, sets, revision, 0, lambda: stored)
-
-
-def refuse_choice(source: str, weights: str) -> None:
-    """Raise UsageError where a set of weights is asked for by name and there is only one."""
-    if weights != "auto":
-        raise UsageError(f"{source}: holds one set of weights, so weights={weights!r} cannot be chosen; leave it out")
 
 
 def _files_of_folder(folder: Path, file: str | None) -> tuple[list[Path], dict[str, Any] | None]:
@@ -391,133 +374,6 @@ def info_of_header(path: str, name: str, dtype: str, shape: Sequence[int]) -> Te
     return TensorInfo(tuple(shape), DTYPES_OF_SAFETENSORS[dtype])
 
 
-class _BoundedReader(io.BufferedReader):
-    """A file that makes no room for more than it holds, whatever length a damaged pickle announces."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size > READ_BYTES:
-            size = max(0, min(size, os.fstat(self.fileno()).st_size - self.tell()))
-        return super().read(size)
-
-
-def is_zip(file: IO[bytes]) -> bool:
-    """Whether this is a checkpoint as torch writes it since 1.6; before, it was a bare pickle."""
-    file.seek(0)
-    start = file.read(4)
-    file.seek(0)
-    return start == b"PK\x03\x04"
-
-
-def check_zip(path: str, file: IO[bytes]) -> list[zipfile.ZipInfo]:
-    """The entries of a checkpoint's zip, from its directory alone.
-
-    Raises LitconvertError for one that would unpack to more than it holds, or whose entries are not within it.
-    """
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    with _refusals(path), zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        if any(one.compress_type != zipfile.ZIP_STORED or one.compress_size != one.file_size for one in entries):
-            raise LitconvertError(f"{path}: a compressed zip, which torch.save does not write; unpack or save it again")
-        if sum(entry.file_size for entry in entries) > size or not all(
-            0 <= entry.header_offset <= size - 30 - len(entry.filename) - entry.file_size for entry in entries
-        ):
-            raise _damaged(path, "its directory names what lies outside it")
-        if len({entry.filename.lower() for entry in entries}) < len(entries):
-            raise _damaged(path, "two entries have one name")
-        for entry in entries:
-            # torch swaps the bytes of tensors without values too, and dies of it. It knows no case in names.
-            if entry.filename.lower().endswith("/byteorder") and archive.read(entry) != b"little":
-                raise LitconvertError(
-                    f"{path}: written by a big-endian machine, or damaged; load it there, and save it as safetensors"
-                )
-    file.seek(0)
-    return entries
-
-
-def _damaged(path: str, reason: str) -> LitconvertError:
-    return LitconvertError(
-        f"{path}: not a complete PyTorch file ({reason}); it may be truncated or damaged: download it again"
-    )
-
-
-@contextmanager
-def _refusals(path: str) -> Iterator[None]:
-    """Whatever reading a pickle or a zip raises, as a sentence."""
-    try:
-        yield
-    except LitconvertError:
-        raise
-    except pickle.UnpicklingError as error:
-        if found := re.search(r"GLOBAL\s+([\w.]+)", str(error)):
-            raise LitconvertError(
-                f"{path}: holds code or objects ({found.group(1)}), not only tensors; refused and not run. {REMEDY}"
-            ) from error
-        raise LitconvertError(
-            f"{path}: not a checkpoint that can be read safely; it may be damaged: download it again. {REMEDY}"
-        ) from error
-    except Exception as error:  # a damaged file raises whatever it leads to
-        if isinstance(error, OSError) and (cause := system_cause(error)):
-            raise LitconvertError(f"cannot read {path}: {cause}") from error
-        if "TorchScript" in str(error):
-            raise LitconvertError(f"{path}: a TorchScript program, not a state dict; refused and not run") from error
-        raise _damaged(path, first_line(error)) from error
-
-
-def load_pickle(path: str, file: IO[bytes] | Path, **options: Any) -> Any:
-    """torch.load, weights only, of a file that may come from anywhere; a zip is checked by the caller.
-
-    Raises LitconvertError for what is no checkpoint, is damaged, or holds code.
-    """
-    with (
-        _refusals(path),
-        warnings.catch_warnings(),
-        torch.serialization.safe_globals(_SAFE_GLOBALS),
-    ):
-        # What torch warns of (old pickles, TorchScript) is read whole or refused.
-        warnings.simplefilter("ignore")
-        return torch.load(file, weights_only=True, **options)
-
-
-def choose_set(
-    source: str, path: str, content: Any, weights: str
-) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
-    """The state dict in what a pickle holds, which set of a training checkpoint it is, and which there are.
-
-    DiT's training checkpoints hold `ema` and `model`, PixArt's `state_dict_ema` and `state_dict`.
-    """
-    if not isinstance(content, dict):
-        raise LitconvertError(f"{path}: holds a {type(content).__name__}, not a state dict. {REMEDY}")
-    found = {name: content[key] for key, name in _SETS.items() if isinstance(content.get(key), dict)}
-    if set(found) == {"state_dict"}:
-        content, found = found["state_dict"], {}
-    if "state_dict" in found:
-        found["model"] = found.pop("state_dict")
-    sets, chosen = tuple(name for name in ("ema", "model") if name in found), None
-    if sets:
-        chosen = sets[0] if weights == "auto" else weights
-        if chosen not in sets:
-            raise UsageError(
-                f"{source}: has no {chosen!r} weights, only {', '.join(sets)}; choose with inherit.weights"
-            )
-        content = found[chosen]
-    else:
-        refuse_choice(source, weights)
-    for name, value in content.items():
-        if not isinstance(name, str):
-            raise LitconvertError(
-                f"{path}: has the key {reprlib.repr(name)}, not a name, so this is not a plain state dict. {REMEDY}"
-            )
-        if not isinstance(value, Tensor):
-            raise LitconvertError(
-                f"{path}: {name!r} is a {type(value).__name__}, not a tensor, so this is not a plain state "
-                f"dict. {REMEDY}"
-            )
-        if value.layout != torch.strided or value.is_quantized:
-            raise LitconvertError(f"{path}: {name!r} is sparse or quantised; use the plain checkpoint")
-    return content, chosen, sets
-
-
 def _open_pickles(source: str, files: Sequence[Path], weights: str) -> tuple[Stored, str | None, tuple[str, ...]]:
     shards: dict[str, Stored] = {}
     chosen: str | None = None
@@ -538,9 +394,9 @@ def _open_pickles(source: str, files: Sequence[Path], weights: str) -> tuple[Sto
 
 
 def _open_pickle(source: str, path: Path, weights: str) -> tuple[Stored, str | None, tuple[str, ...]]:
-    with _refusals(str(path)), _BoundedReader(io.FileIO(path)) as file:
+    with refusals(str(path)), BoundedReader(io.FileIO(path)) as file:
         zipped = is_zip(file)
-        records = _records(str(path), file, check_zip(str(path), file)) if zipped else {}
+        records = records_of(str(path), file, check_zip(str(path), file)) if zipped else {}
         file.seek(0)
         content = load_pickle(str(path), file, map_location="meta" if zipped else "cpu")
     state, chosen, sets = choose_set(source, str(path), content, weights)
@@ -569,33 +425,6 @@ def _open_pickle(source: str, path: Path, weights: str) -> tuple[Stored, str | N
     return Stored((path,), tensors, read, extent), chosen, sets
 
 
-def _records(path: str, file: IO[bytes], entries: Sequence[zipfile.ZipInfo]) -> dict[int, int]:
-    """Where the bytes of each entry of a zip begin, and how many they are.
-
-    Raises LitconvertError where the headers before the entries are not those that the zip's directory promises.
-    """
-    size = file.seek(0, os.SEEK_END)
-    records = {}
-    starts = sorted(entry.header_offset for entry in entries)
-    end_of = dict(zip(starts, [*starts[1:], size], strict=True))
-    for entry in entries:
-        file.seek(entry.header_offset)
-        magic, flags, method, name_length, extra_length = struct.unpack("<4s2xHH16xHH", file.read(30))
-        name = file.read(name_length)
-        begin = entry.header_offset + 30 + name_length + extra_length
-        end = begin + entry.file_size
-        whole = magic == b"PK\x03\x04" and method == 0 and name == entry.orig_filename.encode()
-        if whole and end <= end_of[entry.header_offset]:
-            file.seek(end)
-            # The sizes that follow the bytes: where they are not, a length before the bytes was wrong.
-            whole = not flags & 8 or file.read(4) == b"PK\x07\x08"
-        if not whole or end > end_of[entry.header_offset]:
-            raise _damaged(path, f"{entry.filename} is not where its directory says")
-        if entry.file_size:
-            records[begin] = entry.file_size
-    return records
-
-
 def _place(path: Path, name: str, tensor: Tensor, records: Mapping[int, int]) -> Extent | None:
     """Where a tensor's values are, from the offset that torch notes on a storage it did not load.
 
@@ -612,7 +441,7 @@ def _place(path: Path, name: str, tensor: Tensor, records: Mapping[int, int]) ->
     span = 1 + sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride(), strict=True))
     start, nbytes = tensor.storage_offset() * tensor.dtype.itemsize, span * tensor.dtype.itemsize
     if start + nbytes > records[offset]:
-        raise _damaged(str(path), f"{name!r} is larger than what is stored of it")
+        raise damaged(str(path), f"{name!r} is larger than what is stored of it")
     return Extent(path, offset + start, nbytes, tensor.dtype)
 
 
@@ -624,185 +453,3 @@ def wrapper_prefix(names: Mapping[str, Any]) -> str:
     ):
         prefix += found
     return prefix
-
-
-Produce = Callable[[str], Tensor | Extent | Iterator[Tensor]]
-Metadata = Mapping[str, str] | Callable[[], Mapping[str, str]]
-# Room in the header for metadata that is known only after the last tensor.
-METADATA_ROOM = 1024
-# Neighbours in the source are copied together, up to about so many bytes.
-RUN_BYTES = 1 << 28
-PAGE_BYTES = 4096
-_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
-
-
-def write_safetensors(
-    path: Path,
-    tensors: Mapping[str, TensorInfo],
-    produce: Produce,
-    metadata: Metadata,
-    *,
-    on_tensor: Callable[[str], None] = lambda name: None,
-) -> None:
-    """Write a safetensors file one tensor at a time, so that memory holds one at most; flushed to disk.
-
-    Args:
-        path: the file.
-        tensors: header of every tensor, in the order of the file.
-        produce: values by name: a tensor of that shape or pieces (n,) of it, row-major, which are cast to that dtype;
-            or an extent that holds it in that dtype, which is copied from file to file.
-        metadata: strings for the header; a function is asked for them after the last tensor.
-        on_tensor: called after each tensor.
-
-    Raises LitconvertError when a file that is copied from became shorter meanwhile.
-    """
-
-    def encode(strings: Mapping[str, str]) -> bytes:
-        header: dict[str, Any] = {"__metadata__": dict(strings)}
-        offset = 0
-        for name, info in tensors.items():
-            header[name] = {
-                "dtype": SAFETENSORS_DTYPES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [offset, offset + info.nbytes],
-            }
-            offset += info.nbytes
-        return json.dumps(header, separators=(",", ":")).encode()
-
-    length = len(encode({})) + METADATA_ROOM if callable(metadata) else len(encode(metadata))
-    length += -length % 8
-    first = produce(next(iter(tensors))) if tensors else None
-    if isinstance(first, Extent) and first.offset % 8 == 0:
-        # In step with the pages of the source, whose copying is then that of whole pages.
-        length += (first.offset - 8 - length) % PAGE_BYTES
-    total = 8 + length + sum(info.nbytes for info in tensors.values())
-    with path.open("w+b", buffering=0) as file:
-        descriptor = file.fileno()
-        with suppress(AttributeError):  # not on every system
-            try:
-                # A full disk shows here, before anything is copied.
-                os.posix_fallocate(descriptor, 0, total)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-        position = 8 + length
-        run: Extent | None = None  # ends at `position` in the file that is written, and is yet to be copied
-
-        def copy_run() -> None:
-            if run is not None:
-                _copy(run, descriptor, position - run.nbytes)
-                _start_flushing(descriptor, position - run.nbytes, run.nbytes)
-
-        for name, info in tensors.items():
-            value = produce(name) if first is None else first
-            first = None
-            if isinstance(value, Extent):
-                assert (value.nbytes, value.dtype) == (info.nbytes, info.dtype), name
-                if run is not None and run.followed_by(value) and run.nbytes < RUN_BYTES:
-                    run = replace(run, nbytes=run.nbytes + value.nbytes)
-                else:
-                    copy_run()
-                    run = value
-            else:
-                copy_run()
-                run = None
-                if isinstance(value, Tensor):
-                    assert tuple(value.shape) == info.shape, name
-                    value = iter([value.contiguous().view(-1)])
-                _write_pieces(value, info, descriptor, position)
-                _start_flushing(descriptor, position, info.nbytes)
-            position += info.nbytes
-            on_tensor(name)
-        copy_run()
-        encoded = encode(metadata() if callable(metadata) else metadata)
-        assert len(encoded) <= length, "the metadata is longer than the room for it"
-        _write(descriptor, memoryview(struct.pack("<Q", length) + encoded.ljust(length)), 0)
-        os.fsync(descriptor)
-
-
-def _start_flushing(descriptor: int, position: int, nbytes: int) -> None:
-    """Start writing to disk what is in memory, so that the flush at the end has little left to wait for."""
-    with suppress(AttributeError, OSError):
-        os.posix_fadvise(descriptor, position, nbytes, os.POSIX_FADV_DONTNEED)
-
-
-def _write_pieces(pieces: Iterable[Tensor], info: TensorInfo, descriptor: int, position: int) -> None:
-    """Write values (n,) one after the other, cast into one buffer: fresh memory costs more than the cast."""
-    buffer, end = torch.empty(0, dtype=info.dtype), position + info.nbytes
-    for piece in pieces:
-        if piece.dtype != info.dtype:
-            if len(buffer) < len(piece):
-                buffer = torch.empty(len(piece), dtype=info.dtype)
-            piece = buffer[: len(piece)].copy_(piece)
-        data = piece.view(torch.uint8).numpy().data
-        _write(descriptor, data, position)
-        position += data.nbytes
-    assert position == end
-
-
-def _write(descriptor: int, data: memoryview, position: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, position)
-        data, position = data[count:], position + count
-
-
-def _copy(extent: Extent, descriptor: int, position: int) -> None:
-    """Copy bytes from file to file, inside the kernel where it can."""
-    source, remaining = extent.offset, extent.nbytes
-    with extent.path.open("rb", buffering=0) as file:
-        in_kernel, buffer = hasattr(os, "copy_file_range"), memoryview(b"")
-        while remaining:
-            if in_kernel:
-                try:
-                    count = os.copy_file_range(file.fileno(), descriptor, remaining, source, position)
-                except OSError as error:
-                    if error.errno not in _CANNOT_COPY:
-                        raise
-                    count = 0
-                if count == 0:  # cannot, or (on some file systems) says it is at the end: reading tells
-                    in_kernel = False
-                    continue
-            else:
-                buffer = buffer or memoryview(bytearray(min(remaining, 1 << 22)))
-                count = os.preadv(file.fileno(), [buffer[:remaining]], source)
-                _write(descriptor, buffer[:count], position)
-            if count == 0:
-                raise LitconvertError(f"{extent.path} became shorter while it was read; restore it and try again")
-            source, position, remaining = source + count, position + count, remaining - count
-
-
-def write_weights(
-    folder: Path,
-    stem: str,
-    tensors: Mapping[str, TensorInfo],
-    produce: Produce,
-    metadata: Metadata,
-    *,
-    max_shard_bytes: int,
-    on_tensor: Callable[[str], None] = lambda name: None,
-) -> list[Path]:
-    """Write STEM.safetensors or, above `max_shard_bytes`, shards of at most that (or of one tensor) and their index.
-
-    Names and index are those that diffusers reads. Arguments as of `write_safetensors`. Returns the files.
-    """
-    shards: list[dict[str, TensorInfo]] = [{}]
-    filled = 0
-    for name, info in tensors.items():
-        if shards[-1] and filled + info.nbytes > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = info
-        filled += info.nbytes
-    if len(shards) == 1:
-        path = folder / f"{stem}.safetensors"
-        write_safetensors(path, tensors, produce, metadata, on_tensor=on_tensor)
-        return [path]
-    paths = [folder / f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for path, shard in zip(paths, shards, strict=True):
-        write_safetensors(path, shard, produce, metadata, on_tensor=on_tensor)
-    index = {
-        "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
-        "weight_map": {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard},
-    }
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return paths

@@ -16,19 +16,14 @@ from litconvert.checkpoints import (
     Checkpoint,
     Stored,
     TensorInfo,
-    check_zip,
-    choose_set,
-    first_line,
     info_of_header,
-    is_zip,
-    load_pickle,
     open_checkpoint,
-    refuse_choice,
     shards_of_index,
     wrapper_prefix,
 )
 from litconvert.errors import LitconvertError, UsageError, did_you_mean, system_cause
 from litconvert.files import read_json
+from litconvert.pickles import check_zip, choose_set, first_line, is_zip, load_pickle, refuse_choice
 
 # A zip's directory and the pickle in it are fetched in pieces of this size.
 BLOCK_BYTES = 1 << 16

@@ -7,10 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from litconvert.checkpoints import Produce, TensorInfo, write_weights
+from litconvert.checkpoints import TensorInfo
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import read_json
 from litconvert.recipe import Recipe
+from litconvert.writing import Produce, write_weights
 
 FORMAT_VERSION = 1
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litconvert.checkpoints import Extent, TensorInfo, write_safetensors, write_weights
+from litconvert.checkpoints import Extent, TensorInfo
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families import Family, families
 from litconvert.families.key_table import Layout
@@ -18,6 +18,7 @@ from litconvert.files import refuse_source, require_space, whole_directory, whol
 from litconvert.model_directory import WEIGHTS_STEM
 from litconvert.shapes import BUFFERS, model_tensors, position_embedding
 from litconvert.sources import OpenSource
+from litconvert.writing import write_safetensors, write_weights
 
 PICKLES = (".pt", ".pth")
 TARGETS = ("original", "diffusers")

@@ -415,8 +415,9 @@ def sample_to_files(
 
     Returns: the files written.
     """
-    from litconvert.checkpoints import TensorInfo, write_safetensors
+    from litconvert.checkpoints import TensorInfo
     from litconvert.sources import open_source, read_model
+    from litconvert.writing import write_safetensors
 
     path = str(Path(model) / "model") if (Path(model) / "model").is_dir() else model
     if recipe is None and (Path(path) / "recipe.yaml").is_file():

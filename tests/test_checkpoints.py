@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from litconvert import checkpoints
-from litconvert.checkpoints import Checkpoint, Extent, TensorInfo, open_checkpoint, write_safetensors, write_weights
+from litconvert import writing
+from litconvert.checkpoints import Checkpoint, Extent, TensorInfo, open_checkpoint
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import digest_of, read_json, require_space, whole_directory, write_whole
+from litconvert.writing import write_safetensors, write_weights
 from tests.checkpoint_files import dit_shapes, write_hollow
 from tests.hub_server import Blob, HubServer, Repository
 from tests.test_fuzz import flipped, rewritten_header, rewritten_zip, sound_forms, truncated
@@ -715,13 +716,13 @@ def test_neighbours_are_copied_together(tmp_path: Path, monkeypatch: pytest.Monk
     save_file(state, tmp_path / "source.safetensors")
     source = open_checkpoint(str(tmp_path / "source.safetensors"))
     copied: list[int] = []
-    copy = checkpoints._copy
+    copy = writing._copy
 
     def counted(extent: Extent, descriptor: int, position: int) -> None:
         copied.append(extent.nbytes)
         copy(extent, descriptor, position)
 
-    monkeypatch.setattr(checkpoints, "_copy", counted)
+    monkeypatch.setattr(writing, "_copy", counted)
     names = [*"abc", "new", *"ef"]
     infos = {name: TensorInfo((5, 7), torch.float32) for name in names}
     new = torch.ones(5, 7)

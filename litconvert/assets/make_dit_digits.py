@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from litconvert.checkpoints import TensorInfo, open_checkpoint, write_safetensors
+from litconvert.checkpoints import TensorInfo, open_checkpoint
+from litconvert.writing import write_safetensors
 
 
 def main(source: str) -> None:

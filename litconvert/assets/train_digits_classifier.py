@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from litconvert.checkpoints import TensorInfo, write_safetensors
+from litconvert.checkpoints import TensorInfo
 from litconvert.evaluation import DigitsClassifier
+from litconvert.writing import write_safetensors
 
 TEST_IMAGES = 360
 
