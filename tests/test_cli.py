@@ -21,6 +21,23 @@ COMMANDS += ["latents-synthesize", "recipes"]
 COMMANDS += [f"recipes-{verb}" for verb in ("ls", "show", "copy", "validate", "schema")]
 
 
+def test_converting_does_not_import_diffusers(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> None:
+    """Seconds and a hundred megabytes, of which inspecting, planning and converting need nothing."""
+    script = (
+        "import sys\n"
+        "from litconvert import cli\n"
+        "for command in (['inspect'], ['plan'], ['convert', sys.argv[2]], ['convert', sys.argv[3], '--to', 'original']):\n"
+        "    arguments = [command[0], sys.argv[1], *command[1:], '--recipe', sys.argv[4]]\n"
+        "    cli.app(arguments, standalone_mode=False)\n"
+        "heavy = {'diffusers', 'accelerate', 'transformers', 'litconvert.modeling_lit'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    arguments = [pico_checkpoint, tmp_path / "student", tmp_path / "again.pt", pico_recipe]
+    subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True, capture_output=True)
+    assert (tmp_path / "student" / "config.json").is_file()
+    assert (tmp_path / "again.pt").is_file()
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["recipes", "ls"], ["convert", "--help"]])
 def test_help_and_the_list_of_recipes_do_not_import_torch(arguments: list[str]) -> None:
     script = (
