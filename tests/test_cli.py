@@ -26,7 +26,8 @@ def test_converting_does_not_import_diffusers(tmp_path: Path, pico_checkpoint: P
     script = (
         "import sys\n"
         "from litconvert import cli\n"
-        "for command in (['inspect'], ['plan'], ['convert', sys.argv[2]], ['convert', sys.argv[3], '--to', 'original']):\n"
+        "again = ['convert', sys.argv[3], '--to', 'original']\n"
+        "for command in (['inspect'], ['plan'], ['convert', sys.argv[2]], again):\n"
         "    arguments = [command[0], sys.argv[1], *command[1:], '--recipe', sys.argv[4]]\n"
         "    cli.app(arguments, standalone_mode=False)\n"
         "heavy = {'diffusers', 'accelerate', 'transformers', 'litconvert.modeling_lit'}\n"
