@@ -460,7 +460,9 @@ def as_others_read(path: Path) -> dict[str, torch.Tensor] | None:
             return load_file(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped: torch's other way leaves memory as it was where a zip's directory lies about sizes.
+            mapped = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         return dict(content.get("ema", content))
     except Exception:
         return None
