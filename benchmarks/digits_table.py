@@ -22,7 +22,7 @@ import litconvert
 from litconvert.assets.train_digits_classifier import digits
 from litconvert.evaluation import evaluate, reference_samples
 from litconvert.latents import synthesize, write_latents
-from litconvert.recipe import resolve
+from litconvert.recipe_files import resolve
 
 RESULTS = Path(__file__).parent / "results" / "digits"
 COMMON = (

@@ -139,7 +139,81 @@ def load_text_encoder(where: TextEncoder, *, offline: bool = False) -> tuple[Any
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
+def free_memory() -> None:
+    """Give back what a network that was just dropped took: T5-XXL is many times the size of what comes next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _encode_batch(
+    tokenizer: Any, encoder: Any, texts: Sequence[str], tokens: int, padding: str
+) -> tuple[Tensor, Tensor]:
+    """Features (N, L, C) and mask (N, L) of a few texts, on the encoder's device.
+
+    As diffusers' PixArt pipelines do without `clean_caption`: lower case, no white space around.
+    """
+    some = tokenizer(
+        [text.lower().strip() for text in texts],
+        padding=padding,
+        max_length=tokens,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    ).to(encoder.device)
+    return encoder(some.input_ids, attention_mask=some.attention_mask).last_hidden_state, some.attention_mask
+
+
 @torch.no_grad()
+def encode_texts(
+    tokenizer: Any, encoder: Any, texts: Sequence[str], tokens: int, batch_size: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Encode texts with a T5 that is loaded, as `encode` does.
+
+    Args:
+        tokenizer, encoder: of `load_text_encoder`.
+        texts: one for each caption.
+        tokens: length that a caption is cut or padded to.
+        batch_size: texts at a time.
+
+    Returns: features (N, tokens, C) in the encoder's dtype and mask (N, tokens) int64, on the encoder's device.
+    """
+    starts = range(0, len(texts), batch_size)
+    parts = [
+        _encode_batch(tokenizer, encoder, texts[start : start + batch_size], tokens, "max_length") for start in starts
+    ]
+    return torch.cat([features for features, _ in parts]), torch.cat([mask for _, mask in parts])
+
+
+@torch.no_grad()
+def encode_to_store(
+    tokenizer: Any, encoder: Any, texts: Sequence[str], tokens: int, batch_size: int = 8
+) -> list[Tensor]:
+    """Encode texts for a data set: float16, and of each caption its own tokens alone.
+
+    Texts of like length are encoded together, so that little is computed for padding, which is most of the 120 or 300
+    tokens that a caption may have. T5 masks it, so the features are those of `encode`.
+
+    Returns: features (L_i, C) of each text, on the CPU.
+
+    Raises LitconvertError for features beyond float16.
+    """
+    features: dict[int, Tensor] = {}
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        encoded, mask = _encode_batch(tokenizer, encoder, [texts[index] for index in some], tokens, "longest")
+        for index, one, length in zip(some, encoded.cpu(), mask.sum(dim=1).tolist(), strict=True):
+            features[index] = one[:length].to(torch.float16, copy=True)
+            if not features[index].isfinite().all():
+                raise LitconvertError(
+                    f"the features of the caption {texts[index]!r} reach {one[:length].abs().max():.3g}, beyond the "
+                    "float16 they are stored in; use another text encoder, or keep the captions as text "
+                    "(data.encode.captions=text)"
+                )
+    return [features[index] for index in range(len(texts))]
+
+
 def encode(
     where: TextEncoder, prompts: Sequence[str], negative_prompt: str | None = None, *, tokens: int, batch_size: int = 8
 ) -> Captions:
@@ -157,31 +231,16 @@ def encode(
 
     Returns: captions on the CPU, in the encoder's dtype.
     """
+    texts = [*prompts, *([] if negative_prompt is None else [negative_prompt])]
     tokenizer, encoder = load_text_encoder(where)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder.to(device)
-    texts = [text.lower().strip() for text in [*prompts, *([] if negative_prompt is None else [negative_prompt])]]
-    features, masks = [], []
-    for start in range(0, len(texts), batch_size):
-        some = tokenizer(
-            texts[start : start + batch_size],
-            padding="max_length",
-            max_length=tokens,
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(device)
-        features.append(encoder(some.input_ids, attention_mask=some.attention_mask).last_hidden_state.cpu())
-        masks.append(some.attention_mask.cpu())
-    # T5-XXL is many times the size of the transformer that comes next.
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    features, mask = (part.cpu() for part in encode_texts(tokenizer, encoder, texts, tokens, batch_size))
     del encoder
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    whole, mask, count = torch.cat(features), torch.cat(masks), len(prompts)
+    free_memory()
+    count = len(prompts)
     if negative_prompt is None:
-        return Captions(whole, mask)
-    return Captions(whole[:count], mask[:count], whole[count:], mask[count:])
+        return Captions(features, mask)
+    return Captions(features[:count], mask[:count], features[count:], mask[count:])
 
 
 def write_embeddings(captions: Captions, path: Path) -> None:

@@ -1,13 +1,17 @@
 """The command line. Heavy imports are inside the commands, so that help and `recipes ls` answer at once."""
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from litconvert import console
 from litconvert.errors import LitconvertError, UsageError
+
+if TYPE_CHECKING:
+    from litconvert.probe import ProbeResult
 
 app = typer.Typer(
     name="litconvert",
@@ -79,7 +83,7 @@ def inspect(
     Example: litconvert inspect DiT-XL-2-256x256.pt
     """
     from litconvert.conversion import with_source
-    from litconvert.recipe import resolve, resolve_data
+    from litconvert.recipe_files import resolve, resolve_data
     from litconvert.sources import describe, examine, open_source
 
     given = _overrides(sets, num_attention_heads, sample_size)
@@ -181,7 +185,7 @@ def _rewrite(
 ) -> None:
     """`convert --to`: the source's own weights in another layout."""
     from litconvert.conversion import with_source
-    from litconvert.recipe import resolve, resolve_data
+    from litconvert.recipe_files import resolve, resolve_data
     from litconvert.relayout import TARGETS, write_layout
     from litconvert.sources import open_source
 
@@ -223,17 +227,100 @@ def latents_synthesize(
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Let the teacher draw the training set. Interrupted, the same command goes on.
+    """Let the teacher draw the training set, for classes or prompts. Interrupted, the same command goes on.
+
+    Several processes share the work: accelerate launch -m litconvert latents synthesize ...
 
     Example: litconvert latents synthesize latents/ --recipe digits
     """
-    from litconvert.latents import synthesize
+    from litconvert.synthesis import synthesize
 
-    console.be_quiet(quiet)
+    console.be_quiet(quiet or not _is_first())
     with console.progress("draw") as show:
         given = _overrides(sets, num_attention_heads)
         synthesize(source, out, recipe, given, force=force, on_progress=lambda done, total: show(done, total, ""))
-    console.line(str(out))
+    if _is_first():
+        console.line(str(out))
+
+
+def _is_first() -> bool:
+    """Whether this is the one of several launched processes that talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@latents_app.command("encode")
+def latents_encode(
+    images: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of class folders, webdataset shards (*.tar), parquet files, or images with a metadata.jsonl; "
+            "or a Hub data set (owner/name)."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The dataset folder to write.")],
+    source: Annotated[
+        str | None, typer.Option("--source", help="The model that the data is for. Default: the recipe's source.")
+    ] = None,
+    recipe: RecipeOption = "digits",
+    sets: SetOption = None,
+    vae: Annotated[
+        str | None, typer.Option("--vae", help="Folder or Hub id of an AutoencoderKL (source.vae.path).")
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Store mirrored latents too (data.flip).")] = False,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave images out that cannot be read, and count them.")
+    ] = False,
+    num_attention_heads: HeadsOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make training data of images. Interrupted, the same command goes on.
+
+    Several processes share the work: accelerate launch -m litconvert latents encode ...
+
+    Example: litconvert latents encode imagenet/train latents/ --recipe dit-xl-2-256 --source DiT-XL-2-256x256.pt --flip
+    """
+    from litconvert.encoding import encode_images
+
+    console.be_quiet(quiet or not _is_first())
+    given = _overrides(sets, num_attention_heads)
+    given += [f"source.vae.path={vae}"] if vae else []
+    given += ["data.flip=true"] if flip else []
+    with console.progress("encode") as show:
+        encode_images(images, out, recipe, given, source=source, force=force, skip_broken=skip_broken, on_progress=show)
+    if _is_first():
+        console.line(str(out))
+
+
+@latents_app.command("show")
+def latents_show(
+    data: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG sheet of samples to draw.")] = None,
+    count: Annotated[int, typer.Option("--num", "-n", help="Samples on the sheet.")] = 32,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Whose VAE decodes. Default: the one recorded with DATA.")
+    ] = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Say what a data set holds, and draw a sheet of it.
+
+    Example: litconvert latents show latents/ --out sheet.png
+    """
+    from litconvert.data_report import describe_data, draw_sheet, rows_of
+    from litconvert.recipe_files import resolve, resolve_data
+
+    console.be_quiet(quiet)
+    facts = describe_data(data)
+    if out is not None:
+        resolved = resolve(recipe, sets or []) if recipe else resolve_data({}, sets or [], "command line")
+        draw_sheet(data, out, vae=resolved.recipe.source.vae, count=count)
+        console.note(f"written: {out}")
+    if as_json:
+        console.data(facts)
+    else:
+        console.table(("", ""), rows_of(facts))
 
 
 @app.command()
@@ -257,6 +344,121 @@ def distill(
     console.be_quiet(quiet)
     run = distill_with_progress(student, out, recipe, teacher, data, _overrides(sets, seed=seed), force)
     compare(run)
+    console.line(str(run / "model"))
+
+
+@app.command()
+def probe(
+    student: Annotated[Path, typer.Argument(help="Model directory, or run directory of `distill`.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Default: the one recorded in STUDENT.")] = None,
+    sets: SetOption = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Multiply-accumulates allowed, times those of all linear layers.")
+    ] = None,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option("--budget-ms", help="Milliseconds allowed for all self-attentions of an image, measured here."),
+    ] = None,
+    at: Annotated[
+        int | None, typer.Option("--at", metavar="IMAGE_SIZE", help="Pixels that costs are for. Default: the model's.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Samples the errors are means over.")] = 64,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Write the recipe with the suggested student.softmax_layers.")
+    ] = None,
+    seed: SeedOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --write.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure what each linear layer alone does to the teacher's output, and suggest which to keep in softmax.
+
+    Best asked after a stage of attention transfer: a student that was merely converted has random attention.
+
+    Example: litconvert probe runs/lit-xl --data latents/ --budget 1.05 --at 1024 --write hybrid.yaml
+    """
+    from litconvert.probe import probe as measure
+
+    console.be_quiet(quiet)
+    with console.progress("probe") as show:
+        result = measure(
+            student,
+            data,
+            recipe,
+            _overrides(sets, seed=seed),
+            num_samples=num_samples,
+            image_size=at,
+            budget=budget,
+            budget_ms=budget_ms,
+            write=write,
+            force=force,
+            on_progress=lambda done, total: show(done, total, ""),
+        )
+    for text in result.notes:
+        console.note(f"note: {text}")
+    if as_json:
+        console.data(result.to_json())
+    else:
+        _show_probe(result)
+    if write is not None:
+        console.note(f"written: {write}")
+
+
+def _show_probe(result: "ProbeResult") -> None:
+    """Layers by error, and the suggestion."""
+    timed, chosen = result.linear_milliseconds is not None, result.softmax_layers is not None
+    headers = ["layer", "error", "spread", "+ MMACs", "x MACs", *(("+ ms", "ms") if timed else ())]
+    rows = []
+    for row in result.rows:
+        cells = [
+            row.layer,
+            f"{row.error:.2e}",
+            f"{row.deviation:.1e}",
+            f"{row.macs / 1e6:,.2f}",
+            f"{row.macs_ratio:.3f}",
+        ]
+        cells += [f"{row.milliseconds:.3f}", f"{row.total_milliseconds:.2f}"] if timed else []
+        rows.append([*cells, row.keeps if row.suggested else "linear"] if chosen else cells)
+    size = f"{result.image_size} pixels, {result.tokens} tokens"
+    console.line(f"{result.num_samples} samples; costs of one image of {size}")
+    console.table([*headers, "suggested"] if chosen else headers, rows, numbers=range(1, len(headers)))
+    console.line("error: ||output - teacher's||^2 / ||teacher's||^2, this layer alone linear; spread over samples")
+    console.line("+: more when the layer is kept; x MACs and ms: with those above it kept too, ms of self-attention")
+    if result.kept:
+        console.line(f"kept already, and not probed: {', '.join(map(str, result.kept))}")
+    if result.softmax_layers is not None:
+        console.line(f"--set 'student.softmax_layers=[{', '.join(map(str, result.softmax_layers))}]'")
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Argument(help="Run directory to write, or to go on with.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or file of a recipe with a scratch section.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's.")] = None,
+    sets: SetOption = None,
+    seed: SeedOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a softmax model from nothing: a teacher of your own. Rerun to resume.
+
+    Example: litconvert train runs/teacher --recipe digits-teacher --data latents/
+    """
+    from litconvert.live import training_display
+    from litconvert.pretraining import train as train_model
+
+    console.be_quiet(quiet)
+    with training_display("train") as show:
+        run = train_model(
+            out,
+            recipe,
+            data=data,
+            overrides=_overrides(sets, seed=seed),
+            force=force,
+            on_step=show.step,
+            on_note=console.note,
+        )
     console.line(str(run / "model"))
 
 
@@ -352,7 +554,7 @@ def evaluate(
     Example: litconvert evaluate runs/digits/distilled --set evaluate.num_samples=1000
     """
     from litconvert.line import score_run
-    from litconvert.recipe import resolve
+    from litconvert.recipe_files import resolve
 
     console.be_quiet(quiet)
     if not (run / "model").is_dir():
@@ -435,7 +637,7 @@ def env(as_json: JsonOption = False) -> None:
     """Versions and devices, for bug reports."""
     import torch
 
-    from litconvert.distillation import bf16_in_hardware
+    from litconvert.engine import bf16_in_hardware
     from litconvert.model_directory import versions
 
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or ["cpu"]
@@ -468,7 +670,7 @@ def recipes_show(
 
     Example: litconvert recipes show digits --set student.conv_size=3
     """
-    from litconvert.recipe import resolve
+    from litconvert.recipe_files import resolve
 
     rows = resolve(name, sets or []).rows()
     if as_json:
@@ -488,7 +690,7 @@ def recipes_copy(
     Example: litconvert recipes copy digits my-digits.yaml
     """
     from litconvert.files import write_whole
-    from litconvert.recipe import find_recipe
+    from litconvert.recipe_files import find_recipe
 
     path = find_recipe(name)
     target = out or Path(f"{path.stem}.yaml")
@@ -507,7 +709,7 @@ def recipes_validate(
 
     Example: litconvert recipes validate my-digits.yaml
     """
-    from litconvert.recipe import resolve
+    from litconvert.recipe_files import resolve
 
     problems = []
     for name in names:
@@ -526,7 +728,7 @@ def recipes_schema() -> None:
 
     Example: litconvert recipes schema > recipe.schema.json
     """
-    from litconvert.recipe import json_schema
+    from litconvert.recipe_files import json_schema
 
     console.data(json_schema())
 

@@ -30,6 +30,16 @@ def be_quiet(quiet: bool) -> None:
     _settings["quiet"] = quiet
 
 
+def is_quiet() -> bool:
+    """Whether -q was given."""
+    return _settings["quiet"]
+
+
+def is_live() -> bool:
+    """Whether stderr is a terminal that can draw over what it has drawn."""
+    return err.is_terminal and err.is_interactive
+
+
 def note(message: str) -> None:
     """A line on stderr."""
     if not _settings["quiet"]:
@@ -67,7 +77,7 @@ def progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
 
         yield silent
         return
-    if not err.is_terminal:
+    if not is_live():
         last = [-1]
 
         def plain(done: int, total: int, remark: str = "") -> None:

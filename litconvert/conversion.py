@@ -19,7 +19,8 @@ from litconvert.families.key_table import Origin
 from litconvert.files import digest_of, refuse_source, require_space, whole_directory, write_whole
 from litconvert.model_directory import FORMAT_VERSION, already_done, versions, write_model_directory
 from litconvert.packaged import recipe_of
-from litconvert.recipe import Recipe, ResolvedRecipe, Source, read_recorded, resolve, resolve_data
+from litconvert.recipe import Recipe, Source
+from litconvert.recipe_files import ResolvedRecipe, read_recorded, resolve, resolve_data
 from litconvert.shapes import count_macs, count_parameters, model_tensors
 from litconvert.sources import OpenSource, describe, open_source
 

@@ -1,125 +1,207 @@
 """Distillation: what a run is made of, whether that fits together, and what is left. The loop is in `trainer`."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from torch import Tensor
 
+from litconvert.attention_layers import linear_layers
 from litconvert.checkpoints import TensorInfo
-from litconvert.conversion import DTYPES
+from litconvert.conditions import Conditioner, Encode
+from litconvert.conversion import DTYPES, plan_conversion
+from litconvert.engine import Engine, launched_processes, make_accelerator
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import digest_of, read_json, require_space, whole_directory
-from litconvert.latents import LatentDataset, open_latents, synthesize_resolved
+from litconvert.latents import LatentDataset, open_latents
 from litconvert.model_directory import FORMAT_VERSION, read_provenance, versions, write_model_directory
-from litconvert.modeling_lit import LiTTransformer2DModel
-from litconvert.recipe import AttentionTransfer, Hybrid, Recipe, ResolvedRecipe, Source, read_recorded, resolve
+from litconvert.modeling_lit import CaptionConditioning, LiTTransformer2DModel
+from litconvert.observer import Observer
+from litconvert.optimization import trained_names
+from litconvert.recipe import AttentionTransfer, FlowMatching, Recipe, Source
+from litconvert.recipe_files import ResolvedRecipe, read_recorded, resolve
 from litconvert.run_directory import RunDirectory
-from litconvert.sampling import SampleSheet
 from litconvert.sources import OpenSource, open_source, read_model
+from litconvert.synthesis import synthesize_resolved
+from litconvert.teaching import Teachers, open_outputs, teacher_weights
+from litconvert.trackers import tracker_packages
 from litconvert.trainer import StepReport, Trainer
 
-
-def bf16_in_hardware() -> bool:
-    """Whether bf16 autocast is faster than float32 here: a GPU with bf16, or a CPU with AVX512-BF16 or AMX."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def make_accelerator(mixed_precision: str) -> Accelerator:
-    """The engine. Raises UsageError when this process was launched as one of several but is in no group."""
-    bf16 = mixed_precision == "bf16" or (mixed_precision == "auto" and bf16_in_hardware())
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bf16 else "no")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise UsageError(
-            f"this is one of {launched} launched processes, but they are in no process group, so each would train "
-            "alone and overwrite the others; launch with `accelerate launch -m litconvert distill ...`"
-        )
-    return accelerator
+# How a run is computed, not what: a run may go on with other values.
+EXECUTION = {
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "compile",
+    "teacher_placement",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample_every",
+    "trackers",
+    "teacher",  # its weights' digest counts, not where they are
+}
 
 
-def require_distillable(config: Mapping[str, Any]) -> None:
-    """Refuse, before anything is drawn or loaded, a model whose training is not built. Raises UsageError."""
-    kind = (
-        "captions"
-        if config["caption_channels"] is not None
-        else "velocity"
-        if config["prediction"] != "noise"
-        else None
-    )
-    if kind is not None:
-        raise UsageError(
-            f"distilling a model of {kind} is not built yet; its conversion, sampling and push work: use `litconvert "
-            "convert`, `sample` and `push`"
-        )
-
-
-def check_pair(
-    student: LiTTransformer2DModel, teacher: LiTTransformer2DModel, data: LatentDataset, recipe: Recipe
-) -> None:
-    """Everything that can be refused before the first step. Raises UsageError."""
-    mine, theirs = student.config, teacher.config
-    for key in ("in_channels", "sample_size", "out_channels", "num_classes"):
-        if mine[key] != theirs[key]:
-            raise UsageError(
-                f"the teacher's {key} is {theirs[key]}, the student's is {mine[key]}: they cannot see the same input; "
-                "choose a teacher of the same latent and classes (--teacher, or distill.teacher.path)"
-            )
-    if data.shape[0] != mine.in_channels or any(side % mine.patch_size for side in data.shape[1:]):
-        raise UsageError(
-            f"the data set's latents are {data.shape}, the student takes {mine.in_channels} channels and sides that "
-            f"are multiples of {mine.patch_size}; draw or encode the data for this model"
-        )
-    if not 0 <= data.labels[0] <= data.labels[1] < mine.num_classes:
-        raise UsageError(
-            f"the data set's class labels are {data.labels[0]} to {data.labels[1]}, the model's classes are 0 to "
-            f"{mine.num_classes - 1}; draw or label the data for this model"
-        )
+def check_model(config: Mapping[str, Any], recipe: Recipe) -> None:
+    """Whether a model can be trained by the recipe's stages, on so many processes. Raises UsageError."""
     if not recipe.distill.stages:
         raise UsageError("the recipe has no distill.stages; `litconvert recipes show digits` shows an example")
-    processes = int(os.environ.get("WORLD_SIZE", "1")) * recipe.distill.gradient_accumulation_steps
+    parts = launched_processes() * recipe.distill.gradient_accumulation_steps
+    velocity = config["prediction"] == "velocity"
     for index, stage in enumerate(recipe.distill.stages):
-        if stage.batch_size % processes:
+        where = f"distill.stages.{index}"
+        if stage.batch_size % parts:
             raise UsageError(
-                f"distill.stages.{index}.batch_size={stage.batch_size} is not a multiple of processes times "
-                f"accumulation, {processes}"
+                f"{where}.batch_size={stage.batch_size} is not a multiple of processes times accumulation, {parts}"
             )
-        if stage.condition_dropout and not mine.null_class:
+        if stage.condition_dropout and config["num_classes"] is not None and not config["null_class"]:
             raise UsageError(
-                f"distill.stages.{index}.condition_dropout needs a null class, which this model was trained without; "
-                "set 0"
+                f"{where}.condition_dropout needs a null class, which this model was trained without; set 0"
             )
-        if isinstance(stage, AttentionTransfer) and "linear" not in mine.attention:
-            raise UsageError(f"distill.stages.{index} transfers attention, but the student has no linear layer")
-        if isinstance(stage, Hybrid) and mine.out_channels != 2 * mine.in_channels:
+        if isinstance(stage, AttentionTransfer):
+            if "linear" not in config["attention"]:
+                raise UsageError(f"{where} transfers attention, but the student has no linear layer")
+            continue
+        if isinstance(stage, FlowMatching) != velocity:
+            right = "flow_matching" if velocity else "hybrid"
             raise UsageError(
-                f"distill.stages.{index}: the hybrid loss is DiT's, for models with a learned variance, which this one "
-                "has not"
+                f"{where}.objective={stage.objective}: this model predicts {config['prediction']}, whose objective is "
+                f"{right}"
+            )
+        if not velocity and config["out_channels"] != 2 * config["in_channels"]:
+            raise UsageError(
+                f"{where}: the hybrid loss is DiT's, for models with a learned variance, which this one has not"
+            )
+        if stage.feature_weight and "linear" not in config["attention"]:
+            raise UsageError(f"{where}.feature_weight is of linear layers, and the student has none; set 0")
+
+
+def check_data(config: Mapping[str, Any], data: LatentDataset, recipe: Recipe) -> None:
+    """Whether a model can see the data. Raises UsageError."""
+    patch = config["patch_size"]
+    for bucket in data.buckets:
+        if bucket.shape[0] != config["in_channels"] or any(side % patch for side in bucket.shape[1:]):
+            raise UsageError(
+                f"the data set's latents are {bucket.shape}, the student takes {config['in_channels']} channels and "
+                f"sides that are multiples of {patch}; draw or encode the data for this model"
+            )
+    classes = config["num_classes"] is not None
+    if classes != (data.condition == "class"):
+        raise UsageError(
+            f"the data set has {'classes' if data.condition == 'class' else 'captions'}, the model "
+            f"{'classes' if classes else 'captions'}; draw or encode the data for this model"
+        )
+    if data.labels is not None and not 0 <= data.labels[0] <= data.labels[1] < config["num_classes"]:
+        raise UsageError(
+            f"the data set's class labels are {data.labels[0]} to {data.labels[1]}, the model's classes are 0 to "
+            f"{config['num_classes'] - 1}; draw or label the data for this model"
+        )
+    if data.condition == "caption":
+        if data.caption_channels != config["caption_channels"]:
+            raise UsageError(
+                f"the data set's captions have features of width {data.caption_channels}, the model reads "
+                f"{config['caption_channels']}: encode them with the T5 that the model was trained with"
+            )
+        if (data.caption_tokens or 0) > config["caption_tokens"]:
+            raise UsageError(
+                f"the data set's captions have up to {data.caption_tokens} tokens, the model reads "
+                f"{config['caption_tokens']}: encode the data for this model"
+            )
+    if recipe.data.flip and data.kind == "moments" and not data.flipped:
+        raise UsageError("data.flip needs mirrored latents, which the data set has not: encode it with data.flip=true")
+
+
+def check_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any], recipe: Recipe) -> None:
+    """Whether a teacher can teach this student. Raises UsageError."""
+    keys = ("in_channels", "sample_size", "out_channels", "num_classes", "caption_channels", "caption_tokens")
+    for key in (*keys, "prediction", "data_timestep", "micro_conditions"):
+        if student[key] != teacher[key]:
+            raise UsageError(
+                f"the teacher's {key} is {teacher[key]}, the student's is {student[key]}: they cannot see the same "
+                "input; choose a teacher of the same latent and condition (--teacher, or distill.teacher.path)"
+            )
+    for index, stage in enumerate(recipe.distill.stages):
+        features = not isinstance(stage, AttentionTransfer) and stage.feature_weight > 0
+        if features and not _same_layers(student, teacher):
+            raise UsageError(
+                f"distill.stages.{index}.feature_weight compares layer with layer, and the teacher has others than the "
+                "student; set 0, or let the source teach"
             )
 
 
-def _same_attention(student: LiTTransformer2DModel, source: LiTTransformer2DModel) -> bool:
-    keys = ("hidden_size", "num_layers", "patch_size", "in_channels")
-    return all(student.config[key] == source.config[key] for key in keys)
+def _same_layers(student: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(student[key] == other[key] for key in ("hidden_size", "num_layers", "patch_size", "in_channels"))
+
+
+def check_source(student: Mapping[str, Any], source: Mapping[str, Any], recipe: Recipe, *, is_teacher: bool) -> None:
+    """Whether the model inherited from can play its part. Raises UsageError."""
+    for index, stage in enumerate(recipe.distill.stages):
+        if isinstance(stage, AttentionTransfer):
+            if not _same_layers(student, source):
+                raise UsageError("the student does not have the shape of its recorded source; convert it again")
+            layers = [n for n, kind in enumerate(student["attention"]) if kind == "linear"]
+            if any((source["attention"] or ["softmax"] * source["num_layers"])[n] == "linear" for n in layers):
+                raise UsageError(
+                    f"distill.stages.{index} transfers attention from the source, which is linear already; leave the "
+                    "stage out"
+                )
+        elif is_teacher and any(teacher_weights(stage)) and source["attention"] == student["attention"]:
+            raise UsageError(
+                "the source is linear already and has nothing to teach; name the softmax model that teaches "
+                "(--teacher, or distill.teacher.path)"
+            )
+
+
+def make_conditioner(
+    model: LiTTransformer2DModel, data: LatentDataset, recipe: Recipe, device: torch.device
+) -> Conditioner:
+    """What turns the data's conditions into the model's arguments; loads T5 where the data holds texts.
+
+    Raises UsageError when captions are to be dropped and there is no null caption.
+    """
+    own = model.conditioning.null_caption if isinstance(model.conditioning, CaptionConditioning) else None
+    empty, encode = data.null_caption, None
+    if data.condition == "text":
+        encode = load_encode(recipe, int(model.config.caption_tokens), device)
+        if own is None:
+            features, mask = encode([""])
+            empty = (features[0], mask[0])
+    drops = any(stage.condition_dropout for stage in recipe.distill.stages)
+    if model.config.caption_channels is not None and drops and own is None and empty is None:
+        raise UsageError(
+            "dropping captions needs the null caption, and neither the model nor the data set holds one: encode the "
+            "data with `litconvert latents encode`, or set condition_dropout to 0"
+        )
+    return Conditioner(model.config, own_null=own, empty_prompt=empty, encode=encode, device=device)
+
+
+def load_encode(recipe: Recipe, tokens: int, device: torch.device) -> Encode:
+    """T5, kept loaded, for captions that are encoded on the fly."""
+    from litconvert.captions import encode_texts, load_text_encoder
+
+    if recipe.source.text_encoder is None:
+        raise UsageError(
+            "the data set holds captions as text, and no text encoder is named: set source.text_encoder.path, or "
+            "encode the data with data.encode.captions=embeddings"
+        )
+    tokenizer, encoder = load_text_encoder(recipe.source.text_encoder)
+    return partial(encode_texts, tokenizer, encoder.to(device), tokens=tokens)
 
 
 def run_inputs(
-    student: Path, teacher: OpenSource, source: OpenSource, data: LatentDataset, recipe: Recipe, student_digest: str
+    student: Mapping[str, Any], sources: Mapping[str, OpenSource | None], data: LatentDataset, recipe: Recipe
 ) -> dict[str, Any]:
     """What determines a run's result."""
     return {
-        "student": student_digest,
-        "source": source.checkpoint.sha256(),
-        "teacher": teacher.checkpoint.sha256(),
-        "teacher_weights": teacher.checkpoint.weights,
+        "student": student,
+        "sources": {
+            name: None if source is None else (source.checkpoint.sha256(), source.checkpoint.weights)
+            for name, source in sources.items()
+        },
         "data": data.digest,
-        "distill": recipe.distill.model_dump(
-            mode="json", exclude={"checkpoint_every", "keep_checkpoints", "sample_every", "teacher"}
-        ),
+        "flip": recipe.data.flip,
+        "distill": recipe.distill.model_dump(mode="json", exclude=EXECUTION),
         "timesteps": recipe.diffusion.num_timesteps,
         "seed": recipe.seed,
     }
@@ -159,7 +241,7 @@ def distill(
         student: model directory that `convert` wrote.
         out: run directory: recipe.yaml, metrics.csv, curves.png, samples/, checkpoints/, model/.
         recipe: name or path; None: the one recorded in the student.
-        teacher: another checkpoint for the hybrid stage; None: the recipe's, or else the source.
+        teacher: another checkpoint for the stages after attention transfer; None: the recipe's, or else the source.
         data: dataset folder; None: the recipe's, or else the teacher draws it into a folder `out`-latents.
         overrides: `key=value`, over the recipe.
         force: replace a run of other inputs.
@@ -171,119 +253,188 @@ def distill(
     """
     student, out = Path(student), Path(out)
     provenance = read_provenance(student)
-    inputs_in_out = [path for path in (student, data) if path and Path(path).resolve().is_relative_to(out.resolve())]
-    if inputs_in_out:
-        raise UsageError(f"{out} holds {inputs_in_out[0]}, which the run reads; write the run beside it")
-    resolved, _ = resolve_run(student, recipe, overrides, teacher)
+    refuse_inputs_in(out, student, data)
+    resolved, recorded = resolve_run(student, recipe, overrides, teacher)
     settings = resolved.recipe
-    accelerator = make_accelerator(settings.distill.mixed_precision)
-    main = accelerator.is_main_process
-
-    def quiet(*arguments: object) -> None: ...
-
+    tracker_packages(settings.distill.trackers)
     student_source = open_source(Source(path=str(student)))
-    require_distillable(student_source.reading.config)
+    config = student_source.reading.config
+    check_model(config, settings)
     source = open_source(settings.source, settings.inherit.weights)
     if source.checkpoint.sha256() != provenance["source"]["sha256"]:
         raise LitconvertError(
             f"{settings.source.path} has changed since {student} was converted from it; convert it again, or restore it"
         )
     teacher_source = open_source(settings.distill.teacher) if settings.distill.teacher else source
+    check_teacher(config, teacher_source.reading.config, settings)
+    check_source(config, source.reading.config, settings, is_teacher=teacher_source is source)
+    names = list(student_source.reading.origins)
+    for index, stage in enumerate(settings.distill.stages):
+        trained_names(config, names, stage, f"distill.stages.{index}")
+
+    engine = Engine(make_accelerator(settings.distill.mixed_precision, settings.distill.trackers, out))
     folder = data or settings.data.path
     if folder is None:
         # Beside the run, not in it: the run's own digest is known only once the data is drawn.
         folder = out.parent / f"{out.name}-latents"
-        if main:
-            synthesize_resolved(resolved, folder, on_progress=on_draw)
-        accelerator.wait_for_everyone()
+        synthesize_resolved(resolved, Path(folder), on_progress=on_draw)
     dataset = open_latents(folder)
+    check_data(config, dataset, settings)
 
-    model = read_model(student_source, torch.float32)
-    source_model = read_model(source, torch.float32)
-    teacher_model = source_model if teacher_source is source else read_model(teacher_source, torch.float32)
-    if not _same_attention(model, source_model):
-        raise UsageError(f"{student} does not have the shape of {settings.source.path}, its recorded source")
-    check_pair(model, teacher_model, dataset, settings)
-
-    inputs = run_inputs(student, teacher_source, source, dataset, settings, student_source.checkpoint.sha256())
-    digest = digest_of(inputs)
-    run = RunDirectory(out)
-    if main:
-        run.start(digest, settings.to_yaml(), force=force)
-    accelerator.wait_for_everyone()
-    if run.model.is_dir() and read_json(run.model / "litconvert.json").get("digest") == digest:
+    inputs = run_inputs(
+        {"sha256": student_source.checkpoint.sha256()}, {"source": source, "teacher": teacher_source}, dataset, settings
+    )
+    run = begin(engine, out, inputs, settings, force=force)
+    if run is None:
         return out
-    if main:
-        # Model, EMA and two Adam moments in float32, once for each kept checkpoint and one in the making; the result.
-        size = 4 * sum(parameter.numel() for parameter in model.parameters())
-        require_space(out, 4 * size * (settings.distill.keep_checkpoints + 1) + size)
-        precision = "float32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} autocast"
-        on_note(f"device {accelerator.device.type}, {precision}, {accelerator.num_processes} process(es)")
-
-    sheet = SampleSheet(settings, teacher_model, run.samples) if main else None
-    trainer = Trainer(
-        accelerator,
+    stages = settings.distill.stages
+    needs_source = any(isinstance(stage, AttentionTransfer) for stage in stages)
+    model = read_model(student_source, torch.float32)
+    teacher_model = read_model(teacher_source, torch.float32)
+    source_model = (
+        None if not needs_source else teacher_model if teacher_source is source else read_model(source, torch.float32)
+    )
+    entries = plan_conversion(source, recorded).entries
+    layers = linear_layers(model)
+    output = (model.config.in_channels if model.config.prediction == "velocity" else model.config.out_channels,)
+    sizes = [(len(bucket), (*output, *bucket.shape[1:])) for bucket in dataset.buckets]
+    outputs = open_outputs(settings.distill, run.path / "teacher-outputs", sizes)
+    teachers = Teachers(engine, source_model, teacher_model, layers, settings.distill, outputs)
+    fit_and_write(
+        engine,
         model,
-        source_model,
-        teacher_model,
+        config,
+        teachers,
         dataset,
         settings,
         run,
-        on_step if main else quiet,
-        (lambda name: sheet.draw(model, name)) if sheet else quiet,
+        fresh=frozenset(entry.target for entry in entries if entry.fate == "fresh" and entry.target),
+        dtypes={name: info.dtype for name, info in student_source.checkpoint.tensors.items()},
+        record=lambda: {
+            **provenance,
+            "digest": digest_of(inputs),
+            "distillation": {
+                **trained_record(settings, dataset),
+                "teacher": {
+                    "path": teacher_source.checkpoint.source,
+                    "weights": teacher_source.checkpoint.weights,
+                    "sha256": teacher_source.checkpoint.sha256(),
+                    "license": (settings.distill.teacher or settings.source).license.model_dump(),
+                },
+            },
+        },
+        on_step=on_step,
+        on_note=on_note,
     )
-    if sheet and run.latest_checkpoint() is None:
-        sheet.draw(model, "before")
-    trainer.fit()
-    if main and sheet:
-        sheet.draw(model.eval(), "after")
-        run.plot_curves()
-        _write_result(run, trainer, student_source, teacher_source, provenance, digest)
-    accelerator.wait_for_everyone()
     return out
+
+
+def refuse_inputs_in(out: Path, *inputs: str | Path | None) -> None:
+    """Raise UsageError where the run would be written over what it reads."""
+    held = [path for path in inputs if path and Path(path).resolve().is_relative_to(out.resolve())]
+    if held:
+        raise UsageError(f"{out} holds {held[0]}, which the run reads; write the run beside it")
+
+
+def begin(engine: Engine, out: Path, inputs: Mapping[str, Any], recipe: Recipe, *, force: bool) -> RunDirectory | None:
+    """The run directory of these inputs, begun or to go on with; None when it is finished."""
+    run, digest = RunDirectory(out), digest_of(inputs)
+    if engine.is_main:
+        run.start(digest, recipe.to_yaml(), force=force)
+    engine.wait()
+    finished = run.model.is_dir() and read_json(run.model / "litconvert.json").get("digest") == digest
+    return None if finished else run
+
+
+def trained_record(recipe: Recipe, data: LatentDataset) -> dict[str, Any]:
+    """How a model was trained, for its litconvert.json."""
+    return {
+        "steps": sum(stage.steps for stage in recipe.distill.stages),
+        "stages": [stage.model_dump(mode="json") for stage in recipe.distill.stages],
+        "data": {"samples": len(data), "digest": data.digest},
+        "seed": recipe.seed,
+    }
+
+
+def fit_and_write(
+    engine: Engine,
+    model: LiTTransformer2DModel,
+    config: Mapping[str, Any],
+    teachers: Teachers,
+    data: LatentDataset,
+    recipe: Recipe,
+    run: RunDirectory,
+    *,
+    fresh: frozenset[str],
+    dtypes: Mapping[str, torch.dtype],
+    record: Callable[[], Mapping[str, Any]],
+    on_step: Callable[[StepReport], None],
+    on_note: Callable[[str], None],
+) -> None:
+    """Train, observe, and write model/.
+
+    Args:
+        config: the model's, as it is written.
+        fresh: names of tensors that were not inherited.
+        dtypes: of the written tensors, where the recipe names none.
+        record: litconvert.json of the result.
+    """
+    if engine.is_main:
+        # Model, EMA and two Adam moments in float32, once for each kept checkpoint and one in the making; the result.
+        size = 4 * sum(parameter.numel() for parameter in model.parameters())
+        require_space(run.path, 4 * size * (recipe.distill.keep_checkpoints + 1) + size)
+        on_note(engine.describe())
+    conditioner = make_conditioner(model, data, recipe, engine.device)
+    with Observer(engine, model, teachers.teacher, data, conditioner, recipe, run, on_note) as observer:
+
+        def report(step: StepReport) -> None:
+            observer.log(step)
+            on_step(step)
+
+        trainer = Trainer(
+            engine,
+            model,
+            teachers,
+            data,
+            conditioner,
+            recipe,
+            run,
+            fresh=fresh,
+            on_step=report,
+            on_observe=observer.observe,
+        )
+        if run.latest_checkpoint() is None:
+            observer.before()
+        state = trainer.fit()
+        observer.after(trainer.total_steps, state)
+        if engine.is_main:
+            run.plot_curves()
+            run.plot_timestep_errors()
+            _write_result(run, config, state, recipe, dtypes, record())
+    engine.wait()
 
 
 def _write_result(
     run: RunDirectory,
-    trainer: Trainer,
-    student: OpenSource,
-    teacher: OpenSource,
-    provenance: Mapping[str, Any],
-    digest: str,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    recipe: Recipe,
+    dtypes: Mapping[str, torch.dtype],
+    record: Mapping[str, Any],
 ) -> None:
     """model/: the EMA's weights as a model directory, with how they were trained."""
-    recipe = trainer.recipe
-    state = trainer.student.state_dict()
     dtype = recipe.student.dtype
     tensors = {
-        name: TensorInfo(tuple(value.shape), DTYPES[dtype] if dtype else student.checkpoint.tensors[name].dtype)
+        name: TensorInfo(tuple(value.shape), DTYPES[dtype] if dtype else dtypes.get(name, torch.float32))
         for name, value in state.items()
     }
-    result = {
-        **provenance,
-        "format": FORMAT_VERSION,
-        "digest": digest,
-        "versions": versions(),
-        "distillation": {
-            "steps": trainer.total_steps,
-            "stages": [stage.model_dump(mode="json") for stage in recipe.distill.stages],
-            "teacher": {
-                "path": teacher.checkpoint.source,
-                "weights": teacher.checkpoint.weights,
-                "sha256": teacher.checkpoint.sha256(),
-                "license": (recipe.distill.teacher or recipe.source).license.model_dump(),
-            },
-            "data": {"samples": len(trainer.data), "digest": trainer.data.digest},
-            "seed": recipe.seed,
-        },
-        "metrics": {},
-    }
+    whole_record = {"metrics": {}, **record, "format": FORMAT_VERSION, "versions": versions()}
     with whole_directory(run.model) as folder:
         write_model_directory(
             folder,
-            config=student.reading.config,
+            config=config,
             tensors=tensors,
             produce=lambda name: state[name].cpu(),
             recipe=recipe,
-            provenance=lambda: result,
+            provenance=lambda: whole_record,
         )

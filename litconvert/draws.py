@@ -4,14 +4,17 @@ A resumed run, and a run on another number of processes, therefore draw the same
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 if TYPE_CHECKING:
-    from litconvert.latents import LatentDataset
+    from litconvert.latents import LatentDataset, Samples
 
 
 def generator_of(seed: int, purpose: str, *indices: int) -> torch.Generator:
@@ -20,9 +23,46 @@ def generator_of(seed: int, purpose: str, *indices: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
 
-def permutation(seed: int, epoch: int, length: int) -> Tensor:
-    """The order in which an epoch visits the data, (length,) int64."""
-    return torch.randperm(length, generator=generator_of(seed, "order", epoch))
+@lru_cache(maxsize=4)
+def permutation(seed: int, purpose: str, length: int, *indices: int) -> Tensor:
+    """An order of `length` things, (length,) int64. The last few are kept, since a batch can straddle two epochs."""
+    return torch.randperm(length, generator=generator_of(seed, purpose, *indices))
+
+
+class Schedule:
+    """Which samples a stage sees, and when.
+
+    A batch is of one bucket. Within a bucket, samples come epoch by epoch in a new order each time, every one once an
+    epoch, and a batch may end one epoch and begin the next. Buckets come in cycles, each as often as its share of the
+    samples says (rounded to whole batches, at least one), in a new order each cycle.
+
+    Args:
+        sizes: samples in each bucket.
+        batch_size: samples a step.
+        seed, stage: what the orders are a function of.
+    """
+
+    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int, stage: int) -> None:
+        self.sizes, self.batch_size, self.seed, self.stage = tuple(sizes), batch_size, seed, stage
+        self.turns = [max(1, round(size / batch_size)) for size in sizes]  # batches of each bucket in a cycle
+        self._buckets = torch.repeat_interleave(torch.arange(len(self.turns)), torch.tensor(self.turns))
+
+    def at(self, step: int, positions: Sequence[int]) -> tuple[int, list[int], list[int]]:
+        """The bucket of a step, and for these positions of its batch the samples' indices in it and their epochs."""
+        if len(self.sizes) == 1:
+            bucket, turn = 0, step
+        else:
+            cycle, place = divmod(step, len(self._buckets))
+            order = self._buckets[permutation(self.seed, "buckets", len(self._buckets), self.stage, cycle)]
+            bucket = int(order[place])
+            turn = cycle * self.turns[bucket] + int((order[:place] == bucket).sum())
+        indices, epochs = [], []
+        for position in positions:
+            epoch, place = divmod(turn * self.batch_size + position, self.sizes[bucket])
+            order = permutation(self.seed, "order", self.sizes[bucket], self.stage, bucket, epoch)
+            indices.append(int(order[place]))
+            epochs.append(epoch)
+        return bucket, indices, epochs
 
 
 @dataclass(frozen=True)
@@ -30,56 +70,107 @@ class Batch:
     """One micro-batch, drawn once for student and teacher alike.
 
     Attributes:
-        clean: x_0 (N, C, H, W).
+        samples: clean x_0 (N, C, H, W) and what they are conditioned on.
         noise: eps (N, C, H, W).
-        timestep: (N,) int64.
-        class_labels: (N,) int64, some of them the null class.
+        timestep: (N,) int64; of a model that predicts velocity float32 in [0, 1).
+        dropped: (N,) bool, whose condition is dropped.
+        bucket: of the data set.
+        rows: (N,) int64, a number for each (sample, noise) of the bucket where noise is drawn from a finite set.
     """
 
-    clean: Tensor
+    samples: "Samples"
     noise: Tensor
     timestep: Tensor
-    class_labels: Tensor
+    dropped: Tensor
+    bucket: int = 0
+    rows: Tensor | None = None
 
 
-def draw_batch(
-    data: "LatentDataset",
-    positions: range,
-    *,
-    seed: int,
-    step: int,
-    batch_size: int,
-    num_timesteps: int,
-    null_class: int,
-    condition_dropout: float,
-) -> Batch:
-    """The samples at these positions of a step's global batch.
+@dataclass(frozen=True)
+class Draws(Dataset[Batch]):
+    """The micro-batches of a stage, each a function of (seed, stage, step, position in the step's batch).
 
-    Everything is a function of (seed, step, position): the sample, its noise, its timestep, and whether its condition
-    is dropped. Neither the number of processes nor an interruption changes a draw.
+    Args:
+        data: clean latents.
+        seed: the run's.
+        stage: the stage's index.
+        batch_size: samples a step.
+        num_timesteps: timesteps are 0 to num_timesteps - 1; None: continuous in [0, 1), for velocities.
+        condition_dropout: share of samples whose condition is dropped.
+        flip: mirror half of the samples.
+        noise_set: each sample meets so many noises, timesteps and dropped conditions in turn; None: always new ones.
+        processes, process: how many share a batch, and which this is.
+        accumulation: parts that a process computes its share in.
     """
-    indices, noise, timesteps, dropped = [], [], [], []
-    for position in positions:
-        visit = step * batch_size + position
-        epoch, place = divmod(visit, len(data))
-        indices.append(int(_order(seed, epoch, len(data))[place]))
-        generator = generator_of(seed, "sample", step, position)
-        noise.append(torch.randn(data.shape, generator=generator))
-        timesteps.append(torch.randint(num_timesteps, (), generator=generator))
-        dropped.append(torch.rand((), generator=generator) < condition_dropout)
-    clean, labels = data.read(indices)
-    labels = torch.where(torch.stack(dropped), torch.full_like(labels, null_class), labels)
-    return Batch(clean, torch.stack(noise), torch.stack(timesteps), labels)
 
+    data: "LatentDataset"
+    seed: int
+    stage: int
+    batch_size: int
+    num_timesteps: int | None
+    condition_dropout: float = 0.0
+    flip: bool = False
+    noise_set: int | None = None
+    processes: int = 1
+    process: int = 0
+    accumulation: int = 1
+    _schedule: Schedule = field(init=False)
 
-_ORDERS: dict[tuple[int, int, int], Tensor] = {}
+    def __post_init__(self) -> None:
+        sizes = [len(bucket) for bucket in self.data.buckets]
+        object.__setattr__(self, "_schedule", Schedule(sizes, self.batch_size, self.seed, self.stage))
 
+    def batch(self, step: int, positions: Sequence[int]) -> Batch:
+        """The samples at these positions of a step's batch. Neither processes nor interruptions change a draw."""
+        bucket, indices, epochs = self._schedule.at(step, positions)
+        shape = self.data.buckets[bucket].shape
+        noise, timesteps, dropped, flips, posterior, rows = [], [], [], [], [], []
+        for position, index, epoch in zip(positions, indices, epochs, strict=True):
+            if self.noise_set is None:
+                generator = generator_of(self.seed, "sample", self.stage, step, position)
+            else:
+                turn = epoch % self.noise_set
+                rows.append(index * self.noise_set + turn)
+                generator = generator_of(self.seed, "noise set", bucket, index, turn)
+            noise.append(torch.randn(shape, generator=generator))
+            if self.num_timesteps is None:
+                timesteps.append(torch.rand((), generator=generator))
+            else:
+                timesteps.append(torch.randint(self.num_timesteps, (), generator=generator))
+            dropped.append(torch.rand((), generator=generator) < self.condition_dropout)
+            flips.append(torch.rand((), generator=generator) < 0.5)
+            if self.data.kind == "moments":
+                posterior.append(torch.randn(shape, generator=generator))
+        samples = self.data.read(
+            bucket,
+            indices,
+            noise=torch.stack(posterior) if posterior else None,
+            flip=torch.stack(flips) if self.flip else None,
+        )
+        return Batch(
+            samples,
+            torch.stack(noise),
+            torch.stack(timesteps),
+            torch.stack(dropped),
+            bucket,
+            torch.tensor(rows) if rows else None,
+        )
 
-def _order(seed: int, epoch: int, length: int) -> Tensor:
-    """The permutation of an epoch; the last two are kept, since a batch can straddle two epochs."""
-    key = (seed, epoch, length)
-    if key not in _ORDERS:
-        for old in list(_ORDERS)[:-1]:
-            del _ORDERS[old]
-        _ORDERS[key] = permutation(seed, epoch, length)
-    return _ORDERS[key]
+    def __getitem__(self, index: int) -> Batch:
+        """This process's micro-batch: step times accumulation plus the part."""
+        step, part = divmod(index, self.accumulation)
+        size = self.batch_size // (self.processes * self.accumulation)
+        start = (part * self.processes + self.process) * size
+        return self.batch(step, range(start, start + size))
+
+    def read_ahead(self, first: int, steps: int, workers: int) -> Iterator[Batch]:
+        """This process's micro-batches of the steps from `first` on, read by so many processes ahead of their use."""
+        order = range(first * self.accumulation, steps * self.accumulation)
+        loader: DataLoader[Batch] = DataLoader(
+            self,
+            batch_size=None,  # an item is a micro-batch already
+            sampler=order,
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,
+        )
+        return iter(loader)

@@ -12,13 +12,14 @@ from PIL import Image
 
 from litconvert import console
 from litconvert.conversion import ConversionPlan, carry_out, plan_conversion, with_source
-from litconvert.distillation import distill, require_distillable
+from litconvert.distillation import check_model, distill
 from litconvert.evaluation import evaluate, evaluation_passes, reference_samples
 from litconvert.files import digest_of, read_json, write_whole
-from litconvert.latents import synthesize_resolved
-from litconvert.recipe import Recipe, resolve
+from litconvert.live import training_display
+from litconvert.recipe import Recipe
+from litconvert.recipe_files import resolve
 from litconvert.sources import load, open_source, read_model
-from litconvert.trainer import StepReport
+from litconvert.synthesis import synthesize_resolved
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def run_line(
     resolved = with_source(resolve(recipe, overrides), source)
     settings = resolved.recipe
     plan = plan_conversion(open_source(settings.source, settings.inherit.weights), settings)
-    require_distillable(plan.config)
+    check_model(plan.config, settings)
     student = carry_out(plan, out / "student", force=force)
     console.note(f"converted: {student}")
     data = settings.data.path
@@ -67,13 +68,8 @@ def distill_with_progress(
     overrides: Sequence[str],
     force: bool,
 ) -> Path:
-    """`distill` with a progress bar."""
-    with console.progress("distil") as show:
-
-        def on_step(report: StepReport) -> None:
-            remark = f"{report.stage} loss {report.metrics['loss']:.4f}"
-            show(report.global_step, report.total_steps, remark)
-
+    """`distill`, seen while it runs."""
+    with training_display() as show:
         return distill(
             student,
             out,
@@ -82,8 +78,8 @@ def distill_with_progress(
             data=data,
             overrides=overrides,
             force=force,
-            on_step=on_step,
-            on_draw=lambda done, all_: show(done, all_, "samples drawn"),
+            on_step=show.step,
+            on_draw=show.draw,
             on_note=console.note,
         )
 

@@ -30,7 +30,7 @@ PREDICTIONS = ("noise", "velocity")
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: shift and scale (N, 1, D) tokens x (N, T, D)."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def sincos_position_embedding(
@@ -116,7 +116,7 @@ LINEAR_KERNELS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, eps: float) -> Tensor:
-    """Normalised linear attention, per head O_i = q_i S / (q_i . mean_T(k) + eps), with the state S = mean_T(k^T v).
+    """Normalised linear attention, per head O_i = q_i S / (q_i . sum_T(k) + T eps), with the state S = k^T v (d, d).
 
     Args:
         q, k: (N, T, D) after the kernel function phi.
@@ -126,38 +126,47 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, eps: float
 
     Returns: (N, T, D) in the dtype of v.
 
-    The state S (d, d) is not built when T < d: (q k^T) v is the same function and then the cheaper order.
-    Mean of k, denominator and division are float32. v and each channel of k (to a mean near 1) are scaled by T^-1/2, by
-    powers of two, which round nothing, and q the other way; and q is divided, not the product. S is then no larger than
-    v, and the product is the result: half precision rounds it once, and float16 does not overflow.
+    The state is not built when T < d: (q k^T) v is the same function and then the cheaper order. Sums over tokens,
+    rather than means, need no pass that scales k or v. Sum of k, denominator and division are float32, and q is
+    divided, not the product: half precision rounds the result once.
     Source: LiT (arXiv 2501.12976), the attention listing.
     """
     tokens, width = v.shape[1:]
     head_dim = width // num_heads
-    heads = []
+    outputs = []
     # Autocast would send the float32 products back to half precision.
     with without_autocast(v):
-        k_mean = k.mean(dim=1, keepdim=True, dtype=wide_dtype(k))  # (N, 1, D)
-        v_scale = 2.0 ** -round(math.log2(tokens) / 2)
-        # The scales cancel out, in the gradient too. The minimum is for GELU, whose mean can be near zero.
-        with torch.no_grad():
-            k_scale = v_scale * torch.exp2(-k_mean.abs().clamp(min=0.125).log2().ceil())
-            q_scale = 1 / (k_scale * v_scale * tokens)
-        v = v * v_scale
-        k = (k * k_scale.to(k.dtype)).to(v.dtype)
-        q = q * q_scale  # (N, T, D) float32
-        k_mean = (k_mean / q_scale).transpose(1, 2)  # (N, D, 1)
+        k_sum = k.sum(dim=1, keepdim=True, dtype=wide_dtype(k))  # (N, 1, D)
+        if v.dtype == torch.float16:
+            q, k, v, k_sum = scaled_for_float16(q, k, v, k_sum)
         # Head by head: a slice of the token layout is a strided batch that bmm reads in place; (N, h, T, d) is cloned.
-        for start in range(0, width, head_dim):
-            head = slice(start, start + head_dim)
-            k_head, v_head = k[..., head], v[..., head]  # (N, T, d)
-            denominator = torch.bmm(q[..., head], k_mean[:, head]) + eps  # (N, T, 1)
-            q_head = (q[..., head] / denominator).to(v.dtype)  # (N, T, d)
+        # By unbind, whose gradient is one pass; that of a slice is a whole tensor of zeros for each head.
+        parts = (q.to(k_sum.dtype), k.to(v.dtype), v, k_sum)
+        for q_head, k_head, v_head, k_sum_head in zip(
+            *(part.unflatten(-1, (num_heads, head_dim)).unbind(2) for part in parts), strict=True
+        ):
+            denominator = torch.bmm(q_head, k_sum_head.transpose(1, 2)) + tokens * eps  # (N, T, 1)
+            weighted = (q_head * denominator.reciprocal()).to(v.dtype)  # (N, T, d)
             if tokens < head_dim:
-                heads.append(torch.bmm(torch.bmm(q_head, k_head.transpose(1, 2)), v_head))  # (N, T, d)
+                outputs.append(torch.bmm(torch.bmm(weighted, k_head.transpose(1, 2)), v_head))  # (N, T, d)
             else:
-                heads.append(torch.bmm(q_head, torch.bmm(k_head.transpose(1, 2), v_head)))  # (N, T, d)
-    return heads[0] if num_heads == 1 else torch.cat(heads, dim=-1)
+                outputs.append(torch.bmm(weighted, torch.bmm(k_head.transpose(1, 2), v_head)))  # (N, T, d)
+    return outputs[0] if num_heads == 1 else torch.cat(outputs, dim=-1)
+
+
+def scaled_for_float16(q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q (float32), k, v and the sum of k such that no product of linear attention overflows float16.
+
+    v, and each channel of k to a mean near 1, are scaled by T^-1/2, so that the state k^T v is no larger than v; q the
+    other way, so that the result and the denominator stay. By powers of two, which round nothing.
+    """
+    tokens = v.shape[1]
+    # The scales cancel out, in the gradient too. The minimum is for GELU, whose mean can be near zero.
+    with torch.no_grad():
+        v_scale = 2.0 ** -round(math.log2(tokens) / 2)
+        k_scale = v_scale * torch.exp2(-(k_sum / tokens).abs().clamp(min=0.125).log2().ceil())
+        q_scale = 1 / (k_scale * v_scale)
+    return q * q_scale, k * k_scale.to(k.dtype), v * v_scale, k_sum / q_scale
 
 
 class Attention(nn.Module):
@@ -269,6 +278,38 @@ class CrossAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
         return self.processor(self, self.to_q(x), self.to_k(caption), self.to_v(caption), bias)
 
 
+def depthwise_convolution(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, D, H, W) with a kernel (D, 1, k, k) for each channel, to the same size."""
+    return F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+
+class DepthwiseConvolutionOnCPU(torch.autograd.Function):
+    """`depthwise_convolution` with a weight gradient of its own: PyTorch's is slow on a CPU for kernels above 3 x 3.
+
+    That gradient is a depth-wise convolution itself, of the image with the output's gradient as its kernel.
+    """
+
+    @staticmethod
+    def forward(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return depthwise_convolution(image, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        image, weight, bias = ctx.saved_tensors
+        options = {"padding": weight.shape[-1] // 2, "groups": weight.shape[0]}
+        image_gradient = F.conv2d(gradient, weight.flip(2, 3), **options)
+        samples = [
+            F.conv2d(one.unsqueeze(0), kernel.unsqueeze(1), **options)  # (1, D, k, k)
+            for one, kernel in zip(image, gradient, strict=True)
+        ]
+        weight_gradient = torch.cat(samples).sum(0).unsqueeze(1)
+        return image_gradient, weight_gradient, None if bias is None else gradient.sum((0, 2, 3))
+
+
 class LinearAttention(Attention):
     """LiT's self-attention: linear attention plus a depth-wise convolution of V, both before the output projection.
 
@@ -295,16 +336,13 @@ class LinearAttention(Attention):
         weight = self.dwc.weight.repeat(self.num_heads, 1, 1, 1)  # (D, 1, k, k)
         bias = None if self.dwc.bias is None else self.dwc.bias.repeat(self.num_heads)
         image = v.unflatten(1, grid).permute(0, 3, 1, 2)  # (N, D, H/p, W/p)
+        on_cpu = v.device.type == "cpu"
         # Half-precision depth-wise convolutions have no fast CPU kernel.
-        dtype = torch.float32 if v.device.type == "cpu" else v.dtype
+        dtype = wide_dtype(v) if on_cpu else v.dtype
+        trained = on_cpu and torch.is_grad_enabled() and weight.requires_grad and weight.shape[-1] > 3
+        convolve = DepthwiseConvolutionOnCPU.apply if trained else depthwise_convolution
         with without_autocast(v):
-            out = F.conv2d(
-                image.to(dtype),
-                weight.to(dtype),
-                None if bias is None else bias.to(dtype),
-                padding=weight.shape[-1] // 2,
-                groups=weight.shape[0],
-            )
+            out = convolve(image.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         return out.permute(0, 2, 3, 1).flatten(1, 2).to(v.dtype)  # (N, T, D)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,12 +1,16 @@
-"""What a diffusion model is trained on: DDPM's loss with a learned range variance, and the distillation loss on top."""
+"""What a diffusion model is trained on: DDPM's loss with a learned range variance, or flow matching; and the
+distillation loss on top."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from litconvert.errors import UsageError
+from litconvert.recipe import FlowMatching as FlowMatchingStage
 from litconvert.recipe import Hybrid
 
 
@@ -126,21 +130,68 @@ class DDPM:
         )
 
 
-def hybrid_terms(
-    stage: Hybrid, diffusion: DDPM, student: Tensor, teacher: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor
-) -> dict[str, Tensor]:
-    """The paper's loss, term by term, each a scalar that is already weighted; their sum is the loss.
+class FlowMatching:
+    """Flow matching on the straight path between noise and data (SiT, arXiv 2401.08740; the linear interpolant).
 
-    L = MSE(eps) + L_vb + lambda1 MSE(eps_student, eps_teacher) + lambda2 MSE(v_student, v_teacher), with v the raw
-    variance output (LiT, arXiv 2501.12976, section 3; lambda1 = stage.noise_weight, lambda2 = stage.variance_weight).
+    With s the share of data, x_t = s x_0 + (1 - s) eps, and the model gives the velocity dx_t / dt. s = t, velocity
+    x_0 - eps where data is at t = 1 (SiT's code); s = 1 - t, velocity eps - x_0 where it is at t = 0.
 
     Args:
-        student, teacher: outputs (N, 2C, H, W) for the same x_t, timestep and condition.
+        data_timestep: the end of [0, 1] where x_t is data.
     """
-    ddpm = diffusion.terms(student, clean, noise, timestep)
-    terms = {"noise": ddpm["noise"].mean()}
-    if stage.variational_bound:
-        terms["variational_bound"] = ddpm["variational_bound"].mean()
+
+    def __init__(self, data_timestep: int = 1) -> None:
+        self.data_timestep = data_timestep
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """x_t of x_0 (N, C, H, W) and noise of the same shape at timestep (N,) in [0, 1]."""
+        share = (timestep if self.data_timestep == 1 else 1 - timestep).view(-1, 1, 1, 1)
+        return share * clean + (1 - share) * noise
+
+    def velocity(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """dx_t / dt (N, C, H, W), the same at every timestep."""
+        return clean - noise if self.data_timestep == 1 else noise - clean
+
+    def terms(self, model_output: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        """`velocity` (N,): the mean squared error of the velocity (N, C, H, W), for each sample, before weighting."""
+        return {"velocity": _mean((model_output.float() - self.velocity(clean, noise).float()) ** 2)}
+
+
+def make_diffusion(config: Mapping[str, Any], num_timesteps: int) -> DDPM | FlowMatching:
+    """The forward process of a model: flow matching where it predicts velocity, DDPM of so many steps elsewhere."""
+    velocity = config["prediction"] == "velocity"
+    return FlowMatching(config["data_timestep"]) if velocity else DDPM(num_timesteps)
+
+
+def distillation_terms(
+    stage: Hybrid | FlowMatchingStage,
+    diffusion: DDPM | FlowMatching,
+    student: Tensor,
+    teacher: Tensor | None,
+    clean: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+) -> dict[str, Tensor]:
+    """The diffusion loss and the teacher's terms on top, each a scalar that is already weighted; their sum is the loss.
+
+    Every term is a mean over samples, so that a batch split over processes and micro-batches has the same loss.
+    Stage `hybrid` (LiT, arXiv 2501.12976, section 3; lambda1 = noise_weight, lambda2 = variance_weight):
+    L = MSE(eps) + L_vb + lambda1 MSE(eps_student, eps_teacher) + lambda2 MSE(v_student, v_teacher), with v the raw
+    variance output. Stage `flow_matching`: L = MSE(u) + velocity_weight MSE(u_student, u_teacher), with u the velocity.
+
+    Args:
+        student, teacher: outputs for the same x_t, timestep and condition, (N, 2C, H, W), or (N, C, H, W) of
+            velocities; no teacher when its weights are 0.
+    """
+    terms = {name: value.mean() for name, value in diffusion.terms(student, clean, noise, timestep).items()}
+    if isinstance(stage, FlowMatchingStage):
+        if teacher is not None and stage.velocity_weight:
+            terms["teacher_velocity"] = stage.velocity_weight * F.mse_loss(student.float(), teacher.float())
+        return terms
+    if not stage.variational_bound:
+        del terms["variational_bound"]
+    if teacher is None:
+        return terms
     student_noise, student_variance = student.float().chunk(2, dim=1)
     teacher_noise, teacher_variance = teacher.float().chunk(2, dim=1)
     if stage.noise_weight:
@@ -150,13 +201,14 @@ def hybrid_terms(
     return terms
 
 
-def transfer_terms(student: list[Tensor], teacher: list[Tensor]) -> dict[str, Tensor]:
-    """Attention transfer: how much of each layer's attention output is not reproduced, averaged over layers.
+def attention_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """How much of each layer's attention output (N, T, D) is not reproduced, averaged over layers; a scalar.
 
-    MSE over the teacher output's mean square: 0 is perfect, 1 knows nothing, whatever the layer's scale.
+    Squared error over the teacher output's mean square, sample by sample: 0 is perfect, 1 knows nothing, whatever the
+    layer's scale and however the batch is split.
     """
     losses = [
-        F.mse_loss(mine.float(), theirs.float()) / theirs.float().square().mean()
+        (_mean((mine.float() - theirs.float()) ** 2) / _mean(theirs.float() ** 2)).mean()
         for mine, theirs in zip(student, teacher, strict=True)
     ]
-    return {"attention": torch.stack(losses).mean()}
+    return torch.stack(losses).mean()

@@ -17,7 +17,8 @@ from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.families.pixart import variant_of
 from litconvert.files import read_json
 from litconvert.model_directory import read_provenance, weights_of
-from litconvert.recipe import Recipe, Source, Vae, read_recorded
+from litconvert.recipe import Recipe, Source, Vae
+from litconvert.recipe_files import read_recorded
 from litconvert.sources import OpenSource, open_source
 
 REPO_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
@@ -71,7 +72,7 @@ def push(
         raise UsageError("create_pr opens its own branch: leave revision out, or go on with revision=refs/pr/N alone")
     check_repo_id(repo_id)
     if not dry_run:
-        _require_login(repo_id)
+        require_login(repo_id)
     from huggingface_hub import HfApi, constants
 
     with _laid_out(
@@ -127,7 +128,7 @@ def check_repo_id(repo_id: str) -> None:
         )
 
 
-def _require_login(repo_id: str) -> None:
+def require_login(repo_id: str) -> None:
     """Refuse before the work what cannot end in a push."""
     from huggingface_hub import get_token
     from huggingface_hub.constants import is_offline_mode

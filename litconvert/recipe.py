@@ -1,20 +1,13 @@
-"""Recipes: the schema, finding one by name, path or Hub id, overrides, and where each value came from."""
+"""Recipes: the schema."""
 
-import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from litconvert.errors import LitconvertError, UsageError, did_you_mean
-from litconvert.packaged import packaged_recipes
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PROJECTIONS = ("q", "k", "v", "o")
-STAGES = ("attention_transfer", "hybrid")
+STAGES = ("attention_transfer", "hybrid", "flow_matching")
 PROMPTS = (
     "a red fox in fresh snow, morning light",
     "a lighthouse on a cliff above a stormy sea, oil painting",
@@ -103,6 +96,26 @@ class Source(Section):
     """Of a model of captions; None: captions are given as precomputed embeddings."""
 
 
+class Scratch(Section):
+    """A softmax model that is trained from nothing (`litconvert train`)."""
+
+    sample_size: Positive
+    """Side of the latent or image."""
+    in_channels: Positive
+    hidden_size: Positive
+    num_layers: Positive
+    num_attention_heads: Positive
+    patch_size: Positive = 2
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    num_classes: Positive | None = None
+    """Of a model of classes; one more, the null class, is added."""
+    caption_channels: Positive | None = None
+    """Of a model of captions: the width of its text features."""
+    caption_tokens: NonNegative = 0
+    """Of a model of captions: the longest caption."""
+    prediction: Literal["noise", "velocity"] = "noise"
+
+
 class Student(Section):
     """What the linear model looks like."""
 
@@ -165,6 +178,30 @@ class Synthesize(Guidance):
     """Samples a shard; a resumed run loses at most one."""
     seed: Seed = 1
     """Of noise and labels. Apart from the evaluation's seeds, so that the two share no noise."""
+    prompts: str | None = None
+    """Of a model of captions: a text file, one prompt a line, cycled; None: the list that ships with litconvert."""
+
+
+class Encode(Section):
+    """The training set that `litconvert latents encode` makes of images."""
+
+    split: str = "train"
+    """Of a Hub data set."""
+    image_column: str = "image"
+    """Of a Hub data set."""
+    label_column: str = "label"
+    """Class labels of a Hub data set."""
+    caption_column: str = "caption"
+    """Captions of a Hub data set, and the file extension (`txt` where this is not found) of webdataset shards."""
+    sizes: tuple[tuple[Positive, Positive], ...] = ()
+    """Heights and widths in pixels; each image goes to the nearest aspect ratio. Empty: the model's own square."""
+    captions: Literal["embeddings", "text"] = "embeddings"
+    """Of a model of captions: store T5's features, or the text alone, which training then encodes on the fly."""
+    num_samples: Positive | None = None
+    """The first so many images; None: all."""
+    batch_size: Positive = 16
+    shard_size: Positive = 1_000
+    """Images a shard; a resumed run loses at most one."""
 
 
 class Data(Section):
@@ -172,7 +209,12 @@ class Data(Section):
 
     path: str | None = None
     """None: the teacher draws it, as `synthesize` says."""
+    flip: bool = False
+    """Mirror half of the samples, drawn anew at each visit. Encoding stores the mirrored latents for it."""
+    workers: NonNegative = 0
+    """Processes that read ahead; 0: read between the steps."""
     synthesize: Synthesize = Synthesize()
+    encode: Encode = Encode()
 
 
 class Diffusion(Section):
@@ -183,12 +225,18 @@ class Diffusion(Section):
 
 
 class Stage(Section):
-    """What both kinds of stage share: the length and the schedule."""
+    """What all kinds of stage share: the length, the schedule and what is trained."""
 
     steps: Positive
     batch_size: Positive = 256
     """Samples a step, over all processes and accumulation."""
+    optimizer: Literal["adamw", "adamw-8bit", "came"] = "adamw"
+    """adamw-8bit needs bitsandbytes, came (PixArt's) needs came-pytorch."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    inherited_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of tensors that were inherited from the source; None: learning_rate, as for fresh ones."""
+    frozen: tuple[str, ...] = ()
+    """Tensors that are not trained, as patterns of their names: `blocks.*.ff.*`."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NonNegative = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -207,7 +255,7 @@ class AttentionTransfer(Stage):
 
 
 class Hybrid(Stage):
-    """The paper's loss: DDPM plus the teacher's noise and variance."""
+    """The paper's loss: DDPM plus the teacher's noise and variance. With both weights 0, DDPM alone."""
 
     objective: Literal["hybrid"]
     variational_bound: bool = True
@@ -216,22 +264,55 @@ class Hybrid(Stage):
     """Of the noise term (lambda1 in the paper)."""
     variance_weight: Annotated[float, Field(ge=0)] = 0.05
     """Of the variance term (lambda2 in the paper)."""
+    feature_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of the attention outputs of linear layers against the teacher's (0.5 in LinFusion and CLEAR)."""
+
+
+class FlowMatching(Stage):
+    """SiT's loss, on the velocity, plus the teacher's velocity. With weight 0, flow matching alone."""
+
+    objective: Literal["flow_matching"]
+    velocity_weight: Annotated[float, Field(ge=0)] = 0.5
+    """Of the teacher's velocity."""
+    feature_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of the attention outputs of linear layers against the teacher's (0.5 in LinFusion and CLEAR)."""
+
+
+AnyStage = AttentionTransfer | Hybrid | FlowMatching
+
+
+def _share(value: Any) -> Any:
+    """A recipe's yes or no as all or nothing."""
+    return float(value) if isinstance(value, bool) else value
 
 
 class Distill(Section):
     """The stages, and how they run."""
 
     teacher: Source | None = None
-    """Another, say larger, teacher for the hybrid stage; None: the source."""
-    stages: tuple[Annotated[AttentionTransfer | Hybrid, Field(discriminator="objective")], ...] = ()
+    """Another, say larger, teacher for the stages after attention transfer; None: the source."""
+    stages: tuple[Annotated[AnyStage, Field(discriminator="objective")], ...] = ()
     gradient_accumulation_steps: Positive = 1
-    gradient_checkpointing: bool = False
+    """Parts a step is computed in: the same mathematics in less memory."""
+    gradient_checkpointing: Annotated[Fraction, BeforeValidator(_share)] = 0.0
+    """Share of the student's blocks whose activations are computed again rather than kept; true: all."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """auto: bf16 autocast where the device computes it in hardware."""
+    compile: Literal["auto", "no", "blocks"] = "auto"
+    """torch.compile of the teacher's and the student's blocks; auto: on a GPU."""
+    teacher_placement: Literal["device", "sharded", "offloaded"] = "device"
+    """Where the teacher's weights are: on each device, split over the processes, or in main memory, moved by layer."""
+    teacher_precision: Literal["same", "fp8"] = "same"
+    """fp8: the teacher's large products in float8 (torchao, and a GPU of compute capability 8.9)."""
+    noise_set: Positive | None = None
+    """Each sample meets so many noises and timesteps in turn, so that the teacher's outputs are kept on disk and
+    computed once; None: noise is always new and the teacher always computes."""
     checkpoint_every: Positive = 1000
     keep_checkpoints: Positive = 2
     sample_every: Positive | None = None
-    """Draw samples every so many steps; None: at the end only."""
+    """Draw samples, and measure the error by timestep, every so many steps; None: at the end only."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the metrics go besides metrics.csv; each is a package of its name."""
 
 
 class Sample(Guidance):
@@ -273,6 +354,21 @@ class Publish(Section):
     private: bool = False
     pipeline: bool = False
     """Lay out a full diffusers pipeline."""
+    backup_every: Annotated[float, Field(gt=0)] | None = None
+    """Minutes between uploads of the run directory, checkpoints left out, to `repo_id` while it trains."""
+
+
+# What is a number, as editors read YAML 1.2.
+NUMBER = re.compile(
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would read as something else than a string."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 
 class Recipe(Section):
@@ -280,6 +376,8 @@ class Recipe(Section):
 
     seed: Seed = 0
     """Of fresh weights and of every draw in distillation."""
+    scratch: Scratch | None = None
+    """Only of a recipe for `litconvert train`, which then takes the place of source, student and inherit."""
     source: Source = Source()
     diffusion: Diffusion = Diffusion()
     student: Student = Student()
@@ -293,280 +391,3 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Every key resolved."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
-
-
-_NUMBER = re.compile(
-    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, as editors read them: `no` and `12:30` are strings, `1e-3` is a number.
-
-    Aliases are refused: a recipe may come from the Hub, and a few lines of them can expand to any size.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            problem = "aliases (*name) are not read, write the value out"
-            mark = cast(yaml.Mark, self.peek_event().start_mark)  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-        return super().compose_node(parent, index)
-
-
-_Loader.yaml_implicit_resolvers = {}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would read as something else than a string."""
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
-
-
-def _parse(text: str) -> tuple[yaml.Node | None, Any]:
-    """YAML as nodes, which know their lines, and as plain data."""
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        return node, None if node is None else loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-@dataclass(frozen=True)
-class ResolvedRecipe:
-    """A recipe and, for every key, where its value came from."""
-
-    name: str
-    recipe: Recipe
-    origins: dict[str, str] = field(repr=False)
-
-    def rows(self) -> list[tuple[str, Any, str]]:
-        """(key, value, origin) of every resolved key, in order."""
-        return [
-            (key, value, self.origins.get(key, "default"))
-            for key, value in flatten(self.recipe.model_dump(mode="json"))
-        ]
-
-
-def flatten(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Leaves with dotted keys; lists of mappings are walked, other lists are leaves."""
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
-        for index, value in enumerate(tree):
-            yield from flatten(value, f"{prefix}.{index}")
-    else:
-        yield prefix, tree
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe's file, from a packaged name, a path or a Hub id.
-
-    Raises UsageError when there is none, and says what is near.
-    """
-    packaged = packaged_recipes()
-    if name in packaged:
-        return packaged[name]
-    path = Path(name)
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        return path / "recipe.yaml"
-    if path.is_file():
-        return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and path.suffix not in (".yaml", ".yml"):
-        from litconvert.hub import download
-
-        return download(name, "recipe.yaml", revision=None)
-    raise UsageError(
-        f"no recipe {name!r}: neither a packaged recipe nor a file{did_you_mean(name, packaged)}; "
-        "`litconvert recipes ls` lists the packaged ones"
-    )
-
-
-@dataclass
-class _Tree:
-    """A YAML file as plain data, with the line of every key."""
-
-    data: dict[str, Any]
-    lines: dict[tuple[str | int, ...], int]
-
-
-def _read_yaml(path: Path) -> _Tree:
-    try:
-        node, data = _parse(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not a text file, so not a recipe") from error
-    except RecursionError as error:
-        raise UsageError(f"{path}: nested too deeply to be a recipe") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
-    lines: dict[tuple[str | int, ...], int] = {}
-
-    def walk(node: yaml.Node | None, location: tuple[str | int, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                here = (*location, key.value)
-                if here in lines:
-                    raise UsageError(f"{path}:{key.start_mark.line + 1}: {key.value!r} is given twice; remove one")
-                lines[here] = key.start_mark.line + 1
-                walk(value, here)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                lines[(*location, index)] = value.start_mark.line + 1
-                walk(value, (*location, index))
-
-    walk(node, ())
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}:1: a recipe is a mapping of sections, not a {type(data).__name__}")
-    return _Tree(data, lines)
-
-
-def _override(data: dict[str, Any], assignment: str) -> tuple[str, Any]:
-    """Set `a.b.0.c=value` in plain data; returns the key and the value."""
-    key, equals, text = assignment.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"--set {assignment!r}: write it as key=value, for example --set student.conv_size=3")
-    parts = tuple(key.strip().split("."))
-    try:
-        _, value = _parse(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"--set {assignment!r}: the value is not valid YAML") from error
-    target: Any = data
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(target, list):
-            if not part.isdecimal() or int(part) >= len(target):
-                known = f"0 to {len(target) - 1}" if target else "nothing"
-                raise UsageError(f"--set {key}: {'.'.join(parts[:depth])} is a list that holds {known}, not {part!r}")
-            if last:
-                target[int(part)] = value
-            else:
-                target = target[int(part)]
-        elif isinstance(target, dict):
-            if last:
-                target[part] = value
-            else:
-                if target.get(part) is None:
-                    target[part] = {}
-                target = target[part]
-        else:
-            raise UsageError(f"--set {key}: {'.'.join(parts[:depth])} is a value, not a section")
-    return ".".join(parts), value
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """The keys of the section that holds `location`, for did-you-mean."""
-    schema = Recipe.model_json_schema()
-
-    def expand(node: dict[str, Any]) -> list[dict[str, Any]]:
-        if "$ref" in node:
-            return expand(schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
-        options = [*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())]
-        return [deep for option in options for deep in expand(option)] or [node]
-
-    nodes = [schema]
-    for part in location[:-1]:
-        children = []
-        for node in nodes:
-            child = node.get("items") if isinstance(part, int) else node.get("properties", {}).get(part)
-            children += expand(child) if child else []
-        nodes = children or nodes  # a discriminator's tag is in pydantic's location, but is no level of the file
-    return sorted({key for node in nodes for key in node.get("properties", ())})
-
-
-def _problems(
-    error: ValidationError, source: str, lines: dict[tuple[str | int, ...], int], sets: set[str]
-) -> list[str]:
-    problems = []
-    for detail in error.errors():
-        location = tuple(part for part in detail["loc"] if part not in STAGES)
-        key = ".".join(str(part) for part in location)
-        nearest = location
-        while nearest and nearest not in lines:
-            nearest = nearest[:-1]
-        where = f"{source}:{lines[nearest]}" if nearest else source
-        if any(f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}.") for given in sets):
-            where = "--set"
-        if detail["type"] == "extra_forbidden":
-            message = f"unknown key{did_you_mean(str(location[-1]), _known_keys(location))}"
-        elif detail["type"] == "missing":
-            message = "is missing"
-        elif detail["type"] == "union_tag_not_found":
-            message = f"objective is missing; there are {' and '.join(STAGES)}"
-        elif detail["type"] == "union_tag_invalid":
-            tag = str(detail["ctx"]["tag"])
-            message = f"unknown objective {tag!r}{did_you_mean(tag, STAGES)}; there are {' and '.join(STAGES)}"
-        else:
-            message = detail["msg"].removeprefix("Value error, ")
-            message = message.replace("a valid array", "a list").replace("an object", "a section of key: value")
-            message = message[:1].lower() + message[1:]
-            if not isinstance(detail["input"], dict):
-                message += f", got {detail['input']!r}"
-        problems.append(f"{where}: {key}: {message}" if key else f"{where}: {message}")
-    return problems
-
-
-def resolve(name: str, overrides: Sequence[str] = ()) -> ResolvedRecipe:
-    """Read a recipe and apply `key=value` overrides: defaults < recipe < overrides.
-
-    Raises UsageError that lists every problem at once, each with its file and line.
-    """
-    path = find_recipe(name)
-    tree = _read_yaml(path)
-    return _resolve(tree.data, overrides, label=name if name in packaged_recipes() else str(path), lines=tree.lines)
-
-
-def resolve_data(data: dict[str, Any], overrides: Sequence[str], label: str) -> ResolvedRecipe:
-    """The same for a recipe that is already plain data."""
-    return _resolve(json.loads(json.dumps(data)), overrides, label=label, lines={})
-
-
-def _resolve(
-    data: dict[str, Any], overrides: Sequence[str], *, label: str, lines: dict[tuple[str | int, ...], int]
-) -> ResolvedRecipe:
-    origins = {}
-    for location, line in lines.items():
-        origins[".".join(str(part) for part in location)] = f"{label}:{line}"
-    sets = set()
-    for assignment in overrides:
-        key, value = _override(data, assignment)
-        sets.add(key)
-        origins = {old: origin for old, origin in origins.items() if not old.startswith(f"{key}.")}
-        origins |= {leaf: "--set" for leaf, _ in flatten(value, key)}
-    try:
-        # As JSON, in which a list may stand for a tuple: strict, so that nothing is coerced (yes is no integer).
-        recipe = Recipe.model_validate_json(json.dumps(data, default=str), strict=True)
-    except ValidationError as error:
-        problems = _problems(error, label, lines, sets)
-        raise UsageError("\n".join(problems)) from error
-    return ResolvedRecipe(name=label, recipe=recipe, origins=origins)
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors."""
-    schema = Recipe.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "litconvert recipe"
-    return schema
-
-
-def read_recorded(path: Path) -> Recipe:
-    """The resolved recipe of a model or run directory.
-
-    Raises LitconvertError when it is missing or not ours.
-    """
-    if not path.is_file():
-        raise LitconvertError(f"{path} is missing: {path.parent} was not written by litconvert, or is incomplete")
-    return resolve(str(path)).recipe

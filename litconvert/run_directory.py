@@ -1,18 +1,44 @@
-"""What a distillation leaves on disk while it runs: metrics.csv, curves.png, samples and checkpoints."""
+"""What a distillation leaves on disk while it runs: metrics.csv, timestep_errors.csv, their plots, checkpoints."""
 
-import csv
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from litconvert.errors import LitconvertError, system_cause
 from litconvert.files import read_json, write_whole
+from litconvert.step_table import StepTable
 
-TERMS = ("attention", "noise", "variational_bound", "teacher_noise", "teacher_variance")
-COLUMNS = ("step", "stage", "loss", *TERMS, "gradient_norm", "learning_rate", "ema_decay", "seconds")
+TERMS = (
+    "attention",
+    "noise",
+    "variational_bound",
+    "velocity",
+    "teacher_noise",
+    "teacher_variance",
+    "teacher_velocity",
+    "features",
+)
+COLUMNS = (
+    "step",
+    "stage",
+    "loss",
+    *TERMS,
+    "gradient_norm",
+    "learning_rate",
+    "ema_decay",
+    "seconds",
+    "images_per_second",
+    "memory_bytes",
+    "flops_utilization",
+)
+# Of the console alone: a forecast is no record.
+NOT_KEPT = ("eta_seconds",)
+TIMESTEP_COLUMNS = ("step", "bucket_low", "bucket_high", "error")
 RECORD = "run.json"
 
 
@@ -31,6 +57,9 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.csv"
+        self.timestep_errors = path / "timestep_errors.csv"
+        self._metrics = StepTable(self.metrics, COLUMNS)
+        self._timestep_errors = StepTable(self.timestep_errors, TIMESTEP_COLUMNS)
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
         self.model = path / "model"
@@ -99,54 +128,55 @@ class RunDirectory:
             ) from error
 
     def truncate_metrics(self, global_step: int) -> None:
-        """Forget rows after a checkpoint, so that a resumed run has every step once."""
-        rows = [row for row in self.read_metrics() if int(row["step"]) <= global_step]
-        lines = [",".join(COLUMNS), *(",".join(row[column] for column in COLUMNS) for row in rows)]
-        write_whole(self.metrics, "\n".join(lines) + "\n")
+        """Forget rows after a checkpoint, of both tables, so that a resumed run has every step once."""
+        self._metrics.replace(global_step + 1)
+        if self.timestep_errors.is_file():
+            self._timestep_errors.replace(global_step + 1)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """One step's row."""
-        try:
-            with self.metrics.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-                writer.writerow(
-                    {key: f"{value:.8g}" if isinstance(value, float) else value for key, value in row.items()}
-                )
-        except OSError as error:
-            raise LitconvertError(f"cannot write {self.metrics}: {system_cause(error) or error}") from error
+        """One step's row. Loss terms are weighted: what a stage has not is left empty."""
+        self._metrics.append({key: value for key, value in row.items() if key not in NOT_KEPT})
 
     def read_metrics(self) -> list[dict[str, str]]:
         """All complete rows; a row that a killed process left half-written is skipped."""
-        if not self.metrics.is_file():
-            return []
-        with self.metrics.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if row.get("seconds") and row["step"].isdigit()]
+        return list(self._metrics.rows())
+
+    def last_step(self) -> int:
+        """The last step in metrics.csv, which may be after the latest checkpoint; 0: there is none."""
+        return max((int(row["step"]) for row in self._metrics.rows()), default=0)
 
     def plot_curves(self) -> None:
         """curves.png: the loss and its terms, a panel a stage."""
-        import matplotlib
+        from litconvert.curves import plot_curves
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        plot_curves(self._metrics.rows(), TERMS, self.path / "curves.png")
 
-        rows = self.read_metrics()
-        stages = list(dict.fromkeys(row["stage"] for row in rows))
-        if not stages:
-            return
-        figure, panels = pyplot.subplots(1, len(stages), figsize=(5.5 * len(stages), 4), squeeze=False)
-        for panel, stage in zip(panels[0], stages, strict=True):
-            mine = [row for row in rows if row["stage"] == stage]
-            steps = [int(row["step"]) for row in mine]
-            for term in ("loss", *TERMS):
-                values = [float(row[term]) if row[term] else float("nan") for row in mine]
-                if any(value == value for value in values) and (
-                    term == "loss" or any(row[term] != row["loss"] for row in mine)
-                ):
-                    panel.plot(steps, values, label=term.replace("_", " "), linewidth=2 if term == "loss" else 1)
-            panel.set(title=stage.split(":", 1)[-1].replace("_", " "), xlabel="step", yscale="log")
-            panel.grid(alpha=0.3)
-            panel.legend()
-        panels[0][0].set_ylabel("weighted loss term")
-        figure.tight_layout()
-        figure.savefig(self.path / "curves.png", dpi=100)
-        pyplot.close(figure)
+    def append_timestep_errors(self, step: int, errors: Sequence[float], timesteps: float) -> None:
+        """One measurement of `observation.timestep_errors`: its buckets are equal parts of [0, timesteps).
+
+        It takes the place of an earlier one of this step. A bucket without samples (NaN) is left empty.
+        """
+        width = timesteps / len(errors)
+        rows = [
+            {
+                "step": step,
+                "bucket_low": bucket * width,
+                "bucket_high": (bucket + 1) * width,
+                "error": None if math.isnan(error) else error,
+            }
+            for bucket, error in enumerate(errors)
+        ]
+        self._timestep_errors.replace(step, rows)
+
+    def plot_timestep_errors(self) -> None:
+        """timestep_errors.png: the error against the timestep, a line a measurement."""
+        from litconvert.curves import plot_timestep_errors
+
+        measurements = {
+            int(step): [
+                ((float(row["bucket_low"]) + float(row["bucket_high"])) / 2, float(row["error"] or "nan"))
+                for row in rows
+            ]
+            for step, rows in groupby(self._timestep_errors.rows(), key=lambda row: row["step"])
+        }
+        plot_timestep_errors(measurements, self.path / "timestep_errors.png")

@@ -23,7 +23,8 @@ from litconvert.hub import hub_errors
 from litconvert.modeling_lit import CaptionConditioning, LiTTransformer2DModel
 from litconvert.objectives import linear_betas
 from litconvert.pipeline_lit import Condition, Scheduler, denoise, set_timesteps, unfit_scheduler
-from litconvert.recipe import Guidance, Recipe, Source, Vae, resolve, resolve_data
+from litconvert.recipe import Guidance, Recipe, Source, Vae
+from litconvert.recipe_files import resolve, resolve_data
 
 Conditions = TypeVar("Conditions", Tensor, Captions)
 
@@ -320,25 +321,24 @@ def cycled(conditions: Conditions, count: int) -> Conditions:
 
 
 class SampleSheet:
-    """Pictures of a run: the student's samples beside the teacher's, always on the same noise and condition.
+    """Pictures of a run: every model's samples on the same noise and condition.
 
     Args:
         recipe: its `sample` section, VAE and, for captions, T5, which encodes the prompts at once and is freed.
-        teacher: drawn once, when the first sheet is.
+        config: of the models that are drawn.
         folder: where the PNGs go.
     """
 
-    def __init__(self, recipe: Recipe, teacher: LiTTransformer2DModel, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, config: Mapping[str, Any], folder: Path) -> None:
         self.recipe = recipe
-        self.teacher = teacher
         self.folder = folder
         self.vae = load_vae(recipe.source.vae) if recipe.source.vae else None
-        config, count = teacher.config, recipe.sample.num_images
+        count = recipe.sample.num_images
         # Latents without a decoder have no picture, and captions without an encoder cannot be read.
-        self.drawable = self.vae is not None or config.in_channels in (1, 3)
+        self.drawable = self.vae is not None or config["in_channels"] in (1, 3)
         self.conditions: Tensor | Captions
-        if config.caption_channels is None:
-            self.conditions = torch.arange(count or NUM_IMAGES) % config.num_classes
+        if config["caption_channels"] is None:
+            self.conditions = torch.arange(count or NUM_IMAGES) % config["num_classes"]
         elif self.drawable and recipe.source.text_encoder is not None:
             captions = encode_prompts(recipe, config)
             self.conditions = cycled(captions, count or len(captions))
@@ -360,14 +360,10 @@ class SampleSheet:
         return to_images(torch.cat(list(batches)), self.vae, factor)
 
     def draw(self, model: LiTTransformer2DModel, name: str) -> None:
-        """Write NAME.png, and teacher.png when it is not there yet."""
-        if not self.drawable:
-            return
-        for label, drawn in (("teacher", self.teacher), (name, model)):
-            path = self.folder / f"{label}.png"
-            if label == name or not path.exists():
-                images = self.images(drawn)
-                save_grid(images, path, scale=max(1, 64 // images.shape[1]))
+        """Write NAME.png, where there is a picture to be drawn."""
+        if self.drawable:
+            images = self.images(model)
+            save_grid(images, self.folder / f"{name}.png", scale=max(1, 64 // images.shape[1]))
 
 
 def parse_classes(text: str | None, count: int, num_classes: int) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from litconvert.checkpoints import Checkpoint, Extent, open_checkpoint
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.families import Reading, families, recognise
-from litconvert.recipe import Recipe, Source, resolve
+from litconvert.recipe import Recipe, Source
+from litconvert.recipe_files import resolve
 from litconvert.shapes import count_parameters, full_config, position_embedding
 
 if TYPE_CHECKING:

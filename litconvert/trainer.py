@@ -1,91 +1,42 @@
-"""The training loop: stages, steps, checkpoints and signals, on accelerate."""
+"""The training loop: stages, steps, checkpoints and signals."""
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from litconvert.draws import Batch, draw_batch
+from litconvert.conditions import Conditioner
+from litconvert.draws import Batch, Draws
+from litconvert.engine import Engine, whole
 from litconvert.errors import LitconvertError
+from litconvert.estimate import is_out_of_memory, out_of_memory_advice
 from litconvert.latents import LatentDataset
-from litconvert.modeling_lit import Attention, Block, LiTTransformer2DModel
-from litconvert.objectives import DDPM, hybrid_terms, transfer_terms
-from litconvert.recipe import AttentionTransfer, Hybrid, Recipe
+from litconvert.modeling_lit import LiTTransformer2DModel
+from litconvert.objectives import DDPM, attention_error, distillation_terms, make_diffusion
+from litconvert.observation import Throughput
+from litconvert.optimization import (
+    LearningRate,
+    MovingAverage,
+    load_training_state,
+    make_optimizer,
+    trained_names,
+    training_state,
+)
+from litconvert.recipe import AnyStage, AttentionTransfer, Recipe
 from litconvert.run_directory import Progress, RunDirectory
+from litconvert.teaching import Student, Teachers
 
 
 class Interrupted(LitconvertError):
     """SIGINT or SIGTERM: the state is saved, the same command goes on."""
 
     exit_code = 130
-
-
-def attention_of(model: LiTTransformer2DModel, layer: int) -> Attention:
-    """A layer's self-attention."""
-    return cast(Block, model.blocks[layer]).attn
-
-
-class AttentionLayers(nn.Module):
-    """The student's linear attentions alone, as one module, so that the engine wraps what a transfer stage trains."""
-
-    def __init__(self, student: LiTTransformer2DModel) -> None:
-        super().__init__()
-        kinds = enumerate(student.config.attention)
-        self.layers = [index for index, kind in kinds if kind == "linear"]
-        self.attentions = nn.ModuleList(attention_of(student, index) for index in self.layers)
-
-    def forward(self, inputs: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
-        """Each attention's output (N, T, D) on its own input (N, T, D)."""
-        return [attention(x, grid) for attention, x in zip(self.attentions, inputs, strict=True)]
-
-
-@contextmanager
-def recorded_attention(
-    model: LiTTransformer2DModel, layers: Sequence[int]
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Collect the inputs and outputs of these layers' attention during one forward pass."""
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-
-    def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        inputs.append(arguments[0])
-        outputs.append(output)
-
-    handles = [attention_of(model, layer).register_forward_hook(record) for layer in layers]
-    try:
-        yield inputs, outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _TrainingState:
-    """The current stage's EMA and learning-rate schedule, as accelerate saves and loads them."""
-
-    def __init__(self) -> None:
-        self.ema: EMAModel | None = None
-        self.scheduler: Any = None
-
-    def state_dict(self) -> dict[str, Any]:
-        assert self.ema is not None
-        return {"ema": self.ema.state_dict(), "scheduler": self.scheduler.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        assert self.ema is not None
-        device = self.ema.shadow_params[0].device
-        self.ema.load_state_dict(dict(state["ema"]))
-        self.ema.to(device)
-        self.scheduler.load_state_dict(state["scheduler"])
 
 
 @dataclass(frozen=True)
@@ -100,44 +51,61 @@ class StepReport:
     metrics: Mapping[str, float]
 
 
+@dataclass
+class _Stage:
+    """A stage while it runs."""
+
+    index: int
+    settings: AnyStage
+    draws: Draws
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    rate: LearningRate
+    average: MovingAverage
+
+
 class Trainer:
     """One run: the models, the data, and where it stands.
 
     Args:
+        engine: the processes.
         student: trained in place, float32.
-        source: the softmax model inherited from, whose layers teach in attention transfer.
-        teacher: teaches in the hybrid stage; often the source itself.
+        teachers: what it learns from.
         data: clean latents.
+        conditioner: what a batch is conditioned on, as the models' arguments.
         recipe: resolved.
         run: the directory.
+        fresh: names of the student's tensors that were not inherited.
         on_step: called on the main process after each step.
-        on_samples: called with a name when samples are due, with the EMA's weights in the student.
+        on_observe: called on every process when samples are due, with the step and the EMA's whole state.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        engine: Engine,
         student: LiTTransformer2DModel,
-        source: LiTTransformer2DModel,
-        teacher: LiTTransformer2DModel,
+        teachers: Teachers,
         data: LatentDataset,
+        conditioner: Conditioner,
         recipe: Recipe,
         run: RunDirectory,
+        *,
+        fresh: frozenset[str] = frozenset(),
         on_step: Callable[[StepReport], None] = lambda report: None,
-        on_samples: Callable[[str], None] = lambda name: None,
+        on_observe: Callable[[int, Mapping[str, Tensor]], None] = lambda step, state: None,
     ) -> None:
-        self.accelerator = accelerator
-        self.student = student.to(accelerator.device).train()
-        self.source = source.to(accelerator.device).eval().requires_grad_(False)
-        self.teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+        self.engine = engine
+        self.student = student.to(engine.device).train()
+        self.teachers = teachers
         self.data = data
+        self.conditioner = conditioner
         self.recipe = recipe
         self.run = run
+        self.fresh = fresh
         self.on_step = on_step
-        self.on_samples = on_samples
-        self.diffusion = DDPM(recipe.diffusion.num_timesteps)
-        self.state = _TrainingState()
-        accelerator.register_for_checkpointing(self.state)
+        self.on_observe = on_observe
+        self.diffusion = make_diffusion(student.config, recipe.diffusion.num_timesteps)
         self.stop_signal: int | None = None
         # The last micro-batch's tensors by name, so that the NaN guard can say where it began.
         self.watched: dict[str, Tensor] = {}
@@ -146,129 +114,166 @@ class Trainer:
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.recipe.distill.stages)
 
-    def fit(self) -> None:
-        """Run every stage from the latest checkpoint on; leaves the last stage's EMA in the student."""
+    def fit(self) -> dict[str, Tensor]:
+        """Run every stage from the latest checkpoint on; returns the last stage's EMA and the weights it left alone.
+
+        Raises Interrupted after a signal, and LitconvertError when it cannot go on.
+        """
         resumed = self.run.latest_checkpoint()
         progress = resumed[1] if resumed else Progress()
-        if self.accelerator.is_main_process:
+        if self.engine.is_main:
             self.run.truncate_metrics(progress.global_step)
-        with self._signals():
-            done = 0
+        result: dict[str, Tensor] = {}
+        done = 0
+        with self._signals(), self.engine.group_failures():
             for index, stage in enumerate(self.recipe.distill.stages):
                 if index >= progress.stage:
                     here = resumed[0] if resumed and index == progress.stage else None
                     first = progress.step if index == progress.stage else 0
-                    self._run_stage(index, stage, first, done, here)
+                    try:
+                        result = self._run_stage(index, stage, first, done, here)
+                    except Exception as error:
+                        if not is_out_of_memory(error):
+                            raise
+                        advice = out_of_memory_advice(self.recipe, index, self.engine.processes)
+                        raise LitconvertError(f"out of memory in stage {index}: {advice}") from error
                 done += stage.steps
-        if self.state.ema is not None:
-            self.state.ema.copy_to(self.parameters)
+        return result
 
     def _run_stage(
-        self, index: int, stage: AttentionTransfer | Hybrid, first: int, done: int, checkpoint: Path | None
-    ) -> None:
-        """One stage, from its step `first`; `done` steps were made in the stages before it."""
-        self.accelerator.free_memory()
-        module: nn.Module = AttentionLayers(self.student) if isinstance(stage, AttentionTransfer) else self.student
-        self.student.requires_grad_(False)
-        module.requires_grad_(True)
-        if self.recipe.distill.gradient_checkpointing:
-            self.student.enable_gradient_checkpointing()
-        self.parameters = list(module.parameters())
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
-        )
-        self.state.ema = EMAModel(self.parameters, decay=stage.ema_decay, foreach=True)
-        self.state.scheduler = get_scheduler(
-            "constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
-            optimizer,
-            num_warmup_steps=stage.warmup_steps,
-            num_training_steps=stage.steps,
-        )
-        module, prepared = self.accelerator.prepare(module, optimizer)
+        self, index: int, settings: AnyStage, first: int, done: int, checkpoint: Path | None
+    ) -> dict[str, Tensor]:
+        """One stage, from its step `first`; `done` steps were made in the stages before it. Returns its EMA."""
+        stage = self._begin(index, settings)
         if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint))
-        for step in range(first, stage.steps):
+            load_training_state(
+                self.engine,
+                checkpoint,
+                self.student.state_dict(),
+                stage.optimizer,
+                stage.parameters,
+                stage.average,
+            )
+        throughput = Throughput(self.recipe, index, self.student.config, self.teachers.config, self.engine)
+        batches = stage.draws.read_ahead(first, settings.steps, self.recipe.data.workers)
+        for step in range(first, settings.steps):
             began = time.perf_counter()
-            global_step = done + step
-            metrics = self._step(stage, module, prepared, global_step)
-            metrics["learning_rate"] = float(self.state.scheduler.get_last_lr()[0])
-            self.state.scheduler.step()
-            self.state.ema.step(self.parameters)
-            metrics["ema_decay"] = float(self.state.ema.cur_decay_value)
+            rate = stage.rate.set(step)
+            metrics = self._step(stage, batches, done + step)
+            stop = metrics.pop("stop") > 0
+            metrics["learning_rate"] = rate
+            metrics["ema_decay"] = stage.average.update(step)
             metrics["seconds"] = time.perf_counter() - began
-            progress = Progress(index, step + 1, global_step + 1)
-            self._report(stage, progress, metrics)
-            self._checkpoint(progress, last=step + 1 == stage.steps, stop=metrics["stop"] > 0)
+            progress = Progress(index, step + 1, done + step + 1)
+            metrics |= throughput.update(metrics["seconds"], self.total_steps - progress.global_step)
+            self._report(settings, progress, metrics)
+            self._checkpoint(stage, progress, stop=stop)
+        result = self._averaged(stage)
+        if self.engine.sharded:
+            # The next stage trains other weights, and is split anew: from a whole model.
+            state = {name: whole(value) for name, value in self.student.state_dict().items()}
+            config = self.student.config
+            self.student = LiTTransformer2DModel.from_config(config).to(self.engine.device).train()
+            self.student.load_state_dict(state)
+        return result
 
-    def _step(
-        self, stage: AttentionTransfer | Hybrid, module: nn.Module, optimizer: Any, global_step: int
-    ) -> dict[str, float]:
+    def _begin(self, index: int, settings: AnyStage) -> _Stage:
+        """Wrap what the stage trains for the processes, with its optimiser, schedule and average."""
+        names = [name for name, _ in self.student.named_parameters()]
+        trained = set(trained_names(self.student.config, names, settings, f"distill.stages.{index}"))
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(name in trained)
+            parameter.grad = None
+        student = Student(self.student, settings, self.recipe.distill)
+        module = self.engine.wrap(student, student.parts)
+        parameters = {name: value for name, value in self.student.named_parameters() if name in trained}
+        optimizer = make_optimizer(settings, parameters, self.fresh)
+        draws = Draws(
+            self.data,
+            seed=self.recipe.seed,
+            stage=index,
+            batch_size=settings.batch_size,
+            num_timesteps=self.diffusion.num_timesteps if isinstance(self.diffusion, DDPM) else None,
+            condition_dropout=settings.condition_dropout,
+            flip=self.recipe.data.flip,
+            noise_set=self.recipe.distill.noise_set,
+            processes=self.engine.processes,
+            process=self.engine.process,
+            accumulation=self.recipe.distill.gradient_accumulation_steps,
+        )
+        return _Stage(
+            index,
+            settings,
+            draws,
+            module,
+            parameters,
+            optimizer,
+            LearningRate(settings, optimizer),
+            MovingAverage(parameters, settings.ema_decay),
+        )
+
+    def _step(self, stage: _Stage, batches: Iterator[Batch], global_step: int) -> dict[str, float]:
         """One optimiser step: its loss terms, their sum and the gradient norm, averaged over processes."""
-        accelerator, accumulation = self.accelerator, self.recipe.distill.gradient_accumulation_steps
-        size = stage.batch_size // (accelerator.num_processes * accumulation)
-        optimizer.zero_grad()
+        parts = self.recipe.distill.gradient_accumulation_steps
+        stage.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
-        for micro in range(accumulation):
-            start = (micro * accelerator.num_processes + accelerator.process_index) * size
-            batch = self._batch(stage, range(start, start + size), global_step)
-            with accelerator.no_sync(module) if micro < accumulation - 1 else nullcontext():
-                with accelerator.autocast():
-                    terms = self._terms(stage, module, batch)
-                loss = torch.stack(list(terms.values())).sum() / accumulation
-                accelerator.backward(loss)
-            for name, term in {**terms, "loss": loss * accumulation}.items():
-                sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / accumulation
-        limit = float("inf") if stage.max_grad_norm is None else stage.max_grad_norm
-        norm = accelerator.clip_grad_norm_(self.parameters, limit)
-        stop = torch.tensor(float(self.stop_signal is not None), device=accelerator.device)
+        for part in range(parts):
+            with self.engine.accumulate(stage.module, last=part == parts - 1):
+                with self.engine.accelerator.autocast():
+                    terms = self._terms(stage, next(batches))
+                loss = torch.stack(list(terms.values())).sum() / parts
+                self.engine.accelerator.backward(loss)
+            for name, term in {**terms, "loss": loss * parts}.items():
+                sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / parts
+        norm = self._clip(stage)
+        stop = torch.tensor(float(self.stop_signal is not None), device=self.engine.device)
         names = [*sums, "gradient_norm", "stop"]
-        values = accelerator.reduce(torch.stack([*sums.values(), norm.detach(), stop]).float(), "mean").tolist()
+        values = self.engine.mean(torch.stack([*sums.values(), norm, stop]).float()).tolist()
         metrics = dict(zip(names, values, strict=True))
         if not all(value == value and abs(value) != float("inf") for value in metrics.values()):
-            self._refuse_nan(global_step + 1, metrics, module)
-        optimizer.step()
+            self._refuse_nan(global_step + 1, metrics)
+        stage.optimizer.step()
         return metrics
 
-    def _batch(self, stage: AttentionTransfer | Hybrid, positions: range, global_step: int) -> Batch:
-        batch = draw_batch(
-            self.data,
-            positions,
-            seed=self.recipe.seed,
-            step=global_step,
-            batch_size=stage.batch_size,
-            num_timesteps=self.recipe.diffusion.num_timesteps,
-            null_class=self.student.config.num_classes,
-            condition_dropout=stage.condition_dropout,
-        )
-        device = self.accelerator.device
-        return Batch(*(getattr(batch, name).to(device) for name in ("clean", "noise", "timestep", "class_labels")))
+    def _clip(self, stage: _Stage) -> Tensor:
+        """The norm of all gradients, which are scaled down to the stage's limit where it has one."""
+        gradients = [parameter.grad for parameter in stage.parameters.values() if parameter.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients))
+        if stage.settings.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(stage.parameters.values(), stage.settings.max_grad_norm, norm)
+        return norm.detach()
 
-    def _terms(self, stage: AttentionTransfer | Hybrid, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, stage: _Stage, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss terms of a micro-batch."""
-        noisy = self.diffusion.add_noise(batch.clean, batch.noise, batch.timestep)
-        if isinstance(stage, AttentionTransfer):
-            layers = AttentionLayers(self.student).layers
-            with torch.inference_mode(), recorded_attention(self.source, layers) as (inputs, outputs):
-                self.source(noisy, batch.timestep, batch.class_labels)
-            # Clones are ordinary tensors, which the student's backward pass may keep; inference tensors it may not.
-            inputs, outputs = [x.clone() for x in inputs], [x.clone() for x in outputs]
-            patch = self.student.config.patch_size
-            mine = module(inputs, (noisy.shape[-2] // patch, noisy.shape[-1] // patch))
-            self.watched = {
-                f"the teacher's attention output of layer {n}": x for n, x in zip(layers, outputs, strict=True)
-            }
-            self.watched |= {
-                f"the student's attention output of layer {n}": x for n, x in zip(layers, mine, strict=True)
-            }
-            return transfer_terms(mine, outputs)
-        with torch.inference_mode():
-            teacher = self.teacher(noisy, batch.timestep, batch.class_labels).sample
-        teacher = teacher.clone()
-        student = module(noisy, batch.timestep, batch.class_labels).sample
-        self.watched = {"the data": batch.clean, "the teacher's output": teacher, "the student's output": student}
-        return hybrid_terms(stage, self.diffusion, student, teacher, batch.clean, batch.noise, batch.timestep)
+        device, settings = self.engine.device, stage.settings
+        condition = self.conditioner(batch)
+        clean, noise, timestep = (
+            value.to(device, non_blocking=True) for value in (batch.samples.clean, batch.noise, batch.timestep)
+        )
+        noisy = self.diffusion.add_noise(clean, noise, timestep)
+        self.watched = {"the data": clean}
+        if isinstance(settings, AttentionTransfer):
+            inputs, theirs = self.teachers.attention(noisy, timestep, condition)
+            _, mine = stage.module(noisy, timestep, condition, inputs)
+            self._watch_attention(theirs, mine)
+            return {"attention": attention_error(mine, theirs)}
+        teacher, theirs = self.teachers.output(settings, batch, noisy, timestep, condition)
+        student, mine = stage.module(noisy, timestep, condition)
+        if teacher is not None:
+            self.watched["the teacher's output"] = teacher
+        self.watched["the student's output"] = student
+        terms = distillation_terms(settings, self.diffusion, student, teacher, clean, noise, timestep)
+        if settings.feature_weight:
+            self._watch_attention(theirs, mine)
+            terms["features"] = settings.feature_weight * attention_error(mine, theirs)
+        return terms
 
-    def _refuse_nan(self, step: int, metrics: Mapping[str, float], module: nn.Module) -> None:
+    def _watch_attention(self, teacher: list[Tensor], student: list[Tensor]) -> None:
+        for who, outputs in (("teacher", teacher), ("student", student)):
+            for layer, output in zip(self.teachers.layers, outputs, strict=True):
+                self.watched[f"the {who}'s attention output of layer {layer}"] = output
+
+    def _refuse_nan(self, step: int, metrics: Mapping[str, float]) -> None:
         """Stop before the optimiser spreads a NaN, naming the step and the first tensor that holds one."""
         gradients = {
             f"the gradient of {name}": parameter.grad
@@ -276,8 +281,9 @@ class Trainer:
             if parameter.grad is not None
         }
         terms = {f"the loss term {name}": torch.tensor(value) for name, value in metrics.items()}
-        for name, tensor in {**self.watched, **terms, **gradients}.items():
-            if not torch.isfinite(tensor).all():
+        for name, tensor in {**self.watched, **gradients, **terms}.items():
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            if not torch.isfinite(local).all():
                 latest = self.run.latest_checkpoint()
                 kept = (
                     f"The checkpoint of step {latest[1].global_step} is kept" if latest else "No checkpoint was due yet"
@@ -290,39 +296,41 @@ class Trainer:
                 )
         raise LitconvertError(f"step {step}: another process met NaN or infinite values; its message names the tensor")
 
-    def _report(self, stage: AttentionTransfer | Hybrid, progress: Progress, metrics: dict[str, float]) -> None:
-        if not self.accelerator.is_main_process:
+    def _report(self, settings: AnyStage, progress: Progress, metrics: dict[str, float]) -> None:
+        if not self.engine.is_main:
             return
-        shown = {key: value for key, value in metrics.items() if key != "stop"}
-        name = f"{progress.stage}:{stage.objective}"
-        self.run.append_metrics({"step": progress.global_step, "stage": name, **shown})
+        name = f"{progress.stage}:{settings.objective}"
+        self.run.append_metrics({"step": progress.global_step, "stage": name, **metrics})
         self.on_step(
-            StepReport(stage.objective, progress.step, stage.steps, progress.global_step, self.total_steps, shown)
+            StepReport(
+                settings.objective, progress.step, settings.steps, progress.global_step, self.total_steps, metrics
+            )
         )
 
-    def _checkpoint(self, progress: Progress, *, last: bool, stop: bool) -> None:
-        """Save when it is due, sample when it is due, and leave when a signal asked for it."""
-        settings = self.recipe.distill
+    def _averaged(self, stage: _Stage) -> dict[str, Tensor]:
+        """The student's whole state with the EMA's weights in it. Every process must ask."""
+        state = {name: stage.average.shadow.get(name, value) for name, value in self.student.state_dict().items()}
+        return {name: whole(value).detach() for name, value in state.items()}
+
+    def _checkpoint(self, stage: _Stage, progress: Progress, *, stop: bool) -> None:
+        """Save when it is due, observe when it is due, and leave when a signal asked for it."""
+        settings, last = self.recipe.distill, progress.step == stage.settings.steps
         if last or stop or progress.global_step % settings.checkpoint_every == 0:
+            self.teachers.keep()
 
             def save(folder: Path) -> None:
-                self.accelerator.wait_for_everyone()
-                self.accelerator.save_state(str(folder))
-                self.accelerator.wait_for_everyone()
+                state = training_state(self.student.state_dict(), stage.optimizer, stage.parameters, stage.average)
+                self.engine.save(folder, state)
 
-            main = self.accelerator.is_main_process
-            self.run.save_checkpoint(progress, save, keep=settings.keep_checkpoints, main=main)
+            self.run.save_checkpoint(progress, save, keep=settings.keep_checkpoints, main=self.engine.is_main)
         if stop:
             raise Interrupted(
                 f"stopped after step {progress.global_step} of {self.total_steps}, saved; run the same command to go on"
             )
         due = settings.sample_every is not None and progress.global_step % settings.sample_every == 0
-        if due and not last and self.accelerator.is_main_process:
-            assert self.state.ema is not None
-            self.state.ema.store(self.parameters)
-            self.state.ema.copy_to(self.parameters)
-            self.on_samples(f"step-{progress.global_step:08d}")
-            self.state.ema.restore(self.parameters)
+        if due and progress.global_step != self.total_steps:
+            self.on_observe(progress.global_step, self._averaged(stage))
+            self.engine.wait()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -2,10 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tests.pretrained import Pretrained
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -111,3 +115,11 @@ def pico_student(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> Pa
     import litconvert
 
     return litconvert.convert(pico_checkpoint, tmp_path / "student", str(pico_recipe))
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> "Pretrained":
+    """A tiny text-to-image repository; nobody writes into it."""
+    from tests.pretrained import write_pretrained
+
+    return write_pretrained(tmp_path_factory.mktemp("pretrained"))

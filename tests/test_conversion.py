@@ -24,7 +24,7 @@ from litconvert.checkpoints import Checkpoint, TensorInfo
 from litconvert.conversion import ConversionPlan, fresh_tensor
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.modeling_lit import LiTTransformer2DModel
-from litconvert.recipe import resolve
+from litconvert.recipe_files import resolve
 from litconvert.shapes import model_tensors
 from tests.checkpoint_files import dit_shapes, write_hollow
 from tests.command import command

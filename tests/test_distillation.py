@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import litconvert
-from litconvert.draws import draw_batch
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.latents import LatentDataset, open_latents, synthesize, write_latents
+from litconvert.latents import LatentDataset, Samples, open_latents, write_latents
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.run_directory import RunDirectory
 from litconvert.trainer import Interrupted, StepReport
@@ -82,12 +81,12 @@ def test_teacher_and_student_receive_the_same_noise_timestep_and_condition(
     forward = LiTTransformer2DModel.forward
 
     def spy(self: LiTTransformer2DModel, hidden: Tensor, timestep: Tensor, class_labels: Tensor, **more: Any) -> Any:
-        if timestep.dim() == 1:  # sampling passes a scalar
+        # Sampling passes a scalar, and the error by timestep is measured ten at a time.
+        if timestep.dim() == 1 and len(timestep) == 8:
             kind = self.config.attention[0]
             received[kind].append((hidden.clone(), timestep.clone(), class_labels.clone()))
             assert self.training == (kind == "linear")
-            if kind == "softmax":
-                assert torch.is_inference_mode_enabled()
+            assert torch.is_grad_enabled() == (kind == "linear")
         return forward(self, hidden, timestep, class_labels, **more)
 
     monkeypatch.setattr(LiTTransformer2DModel, "forward", spy)
@@ -106,37 +105,6 @@ def test_the_loss_falls_and_ends_near_the_teacher(tmp_path: Path, pico_student: 
     run = litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[stages])
     losses = [float(row["loss"]) for row in RunDirectory(run).read_metrics()]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-
-
-def test_draws_do_not_depend_on_how_the_batch_is_split(data: Path) -> None:
-    dataset = open_latents(data)
-
-    def draw(positions: range) -> tuple[Tensor, ...]:
-        batch = draw_batch(
-            dataset,
-            positions,
-            seed=3,
-            step=5,
-            batch_size=8,
-            num_timesteps=1000,
-            null_class=4,
-            condition_dropout=0.5,
-        )
-        return batch.clean, batch.noise, batch.timestep, batch.class_labels
-
-    whole, halves = draw(range(8)), (draw(range(4)), draw(range(4, 8)))
-    for index, tensor in enumerate(whole):
-        assert torch.equal(tensor, torch.cat([half[index] for half in halves]))
-
-
-def test_an_epoch_visits_every_sample_once(tmp_path: Path) -> None:
-    latents = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 1, 2, 2)
-    dataset = open_latents(write_latents(latents.contiguous(), torch.zeros(10, dtype=torch.int64), tmp_path / "d", "x"))
-    settings = {"seed": 0, "batch_size": 4, "num_timesteps": 10, "null_class": 0, "condition_dropout": 0.0}
-    seen = [draw_batch(dataset, range(4), step=step, **settings).clean[:, 0, 0, 0] for step in range(5)]  # type: ignore[arg-type]
-    visits = torch.cat(seen)
-    assert sorted(visits[:10].tolist()) == sorted(visits[10:].tolist()) == list(range(10))
-    assert visits[:10].tolist() != visits[10:].tolist()
 
 
 def test_accumulation_gives_the_same_weights_as_one_batch(tmp_path: Path, pico_student: Path, data: Path) -> None:
@@ -162,10 +130,11 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, pico_stud
         litconvert.distill(
             pico_student, tmp_path / f"run-{on}", data=data, overrides=[f"distill.gradient_checkpointing={on}"]
         )
-        for on in ("false", "true")
+        for on in (0.0, 0.5, 1.0)
     ]
-    first, second = weights(runs[0]), weights(runs[1])
-    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+    first = weights(runs[0])
+    for run in runs[1:]:
+        assert all(torch.allclose(value, weights(run)[name], atol=1e-5) for name, value in first.items())
 
 
 def test_schedule_warmup_clipping_and_ema_are_as_the_recipe_says(
@@ -271,10 +240,10 @@ def test_nan_stops_the_run_with_the_step_and_the_tensor_named(
 ) -> None:
     read, calls = LatentDataset.read, [0]
 
-    def poisoned(self: LatentDataset, indices: Any) -> tuple[Tensor, Tensor]:
-        calls[0] += 1
-        clean, labels = read(self, indices)
-        return clean * float("nan") if calls[0] == 5 else clean, labels
+    def poisoned(self: LatentDataset, bucket: int, indices: Any, **draws: Any) -> Samples:
+        samples = read(self, bucket, indices, **draws)
+        calls[0] += len(indices) == 4  # what is read for measuring comes ten at a time
+        return samples._replace(clean=samples.clean * float("nan")) if calls[0] == 5 else samples
 
     monkeypatch.setattr(LatentDataset, "read", poisoned)
     with pytest.raises(LitconvertError, match=r"step 5: the data holds NaN.*step 4 is kept"):
@@ -325,9 +294,9 @@ def test_a_teacher_that_cannot_see_the_same_input_is_refused(
 def test_launched_processes_in_no_group_are_refused(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("litconvert.distillation.Accelerator.num_processes", property(lambda self: 1))
+    monkeypatch.setattr("litconvert.engine.Accelerator.num_processes", property(lambda self: 1))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("litconvert.distillation.Accelerator.__init__", lambda self, **settings: None)
+    monkeypatch.setattr("litconvert.engine.Accelerator.__init__", lambda self, **settings: None)
     with pytest.raises(UsageError, match=r"no process group.*accelerate launch"):
         litconvert.distill(pico_student, tmp_path / "run", data=data)
 
@@ -335,39 +304,6 @@ def test_launched_processes_in_no_group_are_refused(
 def test_with_no_data_the_teacher_draws_it(tmp_path: Path, pico_student: Path) -> None:
     litconvert.distill(pico_student, tmp_path / "run")
     assert len(open_latents(tmp_path / "run-latents")) == 12
-
-
-def test_synthesis_resumes_after_a_crash_to_the_same_data(
-    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
-) -> None:
-    recipe = str(pico_recipe)
-    whole = open_latents(synthesize(pico_checkpoint, tmp_path / "whole", recipe))
-
-    def crash(done: int, total: int) -> None:
-        if done > 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        synthesize(pico_checkpoint, tmp_path / "data", recipe, on_progress=crash)
-    assert not (tmp_path / "data").exists()
-    drawn: list[int] = []
-    synthesize(pico_checkpoint, tmp_path / "data", recipe, on_progress=lambda done, total: drawn.append(done))
-    assert drawn[0] == 0
-    assert 4 not in drawn  # the first shard was kept
-    resumed = open_latents(tmp_path / "data")
-    for first, second in zip(whole.read(range(12)), resumed.read(range(12)), strict=True):
-        assert torch.equal(first, second)
-    assert not list(tmp_path.glob(".data*"))
-
-
-def test_synthesis_of_other_inputs_is_refused_beside_the_same_ones(
-    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
-) -> None:
-    recipe = str(pico_recipe)
-    synthesize(pico_checkpoint, tmp_path / "data", recipe)
-    synthesize(pico_checkpoint, tmp_path / "data", recipe)
-    with pytest.raises(LitconvertError, match="not drawn from these inputs"):
-        synthesize(pico_checkpoint, tmp_path / "data", recipe, ["data.synthesize.seed=5"])
 
 
 def test_a_source_that_changed_since_the_conversion_is_refused(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,10 +11,12 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from litconvert.draws import Batch, draw_batch, generator_of, permutation
+from litconvert.conditions import Conditioner
+from litconvert.draws import Batch, Draws, Schedule, generator_of, permutation
 from litconvert.errors import UsageError
-from litconvert.latents import LatentDataset
-from litconvert.objectives import DDPM, hybrid_terms, transfer_terms
+from litconvert.latents import LatentDataset, open_latents, write_latents
+from litconvert.objectives import DDPM, FlowMatching, attention_error, distillation_terms
+from litconvert.recipe import FlowMatching as FlowMatchingStage
 from litconvert.recipe import Hybrid
 
 # The schedule in its definition: Ho et al., appendix B.
@@ -143,7 +145,7 @@ def test_the_hybrid_loss_is_the_papers_sum_with_its_weights() -> None:
     teacher = output + torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
     timesteps = torch.tensor([0, 30, 999])
     stage = hybrid(noise_weight=0.5, variance_weight=0.05)
-    terms = hybrid_terms(stage, DDPM(), output, teacher, clean, noise, timesteps)
+    terms = distillation_terms(stage, DDPM(), output, teacher, clean, noise, timesteps)
     ddpm = DDPM().terms(output, clean, noise, timesteps)
     difference = (output - teacher).double().square()
     expected = {
@@ -159,7 +161,7 @@ def test_the_hybrid_loss_is_the_papers_sum_with_its_weights() -> None:
 
 def test_a_student_that_equals_its_teacher_pays_nothing_for_it() -> None:
     output, clean, noise = tensors(3)
-    terms = hybrid_terms(hybrid(), DDPM(), output, output.clone(), clean, noise, torch.tensor([0, 30, 999]))
+    terms = distillation_terms(hybrid(), DDPM(), output, output.clone(), clean, noise, torch.tensor([0, 30, 999]))
     assert terms["teacher_noise"] == 0
     assert terms["teacher_variance"] == 0
     assert terms["noise"] > 0
@@ -168,7 +170,9 @@ def test_a_student_that_equals_its_teacher_pays_nothing_for_it() -> None:
 def test_terms_of_no_weight_are_left_out() -> None:
     output, clean, noise = tensors(3)
     stage = hybrid(noise_weight=0, variance_weight=0, variational_bound=False)
-    assert list(hybrid_terms(stage, DDPM(), output, output, clean, noise, torch.tensor([0, 30, 999]))) == ["noise"]
+    assert list(distillation_terms(stage, DDPM(), output, output, clean, noise, torch.tensor([0, 30, 999]))) == [
+        "noise"
+    ]
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -176,18 +180,18 @@ def test_attention_transfer_measures_what_is_missing_whatever_the_layers_scale(s
     generator = torch.Generator().manual_seed(0)
     teacher = [scale * torch.randn((2, 6, 8), generator=generator) + scale for _ in range(3)]
     nothing = [torch.zeros_like(x) for x in teacher]
-    assert transfer_terms(teacher, teacher)["attention"] == 0
-    assert transfer_terms(nothing, teacher)["attention"].item() == pytest.approx(1, rel=1e-6)
+    assert attention_error(teacher, teacher) == 0
+    assert attention_error(nothing, teacher).item() == pytest.approx(1, rel=1e-6)
     # One layer of three missing is a third.
-    assert transfer_terms([nothing[0], *teacher[1:]], teacher)["attention"].item() == pytest.approx(1 / 3, rel=1e-6)
+    assert attention_error([nothing[0], *teacher[1:]], teacher).item() == pytest.approx(1 / 3, rel=1e-6)
 
 
 def test_every_epoch_visits_everything_once_in_an_order_of_its_own() -> None:
-    epochs = [permutation(5, epoch, 40) for epoch in range(3)]
+    epochs = [permutation(5, "order", 40, epoch) for epoch in range(3)]
     assert all(sorted(order.tolist()) == list(range(40)) for order in epochs)
     assert len({tuple(order.tolist()) for order in epochs}) == 3
-    assert torch.equal(permutation(5, 1, 40), epochs[1])
-    assert not torch.equal(permutation(6, 1, 40), epochs[1])
+    assert torch.equal(permutation(5, "order", 40, 1), epochs[1])
+    assert not torch.equal(permutation(6, "order", 40, 1), epochs[1])
 
 
 @pytest.mark.parametrize(
@@ -199,87 +203,174 @@ def test_a_draw_is_a_function_of_seed_purpose_and_place(other: tuple[int, str, i
     assert not torch.equal(torch.randn(4, generator=generator_of(*other)), draw)
 
 
-class Rows:
-    """Ten samples whose every value is their index."""
-
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        index = torch.tensor(indices)
-        return {"latent": index.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).float(), "class_label": index % 4}
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
+    """Ten samples whose every value is their index, of class index modulo 4."""
+    index = torch.arange(10)
+    latents = index.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).float().contiguous()
+    return open_latents(write_latents(latents, index % 4, tmp_path_factory.mktemp("rows") / "data", "rows"))
 
 
-DATA = LatentDataset((1, 2, 2), (0, 3), "rows", Rows())
+@dataclass(frozen=True)
+class Drawer:
+    """Draws batches of eight of the ten rows."""
+
+    data: LatentDataset
+
+    def __call__(self, positions: range, *, seed: int = 1, step: int = 2, condition_dropout: float = 0.5) -> Batch:
+        draws = Draws(self.data, seed, 0, batch_size=8, num_timesteps=1000, condition_dropout=condition_dropout)
+        return draws.batch(step, positions)
 
 
-def drawn(positions: range, *, seed: int = 1, step: int = 2, condition_dropout: float = 0.5) -> Batch:
-    return draw_batch(
-        DATA,
-        positions,
-        seed=seed,
-        step=step,
-        batch_size=8,
-        num_timesteps=1000,
-        null_class=4,
-        condition_dropout=condition_dropout,
-    )
+@pytest.fixture(scope="module")
+def drawn(rows: LatentDataset) -> Drawer:
+    return Drawer(rows)
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
-    return Batch(*(torch.cat([getattr(batch, field.name) for batch in batches]) for field in fields(Batch)))
+def parts(batch: Batch) -> tuple[Tensor, ...]:
+    labels = batch.samples.class_labels
+    assert labels is not None
+    return batch.samples.clean, labels, batch.noise, batch.timestep, batch.dropped
 
 
-def same(first: Batch, second: Batch) -> bool:
-    return all(torch.equal(getattr(first, field.name), getattr(second, field.name)) for field in fields(Batch))
+def joined(batches: Sequence[Batch]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(tensors) for tensors in zip(*map(parts, batches), strict=True))
+
+
+def same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
-def test_a_batch_is_the_same_whoever_draws_its_parts(pieces: int) -> None:
-    whole = drawn(range(8))
-    parts = [drawn(range(start, start + pieces)) for start in range(0, 8, pieces)]
+def test_a_batch_is_the_same_whoever_draws_its_parts(drawn: Drawer, pieces: int) -> None:
+    whole = parts(drawn(range(8)))
+    starts = range(0, 8, pieces)
     # Drawn in another order, after other draws: no generator carries a history.
     drawn(range(8), seed=2)
-    assert same(joined(parts), whole)
-    assert same(joined([drawn(range(start, start + pieces)) for start in reversed(range(0, 8, pieces))][::-1]), whole)
+    assert same(joined([drawn(range(start, start + pieces)) for start in starts]), whole)
+    assert same(joined([drawn(range(start, start + pieces)) for start in reversed(starts)][::-1]), whole)
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"step": 3}])
-def test_another_seed_or_step_draws_other_noise_and_timesteps(change: dict[str, int]) -> None:
+def test_another_seed_or_step_draws_other_noise_and_timesteps(drawn: Drawer, change: dict[str, int]) -> None:
     one, other = drawn(range(8)), drawn(range(8), **change)
     assert not torch.equal(one.noise, other.noise)
     assert not torch.equal(one.timestep, other.timestep)
 
 
-def test_samples_of_one_batch_share_no_noise() -> None:
+def test_samples_of_one_batch_share_no_noise(drawn: Drawer) -> None:
     noise = drawn(range(8)).noise.flatten(1)
     assert len({tuple(row.tolist()) for row in noise}) == 8
 
 
-def test_steps_walk_through_the_data_epoch_by_epoch() -> None:
+def test_steps_walk_through_the_data_epoch_by_epoch(drawn: Drawer) -> None:
     # Five steps of eight are four epochs of ten; batches straddle epochs.
-    visited = torch.cat([drawn(range(8), step=step).clean[:, 0, 0, 0] for step in range(5)])
+    visited = torch.cat([drawn(range(8), step=step).samples.clean[:, 0, 0, 0] for step in range(5)])
     for epoch in visited.view(4, 10):
         assert sorted(epoch.tolist()) == list(range(10))
+    assert visited[:10].tolist() != visited[10:20].tolist()
+
+
+def test_buckets_take_turns_by_their_share_and_each_walks_through_its_own_samples() -> None:
+    schedule = Schedule([40, 8, 24], batch_size=8, seed=0, stage=0)
+    seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for step in range(18):  # two cycles of 5 + 1 + 3 batches
+        bucket, indices, _ = schedule.at(step, range(8))
+        # Whoever draws part of the batch draws of the same bucket.
+        assert schedule.at(step, range(4, 8))[:2] == (bucket, indices[4:])
+        seen[bucket] += indices
+    for bucket, size in enumerate((40, 8, 24)):
+        assert sorted(seen[bucket]) == sorted([*range(size)] * 2)
+    orders = [[schedule.at(cycle * 9 + place, [0])[0] for place in range(9)] for cycle in range(3)]
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_a_finite_noise_set_comes_round_with_its_timestep_and_its_dropped_condition(rows: LatentDataset) -> None:
+    draws = Draws(rows, 0, 0, batch_size=10, num_timesteps=1000, condition_dropout=0.5, noise_set=3)
+    seen: dict[int, tuple[Tensor, ...]] = {}
+    for step in range(9):  # nine epochs: every sample meets each of its three noises three times
+        batch = draws.batch(step, range(10))
+        assert batch.rows is not None
+        for place, row in enumerate(batch.rows.tolist()):
+            assert row // 3 == int(batch.samples.clean[place, 0, 0, 0])
+            mine = (batch.noise[place], batch.timestep[place], batch.dropped[place])
+            assert same(seen.setdefault(row, mine), mine)
+    assert sorted(seen) == list(range(30))
+    assert len({float(noise.sum()) for noise, _, _ in seen.values()}) == 30
+
+
+def test_readers_ahead_read_what_is_read_between_the_steps(rows: LatentDataset) -> None:
+    draws = Draws(rows, 0, 0, batch_size=8, num_timesteps=1000, accumulation=2)
+    now, ahead = ([parts(batch) for batch in draws.read_ahead(3, 7, workers)] for workers in (0, 2))
+    assert len(now) == 8
+    assert all(same(one, other) for one, other in zip(now, ahead, strict=True))
+    assert same(now[0], parts(draws.batch(3, range(4))))
 
 
 @pytest.mark.parametrize(("dropout", "share"), [(0.0, 0.0), (0.1, 0.1), (1.0, 1.0)])
-def test_conditions_are_dropped_as_often_as_asked_and_otherwise_kept(dropout: float, share: float) -> None:
-    batch = joined([drawn(range(8), step=step, condition_dropout=dropout) for step in range(100)])
-    null = batch.class_labels == 4
-    assert null.float().mean().item() == pytest.approx(share, abs=0.03)
-    assert torch.equal(batch.class_labels[~null], batch.clean[~null, 0, 0, 0].long() % 4)
+def test_conditions_are_dropped_as_often_as_asked(drawn: Drawer, dropout: float, share: float) -> None:
+    batches = [drawn(range(8), step=step, condition_dropout=dropout) for step in range(100)]
+    *_, dropped = joined(batches)
+    assert dropped.float().mean().item() == pytest.approx(share, abs=0.03)
+    config = {"caption_channels": None, "num_classes": 4}
+    labels = torch.cat([Conditioner(config)(batch)["class_labels"] for batch in batches])
+    clean, own, *_ = joined(batches)
+    assert torch.equal(labels, torch.where(dropped, 4, own))
+    assert torch.equal(own, clean[:, 0, 0, 0].long() % 4)
 
 
-def test_dropout_changes_neither_noise_nor_timestep() -> None:
+def test_dropout_changes_neither_noise_nor_timestep(drawn: Drawer) -> None:
     one, other = drawn(range(8), condition_dropout=0.0), drawn(range(8), condition_dropout=1.0)
     assert torch.equal(one.noise, other.noise)
     assert torch.equal(one.timestep, other.timestep)
 
 
-def test_timesteps_cover_the_whole_schedule() -> None:
-    timesteps = joined([drawn(range(8), step=step) for step in range(250)]).timestep
+def test_timesteps_cover_the_whole_schedule(drawn: Drawer) -> None:
+    timesteps = torch.cat([drawn(range(8), step=step).timestep for step in range(250)])
     assert timesteps.min() >= 0
     assert timesteps.max() <= 999
     counts = torch.histc(timesteps.float(), bins=4, min=0, max=1000)
     assert (counts / counts.sum() - 0.25).abs().max() < 0.05
+
+
+# Flow matching
+
+
+@pytest.mark.parametrize("data_timestep", [0, 1])
+def test_the_path_of_flow_matching_is_straight_from_noise_to_data(data_timestep: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    flow = FlowMatching(data_timestep)
+
+    def at(time: float) -> Tensor:
+        return flow.add_noise(clean, noise, torch.full((3,), time, dtype=torch.float64))
+
+    torch.testing.assert_close(at(float(data_timestep)), clean)
+    torch.testing.assert_close(at(1.0 - data_timestep), noise)
+    # The velocity is its derivative, by a difference quotient.
+    torch.testing.assert_close((at(0.6) - at(0.4)) / 0.2, flow.velocity(clean, noise), rtol=1e-9, atol=1e-9)
+    exact = flow.terms(flow.velocity(clean, noise), clean, noise, torch.rand(3))
+    assert exact["velocity"].max() == 0
+
+
+def test_the_teachers_velocity_is_weighted_and_its_variance_is_none() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, clean, noise = (torch.randn(3, 2, 4, 4, generator=generator) for _ in range(4))
+    stage = FlowMatchingStage(objective="flow_matching", steps=1, velocity_weight=0.25)
+    terms = distillation_terms(stage, FlowMatching(1), student, teacher, clean, noise, torch.rand(3))
+    own = ((student.double() - (clean - noise).double()) ** 2).mean()
+    theirs = 0.25 * ((student.double() - teacher.double()) ** 2).mean()
+    assert terms["velocity"].item() == pytest.approx(own.item(), rel=1e-6)
+    assert terms["teacher_velocity"].item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert list(terms) == ["velocity", "teacher_velocity"]
+
+
+def test_losses_do_not_depend_on_how_a_batch_is_split() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
+    # Samples of very different scale: a quotient of batch means would not be the mean of its parts.
+    scale = torch.tensor([1.0, 10.0, 0.1, 3.0]).view(-1, 1, 1)
+    mine, theirs = student.flatten(2) * scale, teacher.flatten(2) * scale
+    whole = attention_error([mine], [theirs])
+    halves = [attention_error([mine[half]], [theirs[half]]) for half in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(torch.stack(halves).mean(), whole)

@@ -11,7 +11,8 @@ import yaml
 import litconvert
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.packaged import packaged_recipes, summary
-from litconvert.recipe import Hybrid, Recipe, Source, find_recipe, json_schema, read_recorded, resolve, resolve_data
+from litconvert.recipe import Hybrid, Recipe, Source
+from litconvert.recipe_files import find_recipe, json_schema, read_recorded, resolve, resolve_data
 from tests.checkpoint_files import dit_shapes, pixart_shapes, write_hollow
 from tests.command import command
 
@@ -249,10 +250,11 @@ evaluate: {seeds: [99]}
             "recipe.yaml:3: student.conv_siz: unknown key (did you mean 'conv_size'?)",
             "recipe.yaml:4: student.kernel: input should be 'relu', 'gelu' or 'focused', got 'rleu'",
             "recipe.yaml:7: distill.stages.0: unknown objective 'hybird' (did you mean 'hybrid'?); "
-            "there are attention_transfer and hybrid",
+            "there are attention_transfer, hybrid and flow_matching",
             "recipe.yaml:9: distill.stages.1.steps: is missing",
             "recipe.yaml:10: distill.stages.1.stepz: unknown key (did you mean 'steps'?)",
-            "recipe.yaml:11: distill.stages.2: objective is missing; there are attention_transfer and hybrid",
+            "recipe.yaml:11: distill.stages.2: objective is missing; there are attention_transfer, hybrid and "
+            "flow_matching",
             "recipe.yaml:12: evaluate: reference_seed 99 is one of seeds: reference and samples share noise",
             "--set: seed: input should be greater than or equal to 0, got -1",
         ]

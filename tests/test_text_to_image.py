@@ -17,15 +17,12 @@ import pytest
 import sentencepiece
 import torch
 from diffusers import (
-    AutoencoderKL,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import litconvert
 from litconvert import captions as captions_module
@@ -35,10 +32,12 @@ from litconvert.errors import LitconvertError, UsageError
 from litconvert.modeling_lit import CaptionConditioning, LiTTransformer2DModel
 from litconvert.pipeline_lit_text import LiTAlphaPipeline, LiTSigmaPipeline
 from litconvert.publishing import pipeline_class, planned_files, prepare
-from litconvert.recipe import Recipe, TextEncoder, resolve
+from litconvert.recipe import Recipe, TextEncoder
+from litconvert.recipe_files import resolve
 from litconvert.sampling import SampleSheet, make_scheduler, noise_of, sample, sample_to_files, to_images
 from tests.command import command
 from tests.hub_server import HubServer
+from tests.pretrained import CHANNELS, SIDE, Pretrained, pixart
 from tests.test_publishing import TOKEN, card_of, enter, sent
 
 # Of huggingface_hub's own upload of large files, and of diffusers' own call of huggingface_hub.
@@ -47,8 +46,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning"),
 ]
 
-WORDS = ["a", "red", "fox", "in", "the", "snow", "cat", "blue", "house", "by", "sea", "blurry", "ugly", "two", "birds"]
-CHANNELS, SIDE = 16, 8
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PROMPTS = ["A red fox in the snow ", "two birds by the sea"]
 
@@ -90,75 +87,6 @@ for name, one in (("plain", model), ("inside", inside)):
 assert not any(name.partition(".")[0] == "litconvert" for name in sys.modules)
 save_file({name: value.contiguous() for name, value in outputs.items()}, folder / "outputs.safetensors")
 """
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """What a PixArt repository holds, tiny: text encoder, tokenizer and decoder, and transformers without them."""
-
-    folder: Path
-
-    @property
-    def text_encoder(self) -> TextEncoder:
-        return TextEncoder(path=str(self.folder))
-
-    def t5(self) -> tuple[Any, Any]:
-        return (
-            T5Tokenizer.from_pretrained(self.folder / "tokenizer"),
-            T5EncoderModel.from_pretrained(self.folder / "text_encoder").eval(),
-        )
-
-    def vae(self) -> Any:
-        return AutoencoderKL.from_pretrained(self.folder / "vae").eval()
-
-    def recipe(self, path: Path, more: str = "") -> Path:
-        """A recipe that names this decoder and this T5."""
-        vae = f"vae: {{path: {self.folder}, subfolder: vae, scaling_factor: 0.5}}"
-        path.write_text(
-            f"source: {{{vae}, text_encoder: {{path: {self.folder}}}}}\n"
-            "student: {num_attention_heads: 2, conv_size: 3}\n"
-            f"sample: {{scheduler: dpm-solver++, steps: 3, guidance: 3.0, prompts: [a cat, a house]{more}}}\n"
-        )
-        return path
-
-
-def pixart(*, micro: bool, sample_size: int = SIDE, interpolation_scale: float = 1.0) -> Any:
-    """A random diffusers PixArt, every tensor non-zero; the same weights whatever the size."""
-    torch.manual_seed(3)
-    model = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        num_layers=2,
-        in_channels=4,
-        out_channels=8,
-        cross_attention_dim=24,
-        caption_channels=CHANNELS,
-        sample_size=sample_size,
-        interpolation_scale=interpolation_scale,
-        use_additional_conditions=micro,
-    )
-    generator = torch.Generator().manual_seed(4)
-    for _, value in sorted(model.named_parameters()):
-        value.data = 0.2 * torch.randn(value.shape, generator=generator)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
-    folder = tmp_path_factory.mktemp("pretrained")
-    torch.manual_seed(0)
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -2.0) for word in WORDS)]
-    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    config = T5Config(vocab_size=40, d_model=CHANNELS, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    T5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    decoder = AutoencoderKL(**blocks, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=2)
-    decoder.register_to_config(scaling_factor=0.5)
-    decoder.save_pretrained(folder / "vae")
-    pixart(micro=True).save_pretrained(folder / "alpha")
-    pixart(micro=False).save_pretrained(folder / "sigma")
-    return Pretrained(folder)
 
 
 @pytest.fixture
@@ -551,12 +479,13 @@ def test_a_runs_sheet_draws_the_recipes_prompts_where_they_can_be_encoded(
     pretrained: Pretrained, sigma: LiTTransformer2DModel, tmp_path: Path
 ) -> None:
     recipe = resolve(str(pretrained.recipe(tmp_path / "recipe.yaml"))).recipe
-    sheet = SampleSheet(recipe, sigma, tmp_path)
+    sheet = SampleSheet(recipe, sigma.config, tmp_path)
+    sheet.draw(sigma, "teacher")
     sheet.draw(sigma, "after")
     assert sheet.images(sigma).shape == (2, 64, 64, 3)
     assert (tmp_path / "teacher.png").read_bytes() == (tmp_path / "after.png").read_bytes()
     without: Recipe = recipe.model_copy(update={"source": recipe.source.model_copy(update={"text_encoder": None})})
-    assert not SampleSheet(without, sigma, tmp_path).drawable
+    assert not SampleSheet(without, sigma.config, tmp_path).drawable
 
 
 @dataclass(frozen=True)

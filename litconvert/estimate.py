@@ -1,0 +1,299 @@
+"""What a stage will take, in memory and time, before anything starts; and what to do when it was more."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from litconvert.block_times import step_seconds
+from litconvert.engine import uses_bf16
+from litconvert.errors import UsageError
+from litconvert.live_memory import step_memory
+from litconvert.optimization import trained_names
+from litconvert.recipe import AnyStage, AttentionTransfer, Recipe
+from litconvert.shapes import BUFFERS, model_tensors
+from litconvert.teaching import teacher_weights
+
+FLOAT32 = 4
+# glibc maps blocks of 32 MiB and more by themselves (DEFAULT_MMAP_THRESHOLD_MAX) and gives them back when they are
+# freed. Smaller ones share a heap, whose gaps stay resident. How large those grow is measured: benchmarks/memory.py.
+HEAP_GAPS = 0.3
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage of one process, at its most. Memory in bytes: of the GPU where there is one, or else resident.
+
+    Attributes:
+        stage, objective: its index and kind.
+        device: `cuda` or `cpu`.
+        bf16: whether it is computed in bf16 autocast.
+        processes: that share a batch.
+        micro_batch: samples that a process computes at a time.
+        parameters: trained in this stage.
+        memory: bytes by what they are for.
+        step_seconds, seconds: of a step and of the whole stage.
+    """
+
+    stage: int
+    objective: str
+    device: str
+    bf16: bool
+    processes: int
+    micro_batch: int
+    parameters: int
+    memory: Mapping[str, int]
+    step_seconds: float
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """The most memory a process has at a time."""
+        return sum(self.memory.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "memory": dict(self.memory), "peak": self.peak}
+
+
+def estimate_stage(
+    recipe: Recipe,
+    student_config: Mapping[str, Any],
+    teacher_config: Mapping[str, Any] | None,
+    stage_index: int,
+    *,
+    micro_batch: int | None = None,
+    processes: int = 1,
+    device: torch.device | None = None,
+    source_config: Mapping[str, Any] | None = None,
+    mapped_bytes: int = 0,
+    sharded: bool = False,
+) -> StageEstimate:
+    """Memory and time of a stage on this device, without weights and data.
+
+    Activations are counted on the real modules (`live_memory`), and blocks are timed now (`block_times`); the rest is
+    arithmetic. To be asked before models are read: what this process takes now counts as interpreter and libraries.
+    On a GPU what is not a tensor (context, kernels, the allocator's reserve) is left out, as it is in
+    torch.cuda.max_memory_allocated; on a CPU, T5 where captions are encoded on the fly.
+
+    Args:
+        recipe: resolved.
+        student_config, teacher_config: full configs; no teacher: nothing is learnt from one.
+        stage_index: of recipe.distill.stages.
+        micro_batch: samples at a time; None: what the recipe's batch, accumulation and `processes` leave.
+        processes: each on a device like this one.
+        device: None: the GPU if there is one, or else the CPU.
+        source_config: what attention is transferred from, where that is another model than the teacher.
+        mapped_bytes: of checkpoint files, which stay mapped in main memory once they are read.
+        sharded: states are split over the processes.
+
+    Raises UsageError for a stage that does not exist and for a batch that does not split.
+    """
+    import datasets  # noqa: F401  a run imports it, so it belongs to what this process takes
+
+    stage = _stage(recipe, stage_index)
+    settings = recipe.distill
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    micro_batch = micro_batch or micro_batch_of(recipe, stage_index, processes)
+    bf16 = uses_bf16(settings.mixed_precision)
+    teaching = source_config or teacher_config if isinstance(stage, AttentionTransfer) else teacher_config
+    if not any(teacher_weights(stage)):
+        teaching = None
+    shapes = {name: info.shape for name, info in model_tensors(student_config).items() if name not in BUFFERS}
+    names = trained_names(student_config, list(shapes), stage, f"distill.stages.{stage_index}")
+    trained = [shapes[name] for name in names]
+    parameters = sum(map(math.prod, trained))
+    resident = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+    step = step_memory(stage, settings, student_config, teaching, micro_batch=micro_batch, device=device, bf16=bf16)
+    share = processes if sharded else 1
+    memory = {
+        "student weights": _weights(student_config) // share,
+        "teacher weights": _teacher_bytes(recipe, [teacher_config, source_config], processes, device),
+        "optimiser states": optimizer_bytes(stage, trained) // share,
+        "EMA": FLOAT32 * parameters // share,
+        "gradients": step.gradients // share,
+        "activations": step.activations,
+    }
+    if sharded:
+        memory["gathered blocks"] = _gathered(student_config)
+    elif processes > 1:
+        memory["gradients in exchange"] = FLOAT32 * parameters  # DDP's buckets
+    if device.type == "cpu":
+        memory["gaps in the heap"] = round(HEAP_GAPS * step.small)
+        memory["mapped checkpoints"] = mapped_bytes
+        memory["interpreter and libraries"] = resident
+    seconds = step_seconds(
+        stage,
+        settings,
+        student_config,
+        teaching,
+        micro_batch=micro_batch,
+        trained=parameters,
+        device=device,
+        bf16=bf16,
+    )
+    return StageEstimate(
+        stage_index,
+        stage.objective,
+        device.type,
+        bf16,
+        processes,
+        micro_batch,
+        parameters,
+        memory,
+        seconds,
+        seconds * stage.steps,
+    )
+
+
+def _stage(recipe: Recipe, index: int) -> AnyStage:
+    stages = recipe.distill.stages
+    if not 0 <= index < len(stages):
+        known = f"0 to {len(stages) - 1}" if stages else "none; `litconvert recipes show digits` shows some"
+        raise UsageError(f"--stage {index}: the recipe's stages are {known}")
+    return stages[index]
+
+
+def micro_batch_of(recipe: Recipe, stage_index: int, processes: int) -> int:
+    """Samples that a process computes at a time. Raises UsageError for a batch that does not split."""
+    size, parts = _stage(recipe, stage_index).batch_size, processes * recipe.distill.gradient_accumulation_steps
+    if size % parts:
+        raise UsageError(
+            f"distill.stages.{stage_index}.batch_size={size} is not a multiple of processes times accumulation, {parts}"
+        )
+    return size // parts
+
+
+def _weights(config: Mapping[str, Any] | None) -> int:
+    """Bytes of a model as it trains and teaches: float32."""
+    return 0 if config is None else sum(info.nbytes for info in model_tensors(config, torch.float32).values())
+
+
+def _block(config: Mapping[str, Any]) -> int:
+    """Bytes of the largest block."""
+    full = model_tensors(config, torch.float32)
+    prefixes = [f"blocks.{index}." for index in range(config["num_layers"])]
+    return max(sum(info.nbytes for name, info in full.items() if name.startswith(prefix)) for prefix in prefixes)
+
+
+def _gathered(config: Mapping[str, Any]) -> int:
+    """Bytes that sharding has whole at a time: two blocks, one computing and one arriving, and all but the blocks."""
+    layers = int(config["num_layers"])
+    return _weights(config) - max(layers - 2, 0) * _block(config)
+
+
+def _teacher_bytes(
+    recipe: Recipe, configs: Sequence[Mapping[str, Any] | None], processes: int, device: torch.device
+) -> int:
+    """Bytes of the models learnt from, which stay through all stages, where the recipe places them."""
+    placement = recipe.distill.teacher_placement
+    total = 0
+    for config in configs:
+        if config is None:
+            continue
+        if placement == "offloaded" and device.type == "cuda":
+            total += 2 * _block(config)
+        elif placement == "sharded" and processes > 1:
+            total += _weights(config) // processes + _gathered(config)
+        elif recipe.distill.teacher_precision == "fp8":
+            # The blocks' products in a byte a number; the little rest is counted like them.
+            total += _weights(config) // 4
+        else:
+            total += _weights(config)
+    return total
+
+
+def optimizer_bytes(stage: AnyStage, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Bytes of an optimiser's states for weights of these shapes.
+
+    AdamW: two float32 numbers a weight. AdamW 8-bit (bitsandbytes): two bytes a weight and a float32 scale for each 256
+    of either, and float32 below 4096 numbers. CAME: one float32 number a weight, and for matrices two rows and two
+    columns of second moments, else a second number.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    if stage.optimizer == "adamw-8bit":
+        return sum(2 * FLOAT32 * size if size < 4096 else 2 * (size + FLOAT32 * -(-size // 256)) for size in sizes)
+    if stage.optimizer == "came":
+        factors = (
+            2 * (size // shape[-1] + size // shape[-2]) if len(shape) > 1 else size
+            for shape, size in zip(shapes, sizes, strict=True)
+        )
+        return FLOAT32 * (sum(sizes) + sum(factors))
+    return 2 * FLOAT32 * sum(sizes)
+
+
+def reset_peak() -> None:
+    """Measure the peak from here on. Linux and CUDA can; elsewhere the peak is that of the whole process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def measured_peak() -> int:
+    """The most memory so far: on a GPU in tensors, on a CPU resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else 1024 * most  # bytes on macOS, KiB elsewhere
+    # Not ru_maxrss, which keeps what the process was forked from.
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says that memory ran out: on a GPU or in the computer's main memory."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        # The allocator of main memory has no exception of its own.
+        text = str(seen)
+        if isinstance(seen, RuntimeError) and ("DefaultCPUAllocator: " in text or "CUBLAS_STATUS_ALLOC_FAILED" in text):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def out_of_memory_advice(recipe: Recipe, stage_index: int, processes: int) -> str:
+    """What to change when a stage does not fit, as a sentence: first what keeps the same mathematics.
+
+    Args:
+        recipe: of the run.
+        stage_index: the stage that ran out of memory.
+        processes: that share a batch.
+    """
+    settings = recipe.distill
+    stage = settings.stages[stage_index]
+    sizes = [one.batch_size for one in settings.stages]
+    smallest = min(sizes) // processes
+    more = range(settings.gradient_accumulation_steps + 1, smallest + 1)
+    fitting = [parts for parts in more if not any(size % (processes * parts) for size in sizes)]
+    if fitting:
+        before = stage.batch_size // (processes * settings.gradient_accumulation_steps)
+        after = stage.batch_size // (processes * fitting[0])
+        return (
+            f"--set distill.gradient_accumulation_steps={fitting[0]} keeps the same mathematics with {after} samples "
+            f"at a time in place of {before}"
+        )
+    advice = "accumulation is exhausted: no larger gradient_accumulation_steps divides the batch of every stage. "
+    if not isinstance(stage, AttentionTransfer) and settings.gradient_checkpointing < 1:
+        return advice + "--set distill.gradient_checkpointing=1 computes activations again rather than keeping them"
+    if settings.teacher_placement == "device" and torch.cuda.is_available():
+        return advice + "--set distill.teacher_placement=offloaded keeps the teacher in main memory"
+    return (
+        advice
+        + "More processes share the batch, and with --use_fsdp --fsdp_version 2 of `accelerate launch` the states"
+    )

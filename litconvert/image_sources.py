@@ -1,0 +1,251 @@
+"""Images to encode, from class folders, webdataset shards, `datasets` folders or the Hub, in parts of their own.
+
+A part is what one process reads alone, and what an interrupted run loses at most.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from litconvert.errors import LitconvertError, UsageError
+from litconvert.hub import hub_errors
+from litconvert.recipe import Encode
+
+TABLES = {".parquet", ".arrow"}
+METADATA = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}
+# Where the recipe's column is not found in webdataset shards: the extensions of its convention.
+WEBDATASET_COLUMNS = {"label_column": "cls", "caption_column": "txt"}
+
+
+class BrokenSample(LitconvertError):
+    """An image that cannot be read, or one without its class or caption."""
+
+
+@dataclass(frozen=True)
+class ImageSample:
+    """An image as it is stored, and what it is conditioned on.
+
+    Attributes:
+        name: for messages.
+        data: a file, or its content.
+        condition: class label or caption; -1 or nothing where there is none.
+    """
+
+    name: str
+    data: Path | bytes
+    condition: int | str
+
+
+class ImageSource(Protocol):
+    """Images in parts.
+
+    Attributes:
+        parts: how many.
+        listing: plain data that changes when the images do, without reading them.
+        classes: how many, where that is known.
+    """
+
+    parts: int
+    listing: Any
+    classes: int | None
+
+    def read(self, part: int) -> Iterator[ImageSample]:
+        """The images of a part, always in the same order."""
+        ...
+
+
+def open_images(images: str, settings: Encode, *, captions: bool) -> ImageSource:
+    """Find out what `images` is.
+
+    Args:
+        images: a folder of class folders, of webdataset shards (*.tar), of parquet files or of images with a
+            metadata.jsonl; a folder that `datasets` saved; or a Hub data set, `owner/name` or `owner/name@revision`,
+            which is streamed.
+        captions: captions are needed, not classes.
+
+    Raises UsageError for a folder of none of these.
+    """
+    folder = Path(images)
+    if not folder.exists():
+        if images.count("/") != 1 or images.startswith((".", "/", "~")):
+            raise UsageError(f"{images}: no such folder; name one of images, or a Hub data set (owner/name)")
+        return _hub_source(images, settings, captions)
+    if not folder.is_dir():
+        raise UsageError(f"{images}: not a folder; name the folder that the images or shards are in")
+    files = _files(folder)
+    suffixes = {os.path.splitext(name)[1].lower() for name, _ in files}
+    names = {os.path.basename(name) for name, _ in files}
+    if ".tar" in suffixes:
+        tars = [entry for entry in files if entry[0].lower().endswith(".tar")]
+        data = _load("webdataset", images, data_files={"train": [str(folder / name) for name, _ in tars]})
+        return StreamedImages(images, data, tars, settings, captions, webdataset=True)
+    if {"state.json", "dataset_dict.json"} & names:
+        return StreamedImages(images, _from_disk(folder, settings.split), files, settings, captions)
+    if suffixes & TABLES or names & METADATA:
+        data = _load(images, images, split=settings.split)
+        return StreamedImages(images, data, files, settings, captions)
+    if captions:
+        raise UsageError(
+            f"{images}: class folders hold no captions, which the model reads: add a metadata.jsonl with file_name and "
+            f"{settings.caption_column}, or give webdataset shards (*.tar) of images and texts"
+        )
+    return ClassFolders(folder, files, settings)
+
+
+def _files(folder: Path) -> list[tuple[str, int]]:
+    """Path inside the folder and size in bytes of every file, sorted; hidden ones are left out."""
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                path = os.path.join(place, name)
+                found.append((os.path.relpath(path, folder).replace(os.sep, "/"), os.stat(path).st_size))
+    return sorted(found)
+
+
+class ClassFolders:
+    """A folder of folders of images: the sorted folder names are the labels 0, 1, ..."""
+
+    def __init__(self, folder: Path, files: Sequence[tuple[str, int]], settings: Encode) -> None:
+        suffixes = Image.registered_extensions()
+        images = [entry for entry in files if os.path.splitext(entry[0])[1].lower() in suffixes]
+        loose = [name for name, _ in images if "/" not in name]
+        if not images or loose:
+            what = f"{loose[0]} is in none" if loose else "there are none with images in them"
+            raise UsageError(
+                f"{folder}: images are read from class folders (FOLDER/CLASS/IMAGE), and {what}; the other forms are "
+                "webdataset shards (*.tar), parquet files, and a metadata.jsonl"
+            )
+        self.folder = folder
+        self.names = sorted({name.partition("/")[0] for name, _ in images})
+        self.classes: int | None = len(self.names)
+        self.files = images[: settings.num_samples]
+        self.shard_size = settings.shard_size
+        self.parts = -(-len(self.files) // self.shard_size)
+        self.listing: Any = images
+
+    def read(self, part: int) -> Iterator[ImageSample]:
+        labels = {name: label for label, name in enumerate(self.names)}
+        for name, _ in self.files[part * self.shard_size : (part + 1) * self.shard_size]:
+            yield ImageSample(str(self.folder / name), self.folder / name, labels[name.partition("/")[0]])
+
+
+class StreamedImages:
+    """What `datasets` reads: a part is a file of it, or so many rows where rows are counted.
+
+    Args:
+        name: of the data set, for messages.
+        data: a data set or a stream of one.
+        listing: plain data that changes when the data does.
+        captions: captions are needed, not classes.
+        webdataset: columns may have the names of the webdataset convention.
+    """
+
+    def __init__(
+        self, name: str, data: Any, listing: Any, settings: Encode, captions: bool, *, webdataset: bool = False
+    ) -> None:
+        from datasets import ClassLabel, Value
+        from datasets import Image as ImageFeature
+
+        self.name, self.listing, self.settings = name, listing, settings
+        features = data.features or {}
+        pictures = [column for column, feature in features.items() if isinstance(feature, ImageFeature)]
+        self.image = settings.image_column
+        if self.image not in pictures:
+            if len(pictures) != 1:
+                raise UsageError(
+                    f"{name}: has no column of images {self.image!r}; its columns are "
+                    f"{', '.join(features) or 'unknown'}: set data.encode.image_column"
+                )
+            self.image = pictures[0]
+        key = "caption_column" if captions else "label_column"
+        self.condition = getattr(settings, key)
+        if self.condition not in features and webdataset:
+            self.condition = WEBDATASET_COLUMNS[key]
+        if self.condition not in features:
+            raise UsageError(
+                f"{name}: has no column {getattr(settings, key)!r} of {'captions' if captions else 'classes'}; its "
+                f"columns are {', '.join(features)}: set data.encode.{key}"
+            )
+        kind = features[self.condition]
+        if not captions and not isinstance(kind, ClassLabel) and not (isinstance(kind, Value) and "int" in kind.dtype):
+            raise UsageError(f"{name}: the column {self.condition} does not hold classes, which are whole numbers")
+        self.captions = captions
+        self.classes: int | None = kind.num_classes if isinstance(kind, ClassLabel) else None
+        columns = [self.image, self.condition]
+        # The bytes as they are: a broken image is to be named.
+        self.data = data.select_columns(columns).cast_column(self.image, ImageFeature(decode=False))
+        self.rows = settings.num_samples  # None: a stream whose rows nobody has counted
+        if hasattr(data, "__len__"):
+            self.rows = min(len(data), settings.num_samples or len(data))
+        self.parts: int = data.num_shards if self.rows is None else -(-self.rows // settings.shard_size)
+
+    def _part(self, part: int) -> tuple[int, Any]:
+        """The number of its first row, where rows are counted, and the rows of a part."""
+        if self.rows is None:
+            return 0, self.data.shard(self.data.num_shards, part)
+        first = part * self.settings.shard_size
+        count = min(self.settings.shard_size, self.rows - first)
+        return first, self.data.skip(first).take(count)
+
+    def read(self, part: int) -> Iterator[ImageSample]:
+        first, rows = self._part(part)
+        where = f"{self.name}, file {part}, row" if self.rows is None else f"{self.name}, row"
+        try:
+            for index, row in enumerate(rows, start=first):
+                picture, condition = row[self.image] or {}, row[self.condition]
+                path = picture.get("path")
+                name = f"{where} {index}{f' ({path})' if path else ''}"
+                if isinstance(condition, list):
+                    condition = condition[0] if condition else None  # several captions of one image: the first
+                if condition is None:
+                    condition = "" if self.captions else -1
+                yield ImageSample(name, picture.get("bytes") or (Path(path) if path else b""), condition)
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, LitconvertError):
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise LitconvertError(f"{self.name}: part {part} cannot be read ({reason}); repair or remove it") from error
+
+
+def _load(path: str, name: str, **options: Any) -> Any:
+    from datasets import load_dataset
+
+    options = {"split": "train", **options}
+    try:
+        with hub_errors(name):
+            return load_dataset(path, streaming=True, **options)
+    except LitconvertError:
+        raise
+    except Exception as error:  # datasets raises many kinds for what it cannot read
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"{name}: `datasets` cannot read it ({reason}); is the split {options['split']!r} (data.encode.split), and "
+            "are all samples alike?"
+        ) from error
+
+
+def _from_disk(folder: Path, split: str) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        data = load_from_disk(str(folder))
+        return data[split] if isinstance(data, DatasetDict) else data
+    except Exception as error:  # as above
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{folder}: `datasets` cannot read its split {split!r} ({reason})") from error
+
+
+def _hub_source(images: str, settings: Encode, captions: bool) -> StreamedImages:
+    from huggingface_hub import HfApi
+
+    name, _, revision = images.partition("@")
+    with hub_errors(name):
+        sha = HfApi().dataset_info(name, revision=revision or None).sha
+    data = _load(name, name, split=settings.split, revision=sha)
+    return StreamedImages(name, data, [name, sha], settings, captions)

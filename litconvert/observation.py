@@ -1,0 +1,158 @@
+"""What is measured of a run while it trains: the error by timestep, speed, memory, utilisation of the device."""
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from litconvert.engine import Engine
+from litconvert.recipe import AnyStage, AttentionTransfer, Recipe
+from litconvert.shapes import count_macs, full_config
+from litconvert.teaching import teacher_weights
+
+Predict = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
+
+WINDOW = 20
+# Dense bf16 products with float32 accumulation, in TFLOP/s, by torch's name of the device. From NVIDIA's data sheets of
+# A100, H100, H200 and L40S (some of which print the figure with sparsity alone, twice this one) and the appendix of its
+# Ada architecture whitepaper for the RTX 4090. A name that is not here has no known peak, among them a slice of a GPU
+# (MIG) and a laptop's GPU of nearly the same name.
+PEAK_TFLOPS = {
+    r"(NVIDIA )?A100(-SXM4?|-PCIE)?[- ](40|80)GB( PCIe)?": 312,
+    r"NVIDIA H100 80GB HBM3": 989,
+    r"NVIDIA H100 PCIe": 756,
+    r"NVIDIA H100 NVL": 835,
+    r"NVIDIA H200": 989,
+    r"NVIDIA H200 NVL": 835,
+    r"NVIDIA L40S": 362,
+    r"NVIDIA GeForce RTX 4090": 165,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak of dense bf16 products, FLOP/s; None where no data sheet is known for a device of this name."""
+    found = (tera for pattern, tera in PEAK_TFLOPS.items() if re.fullmatch(pattern, device_name))
+    tera = next(found, None)
+    return None if tera is None else tera * 1e12
+
+
+@torch.no_grad()
+def timestep_errors(
+    student: Predict,
+    teacher: Predict,
+    batches: Iterable[tuple[Tensor, Tensor, Mapping[str, Any]]],
+    timesteps: float,
+    buckets: int = 10,
+) -> list[float]:
+    """How far the student is from its teacher in each part of the timestep range.
+
+    sum ||student - teacher||^2 / sum ||teacher||^2 over a bucket's samples, of what both predict of the noise or the
+    velocity: the first C output channels, the rest being the variance. 0 is the teacher itself, 1 an output of zeros.
+
+    Args:
+        student, teacher: called with (noisy, timestep, condition), give (N, C or 2C, H, W).
+        batches: of (noisy (N, C, H, W), timestep (N,), condition), the same at each call, so that two measurements of
+            one run can be compared.
+        timesteps: end of the range [0, timesteps]: 1000 for DDPM's steps, 1 for flow matching's time.
+        buckets: equal parts of it.
+
+    Returns: the error of each bucket, in the order of timesteps; NaN for one that no sample fell into.
+    """
+    sums = torch.zeros(2, buckets, dtype=torch.float64)
+    for noisy, timestep, condition in batches:
+        channels = noisy.shape[1]
+        # To main memory before float64, which not every device has.
+        mine, theirs = (
+            predict(noisy, timestep, condition)[:, :channels].float().cpu().double() for predict in (student, teacher)
+        )
+        bucket = (timestep.cpu().double() * (buckets / timesteps)).long().clamp(0, buckets - 1)
+        for row, values in zip(sums, (mine - theirs, theirs), strict=True):
+            row.index_add_(0, bucket, values.square().flatten(1).sum(1))
+    errors: list[float] = (sums[0] / sums[1]).tolist()
+    return errors
+
+
+def training_flops(
+    stage: AnyStage, student: Mapping[str, Any], teacher: Mapping[str, Any] | None, *, kept: bool = False
+) -> float:
+    """Floating-point operations that one image of a stage needs, at the student's own size.
+
+    2 for each multiply-accumulate; the teacher's forward pass once where the stage asks the teacher for anything, and
+    what is trained three times: forward, gradients of the inputs, gradients of the weights. As in the utilisation of
+    PaLM (arXiv 2204.02311, appendix B), what gradient checkpointing computes again is not counted: it is no progress.
+
+    Args:
+        stage: attention transfer trains the linear attentions alone; the others the whole student.
+        student, teacher: configs; no teacher: none is run.
+        kept: the teacher's outputs are read from disk where a stage needs nothing else of it.
+    """
+    c = full_config(student)
+    size: int = c["sample_size"]
+    trained: int
+    if isinstance(stage, AttentionTransfer):
+        tokens, width = (size // c["patch_size"]) ** 2, c["hidden_size"]
+        core = 2 * min(tokens, width // c["linear_num_heads"]) + c["linear_conv_size"] ** 2
+        trained = c["attention"].count("linear") * tokens * width * (4 * width + core)
+    else:
+        trained = count_macs(c, size)
+    if teacher is None or not any(teacher_weights(stage)):
+        return 6.0 * trained
+    if kept and not isinstance(stage, AttentionTransfer) and not stage.feature_weight:
+        return 6.0 * trained
+    return 6.0 * trained + 2.0 * count_macs(teacher, size)
+
+
+class Throughput:
+    """Speed of a stage over its last steps, the time that is left, memory and utilisation.
+
+    Args:
+        recipe: its stages; `stage` is the index of the one that runs.
+        student, teacher: configs.
+        engine: for the device and the number of processes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, stage: int, student: Mapping[str, Any], teacher: Mapping[str, Any] | None, engine: Engine
+    ) -> None:
+        stages = recipe.distill.stages
+        kept = recipe.distill.noise_set is not None
+        work = [one.batch_size * training_flops(one, student, teacher, kept=kept) for one in stages]
+        self.images, self.flops = stages[stage].batch_size, work[stage]
+        # Another stage's steps take as long as this one's, times what they compute more.
+        later = list(zip(stages[stage + 1 :], work[stage + 1 :], strict=True))
+        self.later_steps = sum(one.steps for one, _ in later)
+        self.later = sum(one.steps * flops / self.flops for one, flops in later)
+        self.device = engine.device
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        self.peak = None if peak is None else peak * engine.processes
+        self.seconds: deque[float] = deque(maxlen=WINDOW)
+
+    def update(self, seconds: float, steps_left: int) -> dict[str, float]:
+        """What to report after a step that took so long, with so many steps left in this stage and those after it.
+
+        Returns: `images_per_second` over all processes, mean of the last 20 steps; `eta_seconds` for the steps alone,
+        without checkpoints and pictures; `memory_bytes` of this process: on a GPU the most that tensors have taken so
+        far, on a CPU what is resident now; `flops_utilization`, the share of the devices' peak bf16 rate that the work
+        comes to, where that peak is known.
+        """
+        self.seconds.append(seconds)
+        step = sum(self.seconds) / len(self.seconds)
+        metrics = {
+            "images_per_second": self.images / step,
+            "eta_seconds": step * (steps_left - self.later_steps + self.later),
+            "memory_bytes": memory_bytes(self.device),
+        }
+        if self.peak is not None:
+            metrics["flops_utilization"] = self.flops / step / self.peak
+        return metrics
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Of this process: the most that tensors have taken on a GPU so far, or else its resident main memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,131 @@
+"""What is looked at while a run trains: pictures, the error by timestep, trackers and backups."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litconvert.backup import Backup
+from litconvert.conditions import Conditioner
+from litconvert.draws import Draws
+from litconvert.engine import Engine
+from litconvert.latents import LatentDataset
+from litconvert.modeling_lit import LiTTransformer2DModel
+from litconvert.objectives import make_diffusion
+from litconvert.observation import timestep_errors
+from litconvert.recipe import Recipe
+from litconvert.run_directory import RunDirectory
+from litconvert.sampling import SampleSheet
+from litconvert.trackers import Trackers
+from litconvert.trainer import StepReport
+
+# Of the error by timestep, spread evenly over the range; those of one bucket share a noise seed with no training step.
+ERROR_SAMPLES = 60
+NO_STAGE = -1
+
+
+class Observer(AbstractContextManager["Observer"]):
+    """Draws and measures a run's EMA, on the main process; the others wait.
+
+    Args:
+        model: the student as it is before the run; its config is the averaged model's.
+        teacher: drawn and compared with; None: there is none.
+        data, conditioner: what the error by timestep is measured on.
+        on_note: told of what failed without stopping the run.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: LiTTransformer2DModel,
+        teacher: LiTTransformer2DModel | None,
+        data: LatentDataset,
+        conditioner: Conditioner,
+        recipe: Recipe,
+        run: RunDirectory,
+        on_note: Callable[[str], None],
+    ) -> None:
+        self.engine, self.model, self.teacher = engine, model, teacher
+        self.data, self.conditioner = data, conditioner
+        self.recipe, self.run = recipe, run
+        self.sheet = SampleSheet(recipe, model.config, run.samples) if engine.is_main else None
+        self.trackers = Trackers(engine.accelerator, run, recipe, on_note)
+        publish = recipe.publish
+        self.backup: Backup | None = None
+        if engine.is_main and publish.backup_every is not None and publish.repo_id is not None:
+            self.backup = Backup(
+                run.path, publish.repo_id, publish.backup_every, private=publish.private, on_note=on_note
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.trackers.finish()
+        if self.backup is not None:
+            self.backup.stop()
+
+    def log(self, report: StepReport) -> None:
+        """A step's metrics."""
+        self.trackers.log(report.global_step, report.metrics)
+
+    def before(self) -> None:
+        """The student as it is converted, and its teacher."""
+        if self.sheet is not None:
+            if self.teacher is not None:
+                self.sheet.draw(self.teacher, "teacher")
+            self._look("before", 0, self._averaged(self.model.state_dict()))
+        self.engine.wait()
+
+    def observe(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """The averaged student of a step."""
+        self._look(f"step-{step:08d}", step, self._averaged(state))
+
+    def after(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """The result."""
+        self._look("after", step, self._averaged(state))
+
+    def _averaged(self, state: Mapping[str, Tensor]) -> LiTTransformer2DModel | None:
+        """A model of its own: the one in training is left as it is."""
+        if self.sheet is None:
+            return None
+        averaged = LiTTransformer2DModel.from_config(self.model.config).to(self.engine.device).eval()
+        averaged.load_state_dict(state)
+        return averaged  # type: ignore[no-any-return]
+
+    def _look(self, name: str, step: int, model: LiTTransformer2DModel | None) -> None:
+        if self.sheet is None or model is None:
+            return
+        self.sheet.draw(model, name)
+        if self.teacher is not None:
+            end = 1.0 if model.config.prediction == "velocity" else float(self.recipe.diffusion.num_timesteps)
+            self.run.append_timestep_errors(
+                step, timestep_errors(_predictor(model), _predictor(self.teacher), self._batches(), end), end
+            )
+
+    def _batches(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """The same samples and noises each time, their timesteps spread evenly."""
+        diffusion = make_diffusion(self.model.config, self.recipe.diffusion.num_timesteps)
+        steps = None if self.model.config.prediction == "velocity" else self.recipe.diffusion.num_timesteps
+        draws = Draws(self.data, self.recipe.seed, NO_STAGE, ERROR_SAMPLES, steps)
+        batches = []
+        for start in range(0, ERROR_SAMPLES, 10):
+            positions = range(start, start + 10)
+            spread = (torch.tensor(positions) + 0.5) / ERROR_SAMPLES
+            timestep = spread if steps is None else (spread * steps).long()
+            batch = replace(draws.batch(0, positions), timestep=timestep)
+            noisy = diffusion.add_noise(batch.samples.clean, batch.noise, timestep)
+            device = self.engine.device
+            batches.append((noisy.to(device), timestep.to(device), self.conditioner(batch)))
+        return batches
+
+
+def _predictor(model: LiTTransformer2DModel) -> Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]:
+    def predict(noisy: Tensor, timestep: Tensor, condition: Mapping[str, Any]) -> Tensor:
+        output: Tensor = model(noisy, timestep, **condition, return_dict=False)[0]
+        return output
+
+    return predict

@@ -1,0 +1,151 @@
+"""Several processes: the same losses as one, checkpoints that any number resumes, and kills at any moment."""
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from litconvert.run_directory import RunDirectory
+from litconvert.synthesis import synthesize
+from tests.processes import Forker, patience
+
+STAGES = (
+    "distill.stages=[{objective: attention_transfer, steps: 8, batch_size: 8, learning_rate: 1.0e-3},"
+    "{objective: hybrid, steps: 12, batch_size: 8, learning_rate: 1.0e-3, schedule: cosine, feature_weight: 0.5}]"
+)
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def forker() -> Iterator[Forker]:
+    with Forker() as forker:
+        yield forker
+
+
+@pytest.fixture
+def data(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> Path:
+    return synthesize(pico_checkpoint, tmp_path / "data", str(pico_recipe))
+
+
+def distill(student: Path, run: Path, data: Path, *sets: str) -> list[str]:
+    """The command's arguments."""
+    return ["distill", str(student), str(run), "--data", str(data), "-q", *(p for one in sets for p in ("--set", one))]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model" / "diffusion_pytorch_model.safetensors")
+
+
+def losses(run: Path) -> Tensor:
+    rows = RunDirectory(run).read_metrics()
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    return torch.tensor([float(row["loss"]) for row in rows], dtype=torch.float64)
+
+
+def steps_made(run: Path) -> int:
+    """Rows of metrics.csv, as they are while somebody writes it."""
+    table = run / "metrics.csv"
+    return max(0, table.read_bytes().count(b"\n") - 1) if table.is_file() else 0
+
+
+def run_to_end(forker: Forker, arguments: list[str], log: Path, *, processes: int = 1, sharded: bool = False) -> None:
+    with patience(300):
+        codes = forker.launch(arguments, log, processes=processes, sharded=sharded).wait()
+    assert codes == [0] * processes, log.read_text()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["data-parallel", "sharded"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_have_the_losses_of_one(
+    tmp_path: Path, forker: Forker, pico_student: Path, data: Path, sharded: bool, accumulation: int
+) -> None:
+    parts = f"distill.gradient_accumulation_steps={accumulation}"
+    run_to_end(forker, distill(pico_student, tmp_path / "one", data, STAGES), tmp_path / "one.log")
+    arguments = distill(pico_student, tmp_path / "two", data, STAGES, parts)
+    run_to_end(forker, arguments, tmp_path / "two.log", processes=2, sharded=sharded)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 20
+    assert float(((one - two) / one).abs().max()) < 1e-4
+    # The EMA of all of it: what is published is the same model, too.
+    for name, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((2, False), (1, False)), ((1, False), (2, False)), ((2, True), (1, False)), ((1, False), (2, True)),
+     ((2, True), (2, False))],
+    ids=["2-to-1", "1-to-2", "sharded-to-1", "1-to-sharded", "sharded-to-data-parallel"],
+)  # fmt: skip
+def test_another_number_of_processes_goes_on(
+    tmp_path: Path,
+    forker: Forker,
+    pico_student: Path,
+    data: Path,
+    first: tuple[int, bool],
+    second: tuple[int, bool],
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    run_to_end(forker, distill(pico_student, whole, data, STAGES), tmp_path / "log")
+    # Stopped by SIGTERM in the middle of the second stage, where optimiser, EMA and model all matter.
+    arguments = distill(pico_student, run, data, STAGES)
+    workers = forker.launch(arguments, tmp_path / "log", processes=first[0], sharded=first[1])
+    with patience(120):
+        while len(RunDirectory(run).read_metrics()) < 11:
+            time.sleep(0.005)
+        workers.kill(signal.SIGTERM, only=0)
+        codes = workers.wait()
+    assert codes == [130] * first[0], (tmp_path / "log").read_text()
+    made = len(RunDirectory(run).read_metrics())
+    assert 11 <= made < 20
+    assert (run / "checkpoints" / f"step-{made:08d}").is_dir()
+    run_to_end(forker, arguments, tmp_path / "log", processes=second[0], sharded=second[1])
+    one, mixed = losses(whole), losses(run)
+    assert float(((one - mixed) / one).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["data-parallel", "sharded"])
+def test_kills_at_random_moments_change_nothing(
+    tmp_path: Path, forker: Forker, pico_student: Path, data: Path, sharded: bool
+) -> None:
+    """Ten kills of a run of two processes: of both, of one alone, by SIGKILL and by SIGTERM; in both modes twenty."""
+    stages = (
+        "distill.stages=[{objective: attention_transfer, steps: 60, batch_size: 8, learning_rate: 1.0e-3},"
+        "{objective: hybrid, steps: 140, batch_size: 8, learning_rate: 1.0e-3, schedule: cosine}]"
+    )
+    sets = (stages, "distill.checkpoint_every=9")
+    log = tmp_path / "log"
+    run_to_end(forker, distill(pico_student, tmp_path / "whole", data, *sets), log, processes=2, sharded=sharded)
+    run, arguments = tmp_path / "killed", distill(pico_student, tmp_path / "killed", data, *sets)
+    choices = random.Random(0 if sharded else 1)
+    kills: list[tuple[str, int | None, int, list[int]]] = []
+    while len(kills) < 10:
+        workers = forker.launch(arguments, log, processes=2, sharded=sharded)
+        with patience(120):
+            if choices.random() < 0.2:  # while it starts
+                time.sleep(choices.uniform(0, 1))
+            else:  # in the middle of some step, and so now and then of a checkpoint
+                victim = steps_made(run) + choices.randrange(1, 20)
+                while steps_made(run) < victim:
+                    time.sleep(0.001)
+                time.sleep(choices.uniform(0, 0.02))
+            made, number, only = steps_made(run), choices.choice(SIGNALS), choices.choice([None, 0, 1])
+            assert not (run / "model").exists(), f"the run ended after {kills}; make it longer"
+            workers.kill(number, only=only)
+            codes = workers.wait()
+        kills.append((number.name, only, made, codes))
+        assert 0 not in codes, kills
+        assert "Traceback" not in log.read_text()
+    run_to_end(forker, arguments, log, processes=2, sharded=sharded)
+    # Every step once, with the loss it has in the uninterrupted run: the same samples, noise and weights.
+    assert torch.equal(losses(run), losses(tmp_path / "whole")), kills
+    expected, found = weights(tmp_path / "whole"), weights(run)
+    assert all(torch.equal(found[name], value) for name, value in expected.items()), kills
+    assert len({made for _, _, made, _ in kills}) > 5, kills
