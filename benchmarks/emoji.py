@@ -19,8 +19,8 @@ extend to documents made with the font. emoji-test.txt is Unicode's, under the U
 made of them, is part of this repository.
 
 Classes are the groups of emoji-test.txt, of 85 emoji and more each. Its 99 subgroups would be the finer choice, but
-half of them have fewer than 20 members, and the class would then name the picture. Every class has as many images: its
-emoji in turn, each time at another size, place, angle and background, so that a class of 85 is not learnt by heart.
+62 of them have fewer than 20 members, and the class then all but names the picture. Every class has as many images:
+its emoji in turn, each time at another size, place, angle and background, so that a class of 85 is not learnt by heart.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[att
 
 from litconvert.errors import LitconvertError
 from litconvert.hub import hub_errors
-from litconvert.publishing import require_login, check_repo_id
+from litconvert.publishing import check_repo_id, require_login
 
 FOLDER = "run"
 # Checkpoints are large and of use on this machine only; what is being written appears under its name when it is whole.

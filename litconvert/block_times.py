@@ -77,7 +77,9 @@ class BlockTimer:
             optimizer.step()
             average.update(1)
 
-        return self._median(update) * trained / sum(value.numel() for value in parameters.values())
+        here = sum(value.numel() for value in parameters.values())
+        share: float = trained / here
+        return self._median(update) * share
 
     def _model(self, kind: str) -> tuple[LiTTransformer2DModel, int]:
         """A model of one block, and how many samples of it to time."""
@@ -102,7 +104,7 @@ class BlockTimer:
 
     def _scaled(self, seconds: float, kind: str, count: int) -> float:
         """From what was timed to a micro-batch of the model's own size."""
-        more = self.macs(kind, self.config["sample_size"]) / self.macs(kind, self.timed_size)
+        more: float = self.macs(kind, self.config["sample_size"]) / self.macs(kind, self.timed_size)
         return seconds * more * (self.micro_batch / count)
 
     def _median(self, run: Callable[[], Tensor | None], *, trained: bool | None = None) -> float:

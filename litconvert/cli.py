@@ -107,12 +107,26 @@ def plan(
     num_attention_heads: HeadsOption = None,
     sample_size: SizeOption = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Memory and time of a training stage instead: its number, or all.")
+    ] = None,
+    processes: Annotated[int, typer.Option("--processes", help="With --stage: how many share a batch.")] = 1,
+    micro_batch: Annotated[
+        int | None, typer.Option("--micro-batch", help="With --stage: samples at a time. Default: as the recipe says.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what would become of every tensor. Reads headers, writes nothing.
+    """Show what would become of every tensor, or what a stage of training would take. Reads headers, writes nothing.
 
     Example: litconvert plan DiT-XL-2-256x256.pt --recipe dit-xl-2-256
+
+    Example: litconvert plan DiT-XL-2-256x256.pt --recipe dit-xl-2-256 --stage all --processes 8
     """
+    if stage is not None:
+        _plan_stages(
+            source, recipe, _overrides(sets, num_attention_heads, sample_size), stage, processes, micro_batch, as_json
+        )
+        return
     from litconvert.conversion import plan as make_plan
 
     made = make_plan(source, recipe, _overrides(sets, num_attention_heads, sample_size))
@@ -120,6 +134,30 @@ def plan(
         console.data(made.to_json())
     else:
         console.show_plan(made, tensors=tensors)
+
+
+def _plan_stages(
+    source: str | None,
+    recipe: str | None,
+    overrides: list[str],
+    stage: str,
+    processes: int,
+    micro_batch: int | None,
+    as_json: bool,
+) -> None:
+    """`plan --stage`."""
+    if stage != "all" and not stage.isdecimal():
+        raise UsageError(f"--stage {stage}: give the number of a stage, counted from 0, or all")
+    if recipe is None:
+        raise UsageError("--stage is of a recipe's stages; name it: --recipe (`litconvert recipes ls` lists them)")
+    from litconvert.stage_plan import plan_stages
+
+    index = None if stage == "all" else int(stage)
+    made = plan_stages(source, recipe, overrides, stage=index, processes=processes, micro_batch=micro_batch)
+    if as_json:
+        console.data([estimate.to_json() for estimate in made])
+    else:
+        console.show_estimates(made)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from litconvert.errors import LitconvertError, system_cause
 
 if TYPE_CHECKING:
     from litconvert.conversion import ConversionPlan
+    from litconvert.estimate import StageEstimate
     from litconvert.line import LineResult
     from litconvert.sources import Findings, OpenSource
 
@@ -278,3 +279,33 @@ def fail(error: BaseException) -> int:
     message = cause or f"unexpected {type(error).__name__}: {error} (LITCONVERT_DEBUG=1 shows where; please report it)"
     err.print(f"litconvert: {message}", markup=False, soft_wrap=True)
     return 1
+
+
+def show_estimates(estimates: Sequence["StageEstimate"]) -> None:
+    """Memory and time of stages, side by side."""
+    first = estimates[0]
+    kinds = {kind: None for estimate in estimates for kind in estimate.memory}  # in order, each once
+    rows: list[tuple[Any, ...]] = [
+        ("parameters trained", *(count(estimate.parameters) for estimate in estimates)),
+        ("samples at a time", *(estimate.micro_batch for estimate in estimates)),
+        *((kind, *(size(estimate.memory.get(kind, 0)) for estimate in estimates)) for kind in kinds),
+        ("memory at the peak", *(size(estimate.peak) for estimate in estimates)),
+        ("time of a step", *(_time(estimate.step_seconds) for estimate in estimates)),
+        ("time of the stage", *(_time(estimate.seconds) for estimate in estimates)),
+    ]
+    headers = ("", *(f"{estimate.stage}: {estimate.objective}" for estimate in estimates))
+    precision = "bf16 autocast" if first.bf16 else "float32"
+    split = f", one of {first.processes} processes" if first.processes > 1 else ""
+    title = f"On this device: {first.device}, {precision}{split}"
+    table(headers, rows, numbers=tuple(range(1, len(headers))), title=title)
+    line(f"Memory free here: {size(first.available)}.")
+    for estimate in estimates:
+        if estimate.advice is not None:
+            line(f"Stage {estimate.stage} does not fit: {estimate.advice}.")
+    line("Activations are counted, blocks timed now. Left out: reading data, checkpoints, pictures, torch.compile.")
+
+
+def _time(seconds: float) -> str:
+    from litconvert.live import duration
+
+    return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)

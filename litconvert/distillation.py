@@ -296,8 +296,8 @@ def distill(
     )
     entries = plan_conversion(source, recorded).entries
     layers = linear_layers(model)
-    output = (model.config.in_channels if model.config.prediction == "velocity" else model.config.out_channels,)
-    sizes = [(len(bucket), (*output, *bucket.shape[1:])) for bucket in dataset.buckets]
+    channels = model.config.in_channels if model.config.prediction == "velocity" else model.config.out_channels
+    sizes = [(len(bucket), (channels, *bucket.shape[1:])) for bucket in dataset.buckets]
     outputs = open_outputs(settings.distill, run.path / "teacher-outputs", sizes)
     teachers = Teachers(engine, source_model, teacher_model, layers, settings.distill, outputs)
     fit_and_write(

@@ -38,6 +38,8 @@ class StageEstimate:
         parameters: trained in this stage.
         memory: bytes by what they are for.
         step_seconds, seconds: of a step and of the whole stage.
+        available: memory that is free now, for a process that is yet to begin.
+        advice: what to change, where that is too little.
     """
 
     stage: int
@@ -50,6 +52,8 @@ class StageEstimate:
     memory: Mapping[str, int]
     step_seconds: float
     seconds: float
+    available: int
+    advice: str | None
 
     @property
     def peak(self) -> int:
@@ -72,12 +76,13 @@ def estimate_stage(
     device: torch.device | None = None,
     source_config: Mapping[str, Any] | None = None,
     mapped_bytes: int = 0,
+    resident_bytes: int | None = None,
     sharded: bool = False,
 ) -> StageEstimate:
     """Memory and time of a stage on this device, without weights and data.
 
     Activations are counted on the real modules (`live_memory`), and blocks are timed now (`block_times`); the rest is
-    arithmetic. To be asked before models are read: what this process takes now counts as interpreter and libraries.
+    arithmetic. To be asked before models are read, since what this process takes then counts as its libraries.
     On a GPU what is not a tensor (context, kernels, the allocator's reserve) is left out, as it is in
     torch.cuda.max_memory_allocated; on a CPU, T5 where captions are encoded on the fly.
 
@@ -90,12 +95,11 @@ def estimate_stage(
         device: None: the GPU if there is one, or else the CPU.
         source_config: what attention is transferred from, where that is another model than the teacher.
         mapped_bytes: of checkpoint files, which stay mapped in main memory once they are read.
+        resident_bytes: of interpreter and libraries; None: what this process takes now.
         sharded: states are split over the processes.
 
     Raises UsageError for a stage that does not exist and for a batch that does not split.
     """
-    import datasets  # noqa: F401  a run imports it, so it belongs to what this process takes
-
     stage = _stage(recipe, stage_index)
     settings = recipe.distill
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,7 +112,9 @@ def estimate_stage(
     names = trained_names(student_config, list(shapes), stage, f"distill.stages.{stage_index}")
     trained = [shapes[name] for name in names]
     parameters = sum(map(math.prod, trained))
-    resident = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+    resident = 0
+    if device.type == "cpu":
+        resident = resident_now() if resident_bytes is None else resident_bytes
     step = step_memory(stage, settings, student_config, teaching, micro_batch=micro_batch, device=device, bf16=bf16)
     share = processes if sharded else 1
     memory = {
@@ -137,18 +143,36 @@ def estimate_stage(
         device=device,
         bf16=bf16,
     )
+    available = _available(device) + resident
+    fits = sum(memory.values()) <= available
     return StageEstimate(
-        stage_index,
-        stage.objective,
-        device.type,
-        bf16,
-        processes,
-        micro_batch,
-        parameters,
-        memory,
-        seconds,
-        seconds * stage.steps,
+        stage=stage_index,
+        objective=stage.objective,
+        device=device.type,
+        bf16=bf16,
+        processes=processes,
+        micro_batch=micro_batch,
+        parameters=parameters,
+        memory=memory,
+        step_seconds=seconds,
+        seconds=seconds * stage.steps,
+        available=available,
+        advice=None if fits else out_of_memory_advice(recipe, stage_index, processes),
     )
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that can be had now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def resident_now() -> int:
+    """Bytes of main memory that this process takes, with all libraries of a run."""
+    import datasets  # noqa: F401
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _stage(recipe: Recipe, index: int) -> AnyStage:

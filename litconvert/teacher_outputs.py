@@ -1,5 +1,6 @@
 """The teacher's outputs for a finite set of noises, computed once and kept on disk."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -49,8 +50,9 @@ class TeacherOutputs:
 
 
 def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> "np.memmap[tuple[int, ...], np.dtype[np.generic]]":
-    """A file as an array, zeros (a hole, which takes no space) where it is new."""
+    """A file as an array, zeros where it is new. Its space is taken at once: a mapped file that meets a full disk later
+    would end the process without a word."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     with path.open("ab") as file:
-        file.truncate(size)
+        os.posix_fallocate(file.fileno(), 0, size)
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,7 @@ class Forker:
             cwd=Path(__file__).parents[1],
         )
 
-    def ask(self, order: dict[str, object]) -> str:
+    def ask(self, order: Mapping[str, object]) -> str:
         """One order and its answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None

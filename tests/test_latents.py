@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -584,6 +585,33 @@ def test_tables_are_read_by_column(tmp_path: Path, latent_recipe: Path, form: st
     assert labels is not None
     assert labels.tolist() == [2, 1, 0, 1, 2]
     assert len({tuple(row.flatten().tolist()) for row in everything(data)}) == 5
+
+
+def test_a_hub_data_set_is_streamed_at_one_revision(
+    tmp_path: Path, latent_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from huggingface_hub import HfApi
+
+    features = Features({"image": ImageFeature(), "label": Value("int64")})
+    rows = {"image": [{"bytes": png((9, 9, index)), "path": None} for index in range(3)], "label": [0, 1, 3]}
+    table = Dataset.from_dict(rows, features=features)
+    hub, asked = {"revision": "a" * 40}, []
+
+    def load(path: str, **options: Any) -> Any:
+        asked.append((path, options))
+        return table.to_iterable_dataset(num_shards=2)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, revision: SimpleNamespace(sha=hub["revision"]))
+    sets = ["data.encode.split=test"]
+    data = open_latents(encode_images("owner/name@v1", tmp_path / "data", str(latent_recipe), sets))
+    assert asked == [("owner/name", {"split": "test", "revision": "a" * 40, "streaming": True})]
+    assert data.labels == (0, 3)
+    encode_images("owner/name", tmp_path / "data", str(latent_recipe), sets)  # the same revision
+    hub["revision"] = "b" * 40
+    with pytest.raises(LitconvertError, match="not made from these inputs"):
+        encode_images("owner/name", tmp_path / "data", str(latent_recipe), sets)
 
 
 def test_a_folder_of_images_with_a_list_of_captions(tmp_path: Path, text_recipe: Path) -> None:

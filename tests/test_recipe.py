@@ -43,10 +43,11 @@ def attention_of(value: Any) -> tuple[str, ...]:
 def test_the_promised_recipes_are_packaged() -> None:
     dit = {f"dit-{size}-2-256" for size in ("s", "b", "l", "xl")} | {"dit-xl-2-512"}
     pixart = {f"pixart-sigma-{size}" for size in ("512", "1024", "2k")} | {"pixart-alpha-512", "pixart-alpha-1024"}
-    assert {"digits", "digits-fast", "sit-xl-2-256"} | dit | pixart == set(NAMES)
+    small = {"digits", "digits-fast", "digits-teacher", "emoji", "emoji-fast", "emoji-teacher"}
+    assert {"sit-xl-2-256"} | small | dit | pixart == set(NAMES)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("digits")])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("digits", "emoji"))])
 def test_a_source_without_a_recipe_finds_its_own(tmp_path: Path, name: str) -> None:
     """Each packaged recipe is the one for a checkpoint of its size, and its hints fit that checkpoint."""
     settings = resolve(name).recipe.source
@@ -81,8 +82,9 @@ def test_a_packaged_recipe_is_valid_and_opens_with_its_command_schema_and_summar
     first, second = packaged_recipes()[name].read_text().splitlines()[:2]
     # The form that editors look for: the modeline opens the comment, and the schema's name ends at a space.
     assert re.match(r"# yaml-language-server: \$schema=recipe\.schema\.json ", first)
-    # What cannot be distilled yet cannot be run: its command is the plan.
-    assert re.search(rf"litconvert (run {name}( --source \S+)?|plan (\S+ )?--recipe {name})$", first)
+    # What needs a data set of its own is not one command: it opens with the plan, or with the training.
+    commands = rf"run {name}( --source \S+)?|plan (\S+ )?--recipe {name}|train \S+ --recipe {name} --data \S+"
+    assert re.search(rf"litconvert ({commands})$", first)
     assert second.startswith("# ")
     assert summary(packaged_recipes()[name]) == second[2:]
     assert command("recipes", "validate", name).out == f"{name}: valid\n"

@@ -2,7 +2,7 @@
 
     python -m litconvert.assets.digits_images digits/
 
-8x8 upsampled to 16x16 as the embedded teacher saw them, rounded to 8 bits: 1,797 PNG files, digits/0/0000.png and so on.
+8x8 upsampled to 16x16 as the embedded teacher saw them, rounded to 8 bits: 1,797 files, digits/0/0000.png and so on.
 """
 
 import sys

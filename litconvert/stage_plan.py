@@ -1,0 +1,74 @@
+"""`plan --stage`: what each stage of a recipe will take, for a source of which only headers are read."""
+
+from collections.abc import Sequence
+
+from litconvert.conversion import plan_conversion, with_source
+from litconvert.distillation import check_model, check_source, check_teacher
+from litconvert.errors import UsageError
+from litconvert.estimate import StageEstimate, estimate_stage, resident_now
+from litconvert.pretraining import checked_config
+from litconvert.recipe_files import resolve
+from litconvert.sources import OpenSource, open_source
+
+
+def plan_stages(
+    source: str | None,
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    stage: int | None = None,
+    processes: int = 1,
+    micro_batch: int | None = None,
+) -> list[StageEstimate]:
+    """Estimates of one stage, or with None of all, in the order of the recipe.
+
+    Args:
+        source: replaces the recipe's; unused by a recipe that trains from nothing.
+        recipe, overrides: as for `distill` and `train`.
+        processes: that share a batch.
+        micro_batch: samples at a time; None: what batch, accumulation and processes leave.
+
+    Raises UsageError for inputs that do not fit.
+    """
+    if processes < 1 or (micro_batch is not None and micro_batch < 1):
+        raise UsageError("--processes and --micro-batch count from 1")
+    resolved = resolve(recipe, overrides)
+    settings = resolved.recipe
+    if settings.scratch is not None:
+        config, teacher, inherited, files = checked_config(settings), None, None, 0
+    else:
+        settings = with_source(resolved, source).recipe
+        opened = open_source(settings.source, settings.inherit.weights)
+        plan = plan_conversion(opened, settings)
+        config = plan.config
+        teaching = opened if settings.distill.teacher is None else open_source(settings.distill.teacher)
+        check_model(config, settings)
+        check_teacher(config, teaching.reading.config, settings)
+        check_source(config, opened.reading.config, settings, is_teacher=teaching is opened)
+        teacher, inherited = teaching.reading.config, opened.reading.config
+        files = plan.totals["student_bytes"] + sum(map(_bytes, {id(one): one for one in (opened, teaching)}.values()))
+    # The source is in memory beside another teacher where a stage learns from it, and then through all stages.
+    both = teacher is not None and settings.distill.teacher is not None
+    both = both and any(one.objective == "attention_transfer" for one in settings.distill.stages)
+    # Once, for all stages: the first estimate leaves something behind.
+    resident = resident_now()
+    stages = range(len(settings.distill.stages)) if stage is None else [stage]
+    return [
+        estimate_stage(
+            settings,
+            config,
+            teacher,
+            index,
+            micro_batch=micro_batch,
+            processes=processes,
+            source_config=inherited if both else None,
+            mapped_bytes=files,
+            resident_bytes=resident,
+        )
+        for index in stages
+    ]
+
+
+def _bytes(source: OpenSource) -> int:
+    """Of a checkpoint's weights, as they are stored."""
+    return sum(info.nbytes for info in source.checkpoint.tensors.values())
