@@ -33,6 +33,9 @@ from litconvert.run_directory import Progress, RunDirectory
 from litconvert.teaching import Student, Teachers
 
 
+SAME_SIGNAL_SECONDS = 2.0
+
+
 class Interrupted(LitconvertError):
     """SIGINT or SIGTERM: the state is saved, the same command goes on."""
 
@@ -107,6 +110,7 @@ class Trainer:
         self.on_observe = on_observe
         self.diffusion = make_diffusion(student.config, recipe.diffusion.num_timesteps)
         self.stop_signal: int | None = None
+        self.stopped_at = 0.0
         # The last micro-batch's tensors by name, so that the NaN guard can say where it began.
         self.watched: dict[str, Tensor] = {}
 
@@ -334,12 +338,16 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are noted, and obeyed after the step; a second one is obeyed at once."""
+        """SIGINT and SIGTERM are noted, and obeyed after the step; a second Ctrl-C is obeyed at once.
+
+        Launchers pass a signal on that the processes have had already: what comes again at once is the same one.
+        """
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self.stop_signal is not None:
+            if self.stop_signal is None:
+                self.stop_signal, self.stopped_at = number, time.monotonic()
+            elif number == signal.SIGINT and time.monotonic() - self.stopped_at > SAME_SIGNAL_SECONDS:
                 raise KeyboardInterrupt
-            self.stop_signal = number
 
         try:
             previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -181,14 +181,17 @@ def test_the_epsilons_hardly_change_the_function() -> None:
         pytest.param(16, 64, 1000, 500, id="huge values, T<d"),
     ],
 )
-def test_float16_neither_overflows_nor_loses_precision(tokens: int, head_dim: int, scale: float, shift: float) -> None:
-    given = (normal(3, 1, tokens, head_dim, seed=4) * scale + shift).half().requires_grad_()
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 1e-3), (torch.bfloat16, 4e-3)], ids=str)
+def test_half_precision_neither_overflows_nor_loses_precision(
+    tokens: int, head_dim: int, scale: float, shift: float, dtype: torch.dtype, limit: float
+) -> None:
+    given = (normal(3, 1, tokens, head_dim, seed=4) * scale + shift).to(dtype).requires_grad_()
     q, k, v = given.unbind()
     output = linear_attention(F.relu(q) + EPS, F.relu(k) + EPS, v, 1, EPS)
     q64, k64, v64 = given.detach().double().unbind()
     q64, k64 = F.relu(q64) + EPS, F.relu(k64) + EPS
     exact = q64 @ (k64.mT @ v64) / (q64 @ k64.sum(1, keepdim=True).mT + tokens * EPS)
-    assert relative_error(output, exact) <= 1e-3
+    assert relative_error(output, exact) <= limit
     assert torch.isfinite(torch.autograd.grad(output, given, torch.ones_like(output))[0]).all()
 
 
@@ -364,8 +367,9 @@ def test_fused_projections_compute_the_same(kind: str) -> None:
     assert not any("qkv_" in name for name in model.state_dict())
 
 
-def test_gradient_checkpointing_changes_no_bit() -> None:
-    model = pico().train()
+@pytest.mark.parametrize("conv_size", [3, 5])
+def test_gradient_checkpointing_changes_no_bit(conv_size: int) -> None:
+    model = pico(linear_conv_size=conv_size).train()
 
     def step() -> tuple[Tensor, list[Tensor]]:
         output = call(model)
@@ -387,9 +391,10 @@ def test_a_model_that_has_sampled_can_be_trained() -> None:
     assert gradient.any()
 
 
-def test_a_model_that_was_exported_works_as_before() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_that_was_exported_works_as_before(trained: bool) -> None:
     # An export runs on stand-ins for tensors: the position embedding must not be kept from one.
-    model = pico().requires_grad_(False)
+    model = pico(linear_conv_size=5).requires_grad_(trained)
     inputs = normal(1, 1, 10, 14, seed=6).float(), torch.tensor([3]), torch.tensor([2])
     exported = torch.export.export(model, inputs, {"return_dict": False}, strict=False)
     output = model(*inputs).sample

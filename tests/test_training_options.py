@@ -70,10 +70,9 @@ def test_every_optimiser_learns_and_resumes_exactly(
 def test_a_missing_optimiser_names_its_package(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, module: str
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(
-        LitconvertError, match=f"{optimizer} needs {module.split('.')[0].replace('_', '-')}: pip install"
-    ):
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.split(".")[0].replace("_", "-")
+    with pytest.raises(LitconvertError, match=f"{optimizer} needs {package}: pip install"):
         litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[hybrid(optimizer=optimizer)])
 
 
@@ -167,7 +166,7 @@ def test_a_student_goes_on_at_another_size_with_a_teacher_of_that_size(
     torch.save(dit_state(sample_size=16, seed=4), tmp_path / "teacher-16.pt")
     sets = ["source.sample_size=16", "distill.teacher={num_attention_heads: 2}", hybrid(2)]
     recipe = tmp_path / "large.yaml"
-    recipe.write_text("student: {num_attention_heads: 2, conv_size: 3}\nsample: {scheduler: ddim, steps: 2, num_images: 4}\n")
+    recipe.write_text("student: {num_attention_heads: 2, conv_size: 3}\nsample: {scheduler: ddim, steps: 2}\n")
     large = litconvert.convert(small / "model", tmp_path / "large", str(recipe), sets)
     assert all(torch.equal(value, weights(large)[name]) for name, value in weights(small / "model").items())
     latents = torch.rand((8, 1, 16, 16), generator=torch.Generator().manual_seed(1)) * 2 - 1
