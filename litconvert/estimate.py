@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from litconvert.live_memory import step_memory
 from litconvert.optimization import trained_names
 from litconvert.recipe import AnyStage, AttentionTransfer, Recipe
 from litconvert.shapes import BUFFERS, model_tensors
+from litconvert.state_bytes import FLOAT32, gathered_bytes, optimizer_bytes, teacher_bytes, weights_bytes
 from litconvert.teaching import teacher_weights
 
-FLOAT32 = 4
 # glibc maps blocks of 32 MiB and more by themselves (DEFAULT_MMAP_THRESHOLD_MAX) and gives them back when they are
-# freed. Smaller ones share a heap, whose gaps stay resident. How large those grow is measured: benchmarks/memory.py.
+# freed. Smaller ones share a heap, whose gaps stay resident: a quarter to a half of what was in use when they were
+# measured (DiTs of width 192 to 768, both kinds of stage). benchmarks/memory.py shows what comes of it at other sizes.
 HEAP_GAPS = 0.3
 
 
@@ -118,15 +119,15 @@ def estimate_stage(
     step = step_memory(stage, settings, student_config, teaching, micro_batch=micro_batch, device=device, bf16=bf16)
     share = processes if sharded else 1
     memory = {
-        "student weights": _weights(student_config) // share,
-        "teacher weights": _teacher_bytes(recipe, [teacher_config, source_config], processes, device),
+        "student weights": weights_bytes(student_config) // share,
+        "teacher weights": teacher_bytes(recipe, [teacher_config, source_config], processes, device),
         "optimiser states": optimizer_bytes(stage, trained) // share,
         "EMA": FLOAT32 * parameters // share,
         "gradients": step.gradients // share,
         "activations": step.activations,
     }
     if sharded:
-        memory["gathered blocks"] = _gathered(student_config)
+        memory["gathered blocks"] = gathered_bytes(student_config)
     elif processes > 1:
         memory["gradients in exchange"] = FLOAT32 * parameters  # DDP's buckets
     if device.type == "cpu":
@@ -191,64 +192,6 @@ def micro_batch_of(recipe: Recipe, stage_index: int, processes: int) -> int:
             f"distill.stages.{stage_index}.batch_size={size} is not a multiple of processes times accumulation, {parts}"
         )
     return size // parts
-
-
-def _weights(config: Mapping[str, Any] | None) -> int:
-    """Bytes of a model as it trains and teaches: float32."""
-    return 0 if config is None else sum(info.nbytes for info in model_tensors(config, torch.float32).values())
-
-
-def _block(config: Mapping[str, Any]) -> int:
-    """Bytes of the largest block."""
-    full = model_tensors(config, torch.float32)
-    prefixes = [f"blocks.{index}." for index in range(config["num_layers"])]
-    return max(sum(info.nbytes for name, info in full.items() if name.startswith(prefix)) for prefix in prefixes)
-
-
-def _gathered(config: Mapping[str, Any]) -> int:
-    """Bytes that sharding has whole at a time: two blocks, one computing and one arriving, and all but the blocks."""
-    layers = int(config["num_layers"])
-    return _weights(config) - max(layers - 2, 0) * _block(config)
-
-
-def _teacher_bytes(
-    recipe: Recipe, configs: Sequence[Mapping[str, Any] | None], processes: int, device: torch.device
-) -> int:
-    """Bytes of the models learnt from, which stay through all stages, where the recipe places them."""
-    placement = recipe.distill.teacher_placement
-    total = 0
-    for config in configs:
-        if config is None:
-            continue
-        if placement == "offloaded" and device.type == "cuda":
-            total += 2 * _block(config)
-        elif placement == "sharded" and processes > 1:
-            total += _weights(config) // processes + _gathered(config)
-        elif recipe.distill.teacher_precision == "fp8":
-            # The blocks' products in a byte a number; the little rest is counted like them.
-            total += _weights(config) // 4
-        else:
-            total += _weights(config)
-    return total
-
-
-def optimizer_bytes(stage: AnyStage, shapes: Sequence[tuple[int, ...]]) -> int:
-    """Bytes of an optimiser's states for weights of these shapes.
-
-    AdamW: two float32 numbers a weight. AdamW 8-bit (bitsandbytes): two bytes a weight and a float32 scale for each 256
-    of either, and float32 below 4096 numbers. CAME: one float32 number a weight, and for matrices two rows and two
-    columns of second moments, else a second number.
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    if stage.optimizer == "adamw-8bit":
-        return sum(2 * FLOAT32 * size if size < 4096 else 2 * (size + FLOAT32 * -(-size // 256)) for size in sizes)
-    if stage.optimizer == "came":
-        factors = (
-            2 * (size // shape[-1] + size // shape[-2]) if len(shape) > 1 else size
-            for shape, size in zip(shapes, sizes, strict=True)
-        )
-        return FLOAT32 * (sum(sizes) + sum(factors))
-    return 2 * FLOAT32 * sum(sizes)
 
 
 def reset_peak() -> None:

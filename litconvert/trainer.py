@@ -32,7 +32,6 @@ from litconvert.recipe import AnyStage, AttentionTransfer, Recipe
 from litconvert.run_directory import Progress, RunDirectory
 from litconvert.teaching import Student, Teachers
 
-
 SAME_SIGNAL_SECONDS = 2.0
 
 

@@ -17,7 +17,7 @@ from tests.command import command
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = ["inspect", "plan", "convert", "distill", "sample", "evaluate", "push", "run", "demo", "env", "latents"]
-COMMANDS += ["latents-synthesize", "recipes"]
+COMMANDS += ["latents-synthesize", "latents-encode", "latents-show", "probe", "train", "recipes"]
 COMMANDS += [f"recipes-{verb}" for verb in ("ls", "show", "copy", "validate", "schema")]
 
 
@@ -159,10 +159,15 @@ def test_the_whole_line_runs_and_a_second_run_skips_what_is_done(
     first = run_line(str(pico_recipe), tmp_path / "out", source=str(pico_checkpoint))
     assert first.scores is None
     assert (first.run / "comparison.png").is_file()
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+
+    def weights() -> dict[Path, int]:
+        files = [path for kind in ("safetensors", "distcp") for path in (tmp_path / "out").rglob(f"*.{kind}")]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    written = weights()
     assert len(written) == 2 + 2  # student, model and two checkpoints
     run_line(str(pico_recipe), tmp_path / "out", source=str(pico_checkpoint))
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == written
+    assert weights() == written
 
 
 def test_the_embedded_line_converts_distils_and_scores(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The estimate of a stage: counted as the allocator counts, and what to do when memory runs out."""
 
-import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,6 @@ from litconvert.estimate import (
     is_out_of_memory,
     measured_peak,
     micro_batch_of,
-    optimizer_bytes,
     out_of_memory_advice,
     reset_peak,
 )
@@ -27,6 +25,7 @@ from litconvert.live_memory import LiveMemory
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe import Hybrid, Recipe
 from litconvert.shapes import count_macs, full_config
+from litconvert.state_bytes import optimizer_bytes
 from tests.command import command
 from tests.conftest import dit_state
 
@@ -93,16 +92,22 @@ def test_the_estimate_is_what_the_allocator_gave_a_real_run(
 
 
 def allocated(run: Callable[[], object], folder: Path) -> int:
-    """The most that tensors took at a time, as torch's own allocator reports it."""
-    gc.collect()
+    """The most bytes that tensors took at a time, as torch's own allocator reports them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     profiled.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    totals = [event["args"] for event in events if event["name"] == "[memory]"]
-    # What an earlier profile saw and is still there counts on.
-    before = totals[0]["Total Allocated"] - max(totals[0]["Bytes"], 0)
-    return int(max(total["Total Allocated"] for total in totals)) - before
+    events = [event for event in json.loads((folder / "trace.json").read_text())["traceEvents"] if "args" in event]
+    changes = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    live: dict[int, int] = {}
+    most = 0
+    for change in (event["args"] for event in changes):
+        # What is mapped from a file counts as reserved; what an earlier profile saw is freed without being known.
+        if change["Bytes"] > 0 and not change["Total Reserved"]:
+            live[change["Addr"]] = change["Bytes"]
+            most = max(most, sum(live.values()))
+        elif change["Bytes"] < 0:
+            live.pop(change["Addr"], None)
+    return most
 
 
 def test_an_attention_matrix_that_the_kernel_does_not_make_is_not_counted() -> None:
