@@ -14,6 +14,7 @@ from litconvert.conditions import Conditioner, Encode
 from litconvert.conversion import DTYPES, plan_conversion
 from litconvert.engine import Engine, launched_processes, make_accelerator
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.estimate import StageEstimate, estimate_stages
 from litconvert.files import digest_of, read_json, require_space, whole_directory
 from litconvert.latents import LatentDataset, open_latents
 from litconvert.model_directory import FORMAT_VERSION, read_provenance, versions, write_model_directory
@@ -231,6 +232,7 @@ def distill(
     data: str | Path | None = None,
     overrides: Sequence[str] = (),
     force: bool = False,
+    on_estimates: Callable[[Sequence[StageEstimate]], None] | None = None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_draw: Callable[[int, int], None] = lambda done, total: None,
     on_note: Callable[[str], None] = lambda note: None,
@@ -245,6 +247,8 @@ def distill(
         data: dataset folder; None: the recipe's, or else the teacher draws it into a folder `out`-latents.
         overrides: `key=value`, over the recipe.
         force: replace a run of other inputs.
+        on_estimates: where it is given, called on the main process with what each stage will take, before models are
+            read; what they took is in usage.json afterwards.
         on_step, on_draw, on_note: for the console.
 
     Returns: the run directory.
@@ -287,6 +291,20 @@ def distill(
     run = begin(engine, out, inputs, settings, force=force)
     if run is None:
         return out
+    if on_estimates is not None and engine.is_main:
+        # Before the models are read: what this process takes now counts as its libraries.
+        files = {id(one): one.nbytes for one in (student_source, source, teacher_source)}
+        on_estimates(
+            estimate_stages(
+                settings,
+                config,
+                teacher_source.reading.config,
+                source.reading.config,
+                mapped_bytes=sum(files.values()),
+                processes=engine.processes,
+                sharded=engine.sharded,
+            )
+        )
     stages = settings.distill.stages
     needs_source = any(isinstance(stage, AttentionTransfer) for stage in stages)
     model = read_model(student_source, torch.float32)
@@ -381,8 +399,8 @@ def fit_and_write(
     """
     if engine.is_main:
         # Model, EMA and two Adam moments in float32, once for each kept checkpoint and one in the making; the result.
-        size = 4 * sum(parameter.numel() for parameter in model.parameters())
-        require_space(run.path, 4 * size * (recipe.distill.keep_checkpoints + 1) + size)
+        nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+        require_space(run.path, 4 * nbytes * (recipe.distill.keep_checkpoints + 1) + nbytes)
         on_note(engine.describe())
     conditioner = make_conditioner(model, data, recipe, engine.device)
     with Observer(engine, model, teachers.teacher, data, conditioner, recipe, run, on_note) as observer:

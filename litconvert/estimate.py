@@ -162,6 +162,47 @@ def estimate_stage(
     )
 
 
+def estimate_stages(
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    teacher: Mapping[str, Any] | None,
+    source: Mapping[str, Any] | None,
+    *,
+    mapped_bytes: int,
+    stage: int | None = None,
+    processes: int = 1,
+    micro_batch: int | None = None,
+    sharded: bool = False,
+) -> list[StageEstimate]:
+    """Estimates for models that are known already.
+
+    Args:
+        config, teacher, source: of the student, of what teaches it, and of what it was converted from.
+        mapped_bytes: of the checkpoints that are read.
+        stage: one alone; None: all.
+    """
+    # The source is in memory beside another teacher where a stage learns from it, and then through all stages.
+    both = teacher is not None and recipe.distill.teacher is not None
+    both = both and any(one.objective == "attention_transfer" for one in recipe.distill.stages)
+    # Once, for all stages: the first estimate leaves something behind.
+    resident = resident_now()
+    return [
+        estimate_stage(
+            recipe,
+            config,
+            teacher,
+            index,
+            micro_batch=micro_batch,
+            processes=processes,
+            source_config=source if both else None,
+            mapped_bytes=mapped_bytes,
+            resident_bytes=resident,
+            sharded=sharded,
+        )
+        for index in (range(len(recipe.distill.stages)) if stage is None else [stage])
+    ]
+
+
 def _available(device: torch.device) -> int:
     """Bytes that can be had now."""
     if device.type == "cuda":

@@ -13,11 +13,13 @@ from PIL import Image
 from litconvert import console
 from litconvert.conversion import ConversionPlan, carry_out, plan_conversion, with_source
 from litconvert.distillation import check_model, distill
+from litconvert.estimate import StageEstimate
 from litconvert.evaluation import evaluate, evaluation_passes, reference_samples
 from litconvert.files import digest_of, read_json, write_whole
-from litconvert.live import training_display
+from litconvert.live import duration, training_display
 from litconvert.recipe import Recipe
 from litconvert.recipe_files import resolve
+from litconvert.run_directory import RunDirectory
 from litconvert.sources import load, open_source, read_model
 from litconvert.synthesis import synthesize_resolved
 
@@ -69,8 +71,17 @@ def distill_with_progress(
     force: bool,
 ) -> Path:
     """`distill`, seen while it runs."""
+    estimates: list[StageEstimate] = []
+
+    def on_estimates(found: Sequence[StageEstimate]) -> None:
+        estimates.extend(found)
+        for one in found:
+            console.note(f"stage {one.stage}, {one.objective}: about {_taken(one.peak, one.seconds)}")
+            if one.advice is not None:
+                console.note(f"stage {one.stage} may not fit: {one.advice}")
+
     with training_display() as show:
-        return distill(
+        run = distill(
             student,
             out,
             recipe,
@@ -78,10 +89,22 @@ def distill_with_progress(
             data=data,
             overrides=overrides,
             force=force,
+            on_estimates=None if console.is_quiet() else on_estimates,
             on_step=show.step,
             on_draw=show.draw,
             on_note=console.note,
         )
+    usage = RunDirectory(run).read_usage()
+    for one in estimates:
+        if (used := usage.get(str(one.stage))) is not None:
+            foreseen = _taken(one.peak, one.seconds)
+            console.note(f"stage {one.stage} took {_taken(used['peak_bytes'], used['seconds'])}; estimated: {foreseen}")
+    return run
+
+
+def _taken(peak_bytes: float, seconds: float) -> str:
+    """`1.2 GB and 3.4 s`."""
+    return f"{console.size(int(peak_bytes))} and {duration(seconds) if seconds >= 60 else f'{seconds:.3g} s'}"
 
 
 def score_run(run: Path, recipe: Recipe, *, force: bool = False) -> dict[str, Any]:

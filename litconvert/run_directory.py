@@ -145,6 +145,17 @@ class RunDirectory:
         """The last step in metrics.csv, which may be after the latest checkpoint; 0: there is none."""
         return max((int(row["step"]) for row in self._metrics.rows()), default=0)
 
+    def record_usage(self, stage: int, objective: str, peak_bytes: int) -> None:
+        """usage.json: what a stage that is done has taken, most memory of the main process and seconds of its steps."""
+        seconds = sum(float(row["seconds"]) for row in self.read_metrics() if row["stage"] == f"{stage}:{objective}")
+        usage = self.read_usage() | {str(stage): {"peak_bytes": peak_bytes, "seconds": seconds}}
+        write_whole(self.path / "usage.json", json.dumps(usage, indent=2) + "\n")
+
+    def read_usage(self) -> dict[str, dict[str, float]]:
+        """What `record_usage` wrote, by stage."""
+        path = self.path / "usage.json"
+        return read_json(path) if path.is_file() else {}
+
     def plot_curves(self) -> None:
         """curves.png: the loss and its terms, a panel a stage."""
         from litconvert.curves import plot_curves

@@ -43,6 +43,11 @@ class OpenSource:
     checkpoint: Checkpoint
     reading: Reading
 
+    @property
+    def nbytes(self) -> int:
+        """Of the checkpoint's tensors, as they are stored."""
+        return sum(info.nbytes for info in self.checkpoint.tensors.values())
+
     def values(self, name: str) -> Tensor:
         """A model tensor's values from the source, mapped from disk where the format allows, and checked.
 

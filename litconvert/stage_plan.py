@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from litconvert.conversion import plan_conversion, with_source
 from litconvert.distillation import check_model, check_source, check_teacher
 from litconvert.errors import UsageError
-from litconvert.estimate import StageEstimate, estimate_stage, resident_now
+from litconvert.estimate import StageEstimate, estimate_stages
 from litconvert.pretraining import checked_config
 from litconvert.recipe_files import resolve
-from litconvert.sources import OpenSource, open_source
+from litconvert.sources import open_source
 
 
 def plan_stages(
@@ -46,29 +46,16 @@ def plan_stages(
         check_teacher(config, teaching.reading.config, settings)
         check_source(config, opened.reading.config, settings, is_teacher=teaching is opened)
         teacher, inherited = teaching.reading.config, opened.reading.config
-        files = plan.totals["student_bytes"] + sum(map(_bytes, {id(one): one for one in (opened, teaching)}.values()))
-    # The source is in memory beside another teacher where a stage learns from it, and then through all stages.
-    both = teacher is not None and settings.distill.teacher is not None
-    both = both and any(one.objective == "attention_transfer" for one in settings.distill.stages)
-    # Once, for all stages: the first estimate leaves something behind.
-    resident = resident_now()
-    stages = range(len(settings.distill.stages)) if stage is None else [stage]
-    return [
-        estimate_stage(
-            settings,
-            config,
-            teacher,
-            index,
-            micro_batch=micro_batch,
-            processes=processes,
-            source_config=inherited if both else None,
-            mapped_bytes=files,
-            resident_bytes=resident,
+        files = plan.totals["student_bytes"] + sum(
+            one.nbytes for one in {id(one): one for one in (opened, teaching)}.values()
         )
-        for index in stages
-    ]
-
-
-def _bytes(source: OpenSource) -> int:
-    """Of a checkpoint's weights, as they are stored."""
-    return sum(info.nbytes for info in source.checkpoint.tensors.values())
+    return estimate_stages(
+        settings,
+        config,
+        teacher,
+        inherited,
+        stage=stage,
+        processes=processes,
+        micro_batch=micro_batch,
+        mapped_bytes=files,
+    )

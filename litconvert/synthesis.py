@@ -68,6 +68,8 @@ def synthesize_resolved(
     recipe = resolved.recipe
     settings = recipe.data.synthesize
     opened = open_source(recipe.source, recipe.inherit.weights)
+    if "linear" in (opened.reading.config["attention"] or ()) and recipe.distill.teacher is not None:
+        opened = open_source(recipe.distill.teacher)  # a student that goes on at another size is no teacher
     config = opened.reading.config
     make_scheduler(settings.scheduler, recipe.diffusion.num_timesteps, config["prediction"])  # refuses before the work
     prompts: list[str] = []

@@ -15,7 +15,7 @@ from litconvert.conditions import Conditioner
 from litconvert.draws import Batch, Draws
 from litconvert.engine import Engine, whole
 from litconvert.errors import LitconvertError
-from litconvert.estimate import is_out_of_memory, out_of_memory_advice
+from litconvert.estimate import is_out_of_memory, measured_peak, out_of_memory_advice, reset_peak
 from litconvert.latents import LatentDataset
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.objectives import DDPM, attention_error, distillation_terms, make_diffusion
@@ -147,6 +147,7 @@ class Trainer:
         self, index: int, settings: AnyStage, first: int, done: int, checkpoint: Path | None
     ) -> dict[str, Tensor]:
         """One stage, from its step `first`; `done` steps were made in the stages before it. Returns its EMA."""
+        reset_peak()
         stage = self._begin(index, settings)
         if checkpoint is not None:
             load_training_state(
@@ -171,6 +172,8 @@ class Trainer:
             metrics |= throughput.update(metrics["seconds"], self.total_steps - progress.global_step)
             self._report(settings, progress, metrics)
             self._checkpoint(stage, progress, stop=stop)
+        if self.engine.is_main:
+            self.run.record_usage(index, settings.objective, measured_peak())
         result = self._averaged(stage)
         if self.engine.sharded:
             # The next stage trains other weights, and is split anew: from a whole model.

@@ -111,14 +111,14 @@ def test_another_number_of_processes_goes_on(
     assert float(((one - mixed) / one).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["data-parallel", "sharded"])
+@pytest.mark.parametrize(("sharded", "times"), [(False, 20), (True, 5)], ids=["data-parallel", "sharded"])
 def test_kills_at_random_moments_change_nothing(
-    tmp_path: Path, forker: Forker, pico_student: Path, data: Path, sharded: bool
+    tmp_path: Path, forker: Forker, pico_student: Path, data: Path, sharded: bool, times: int
 ) -> None:
-    """Ten kills of a run of two processes: of both, of one alone, by SIGKILL and by SIGTERM; in both modes twenty."""
+    """One run of two processes, killed so many times: both or one alone, by SIGKILL or by SIGTERM."""
     stages = (
         "distill.stages=[{objective: attention_transfer, steps: 60, batch_size: 8, learning_rate: 1.0e-3},"
-        "{objective: hybrid, steps: 140, batch_size: 8, learning_rate: 1.0e-3, schedule: cosine}]"
+        f"{{objective: hybrid, steps: {16 * times + 20}, batch_size: 8, learning_rate: 1.0e-3, schedule: cosine}}]"
     )
     sets = (stages, "distill.checkpoint_every=9")
     log = tmp_path / "log"
@@ -126,7 +126,7 @@ def test_kills_at_random_moments_change_nothing(
     run, arguments = tmp_path / "killed", distill(pico_student, tmp_path / "killed", data, *sets)
     choices = random.Random(0 if sharded else 1)
     kills: list[tuple[str, int | None, int, list[int]]] = []
-    while len(kills) < 10:
+    while len(kills) < times:
         workers = forker.launch(arguments, log, processes=2, sharded=sharded)
         with patience(120):
             if choices.random() < 0.2:  # while it starts
@@ -148,4 +148,4 @@ def test_kills_at_random_moments_change_nothing(
     assert torch.equal(losses(run), losses(tmp_path / "whole")), kills
     expected, found = weights(tmp_path / "whole"), weights(run)
     assert all(torch.equal(found[name], value) for name, value in expected.items()), kills
-    assert len({made for _, _, made, _ in kills}) > 5, kills
+    assert len({made for _, _, made, _ in kills}) > times // 2, kills
