@@ -379,10 +379,11 @@ def distill(
     """
     from litconvert.line import compare, distill_with_progress
 
-    console.be_quiet(quiet)
+    console.be_quiet(quiet or not _is_first())
     run = distill_with_progress(student, out, recipe, teacher, data, _overrides(sets, seed=seed), force)
-    compare(run)
-    console.line(str(run / "model"))
+    if _is_first():
+        compare(run)
+        console.line(str(run / "model"))
 
 
 @app.command()
@@ -486,7 +487,7 @@ def train(
     from litconvert.live import training_display
     from litconvert.pretraining import train as train_model
 
-    console.be_quiet(quiet)
+    console.be_quiet(quiet or not _is_first())
     with training_display("train") as show:
         run = train_model(
             out,
@@ -497,7 +498,8 @@ def train(
             on_step=show.step,
             on_note=console.note,
         )
-    console.line(str(run / "model"))
+    if _is_first():
+        console.line(str(run / "model"))
 
 
 @app.command()

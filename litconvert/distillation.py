@@ -46,6 +46,8 @@ EXECUTION = {
 
 def check_model(config: Mapping[str, Any], recipe: Recipe) -> None:
     """Whether a model can be trained by the recipe's stages, on so many processes. Raises UsageError."""
+    if recipe.publish.backup_every is not None and recipe.publish.repo_id is None:
+        raise UsageError("publish.backup_every needs to know where to: set publish.repo_id=owner/name")
     if not recipe.distill.stages:
         raise UsageError("the recipe has no distill.stages; `litconvert recipes show digits` shows an example")
     parts = launched_processes() * recipe.distill.gradient_accumulation_steps
@@ -109,7 +111,7 @@ def check_data(config: Mapping[str, Any], data: LatentDataset, recipe: Recipe) -
                 f"the data set's captions have up to {data.caption_tokens} tokens, the model reads "
                 f"{config['caption_tokens']}: encode the data for this model"
             )
-    if recipe.data.flip and data.kind == "moments" and not data.flipped:
+    if recipe.data.flip and not data.pixels and not data.flipped:
         raise UsageError("data.flip needs mirrored latents, which the data set has not: encode it with data.flip=true")
 
 
@@ -196,8 +198,11 @@ def run_inputs(
     """What determines a run's result."""
     return {
         "student": student,
+        # What hints make of a file is in its config.
         "sources": {
-            name: None if source is None else (source.checkpoint.sha256(), source.checkpoint.weights)
+            name: None
+            if source is None
+            else (source.checkpoint.sha256(), source.checkpoint.weights, source.reading.config)
             for name, source in sources.items()
         },
         "data": data.digest,
@@ -402,6 +407,15 @@ def fit_and_write(
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
         require_space(run.path, 4 * nbytes * (recipe.distill.keep_checkpoints + 1) + nbytes)
         on_note(engine.describe())
+        if data.flipped and not recipe.data.flip:
+            on_note("the data set holds mirrored latents, which are not used: set data.flip=true to train on them too")
+        tokens = (model.config.sample_size // model.config.patch_size) ** 2
+        sizes = [bucket.shape[1] * bucket.shape[2] // model.config.patch_size**2 for bucket in data.buckets]
+        if not any(0.5 < size / tokens < 2 for size in sizes):
+            on_note(
+                f"the data set's images are of {sizes[0]:,} tokens, the model was made for {tokens:,}; was it encoded "
+                "for another size?"
+            )
     conditioner = make_conditioner(model, data, recipe, engine.device)
     with Observer(engine, model, teachers.teacher, data, conditioner, recipe, run, on_note) as observer:
 

@@ -201,7 +201,7 @@ def _open(
 ) -> tuple[Recipe, dict[str, Any], OpenSource, OpenSource]:
     """The recipe and the record of a student, the source that it was converted from, and itself."""
     provenance = read_provenance(folder)
-    if "source" not in provenance:
+    if provenance["source"]["path"] is None:
         raise UsageError(f"{folder} was trained from nothing and has no teacher; probe a student that was converted")
     settings = resolve_run(folder, recipe, overrides, None)[0].recipe
     source = open_source(settings.source, settings.inherit.weights)

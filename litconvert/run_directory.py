@@ -147,7 +147,7 @@ class RunDirectory:
 
     def record_usage(self, stage: int, objective: str, peak_bytes: int) -> None:
         """usage.json: what a stage that is done has taken, most memory of the main process and seconds of its steps."""
-        seconds = sum(float(row["seconds"]) for row in self.read_metrics() if row["stage"] == f"{stage}:{objective}")
+        seconds = sum(float(row["seconds"]) for row in self._metrics.rows() if row["stage"] == f"{stage}:{objective}")
         usage = self.read_usage() | {str(stage): {"peak_bytes": peak_bytes, "seconds": seconds}}
         write_whole(self.path / "usage.json", json.dumps(usage, indent=2) + "\n")
 

@@ -22,11 +22,12 @@ from litconvert.shards import Assembly, Group, is_finished, launched_group, shar
 from litconvert.sources import OpenSource, open_source, read_model
 
 
-def synthesis_digest(recipe: Recipe, source_sha256: str, weights: str | None, prompts: Sequence[str]) -> str:
-    """Digest of what determines the drawn data."""
+def synthesis_digest(recipe: Recipe, teacher: OpenSource, prompts: Sequence[str]) -> str:
+    """Digest of what determines the drawn data. What hints make of the teacher's file is in its config."""
     inputs: dict[str, Any] = {
-        "source": source_sha256,
-        "weights": weights,
+        "source": teacher.checkpoint.sha256(),
+        "weights": teacher.checkpoint.weights,
+        "config": teacher.reading.config,
         "synthesize": recipe.data.synthesize.model_dump(exclude={"prompts"}),
         "timesteps": recipe.diffusion.num_timesteps,
     }
@@ -80,7 +81,7 @@ def synthesize_resolved(
                 "(--set source.text_encoder.path=PixArt-alpha/PixArt-XL-2-1024-MS)"
             )
         prompts = read_prompts(settings.prompts)
-    digest = synthesis_digest(recipe, opened.checkpoint.sha256(), opened.checkpoint.weights, prompts)
+    digest = synthesis_digest(recipe, opened, prompts)
     if is_finished(out, digest, force=force):
         return out
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])

@@ -200,3 +200,14 @@ def test_out_of_memory_names_the_accumulation_that_keeps_the_mathematics(
     parts = [hybrid(), "distill.gradient_accumulation_steps=2"]
     run = litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=parts)
     assert losses(run) == pytest.approx(losses(expected), rel=1e-5)
+
+
+def test_recomputed_blocks_keep_the_gradient_of_their_features(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    sets = [hybrid(4, feature_weight=0.5, learning_rate=3e-3)]
+    runs = [
+        litconvert.distill(
+            pico_student, tmp_path / str(share), data=data, overrides=[*sets, f"distill.gradient_checkpointing={share}"]
+        )
+        for share in (0.0, 1.0)
+    ]
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
