@@ -134,7 +134,7 @@ def run(names: Sequence[str], work: Path) -> None:
 
 def table() -> str:
     """What is there, as Markdown."""
-    lines = ["| | learning rate | Fréchet distance | less than the paper's recipe by | seeds |", "|---|---|---|---|---|"]
+    lines = ["| | learning rate | Fréchet distance | less than the paper by | seeds |", "|---|---|---|---|---|"]
     for name, candidate in RECIPES.items():
         rate, paper_rate = best_rate(name), best_rate("paper")
         if rate is None or paper_rate is None:

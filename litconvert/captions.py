@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.files import whole_file
 from litconvert.hub import hub_errors
 from litconvert.recipe import TextEncoder
 
@@ -250,8 +251,8 @@ def write_embeddings(captions: Captions, path: Path) -> None:
 
     tensors = {name: value for name in TENSORS if (value := getattr(captions, name)) is not None}
     infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, infos, tensors.__getitem__, {"format": "pt"})
+    with whole_file(path) as temporary:
+        write_safetensors(temporary, infos, tensors.__getitem__, {"format": "pt"})
 
 
 def read_embeddings(path: Path) -> Captions:

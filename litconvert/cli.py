@@ -299,7 +299,7 @@ def latents_encode(
     source: Annotated[
         str | None, typer.Option("--source", help="The model that the data is for. Default: the recipe's source.")
     ] = None,
-    recipe: RecipeOption = "digits",
+    recipe: OwnRecipeOption = None,
     sets: SetOption = None,
     vae: Annotated[
         str | None, typer.Option("--vae", help="Folder or Hub id of an AutoencoderKL (source.vae.path).")
@@ -318,7 +318,10 @@ def latents_encode(
 
     Example: litconvert latents encode imagenet/train latents/ --recipe dit-xl-2-256 --source DiT-XL-2-256x256.pt --flip
     """
+    from litconvert.data_report import classes_remark
     from litconvert.encoding import encode_images
+    from litconvert.files import read_json
+    from litconvert.latents import RECORD
 
     console.be_quiet(quiet or not _is_first())
     given = _overrides(sets, num_attention_heads)
@@ -326,6 +329,8 @@ def latents_encode(
     given += ["data.flip=true"] if flip else []
     with console.progress("encode") as show:
         encode_images(images, out, recipe, given, source=source, force=force, skip_broken=skip_broken, on_progress=show)
+    if remark := classes_remark(read_json(out / RECORD)):
+        console.note(f"note: {remark}")
     if _is_first():
         console.line(str(out))
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from litconvert.image_sources import BrokenSample, ImageSample
+from litconvert.image_sources import BrokenSample, ImageSample, content
 
 
 def nearest_size(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -32,21 +32,33 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 bits as one of 8, which Pillow would clip; modes whose white is unknown raise ValueError."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its mode {image.mode} does not say which value is white: save it with 8 or 16 bits")
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+
+
 def read_image(sample: ImageSample, mode: str, sizes: Sequence[tuple[int, int]]) -> NDArray[np.uint8]:
     """An image as its viewer shows it, on white where it is transparent, cropped to the nearest size: (C, H, W).
 
     Raises BrokenSample for an image that cannot be read whole.
     """
+    data = content(sample)
     try:
-        with Image.open(BytesIO(sample.data) if isinstance(sample.data, bytes) else sample.data) as opened:
-            image = ImageOps.exif_transpose(opened)
+        with Image.open(BytesIO(data) if isinstance(data, bytes) else data) as opened:
+            image = _eight_bits(ImageOps.exif_transpose(opened))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert(mode)
             height, width = nearest_size((image.height, image.width), sizes)
             cropped = np.asarray(center_crop(image, height, width))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds for a broken file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BrokenSample(
             f"{sample.name}: not a whole image ({reason}); replace or remove it, or leave broken ones out with "

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from litconvert.console import size
 from litconvert.errors import UsageError
 from litconvert.files import read_json
 from litconvert.latents import RECORD, Bucket, LatentDataset, open_latents
@@ -34,6 +35,7 @@ def describe_data(path: str | Path) -> dict[str, Any]:
         facts["scaling_factor"] = data.scaling_factor
     if data.condition == "class":
         facts["classes"] = _classes(data)
+        facts |= {name: record[name] for name in ("class_names", "num_classes") if name in record}
     elif data.condition == "caption":
         lengths = np.concatenate([_column(bucket, "caption_tokens") for bucket in data.buckets])
         facts["caption_tokens"] = _spread(lengths)
@@ -61,6 +63,14 @@ def _classes(data: LatentDataset) -> dict[int, int]:
     return dict(zip(labels.tolist(), counts.tolist(), strict=True))
 
 
+def classes_remark(record: Mapping[str, Any]) -> str | None:
+    """That the images have fewer classes than the model they were encoded for, of its record; None: they do not."""
+    names, known = record.get("class_names"), record.get("num_classes")
+    if names is None or known is None or len(names) >= known:
+        return None
+    return f"{len(names):,} classes, the model has {known:,}: is label 0, {names[0]}, the model's class 0, and so on?"
+
+
 def rows_of(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The same facts for people."""
     shapes = ", ".join(f"{'x'.join(map(str, one['shape']))} ({one['samples']:,})" for one in facts["buckets"])
@@ -81,6 +91,10 @@ def rows_of(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         counts = sorted(facts["classes"].values())
         rows.append(("classes", f"{len(counts)}, labels {min(facts['classes'])} to {max(facts['classes'])}"))
         rows.append(("samples a class", f"{counts[0]:,} to {counts[-1]:,}, median {counts[len(counts) // 2]:,}"))
+    if names := facts.get("class_names"):
+        rows.append(("class names", ", ".join(names[:5]) + (f", ... ({len(names):,} in all)" if names[5:] else "")))
+    if remark := classes_remark(facts):
+        rows.append(("note", remark))
     for key, unit in (("caption_tokens", "tokens"), ("caption_characters", "characters, encoded on the fly")):
         if key in facts:
             spread = facts[key]
@@ -88,7 +102,7 @@ def rows_of(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "caption_channels" in facts:
         rows.append(("text features", f"{facts['caption_channels']} channels, float16"))
         rows.append(("null caption", "stored" if facts["null_caption"] else "none"))
-    return [*rows, ("size", f"{facts['bytes'] / 1e6:,.1f} MB"), ("digest", facts["digest"])]
+    return [*rows, ("size", size(facts["bytes"])), ("digest", facts["digest"][:12])]
 
 
 def draw_sheet(path: str | Path, out: Path, *, vae: Vae | None = None, count: int = 32) -> Path:

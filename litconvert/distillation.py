@@ -1,5 +1,6 @@
 """Distillation: what a run is made of, whether that fits together, and what is left. The loop is in `trainer`."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from litconvert.observer import Observer
 from litconvert.optimization import trained_names
 from litconvert.recipe import AttentionTransfer, FlowMatching, Recipe, Source
 from litconvert.recipe_files import ResolvedRecipe, read_recorded, resolve
-from litconvert.run_directory import RunDirectory
+from litconvert.run_directory import RECORD, RunDirectory
 from litconvert.sources import OpenSource, open_source, read_model
 from litconvert.synthesis import synthesize_resolved
 from litconvert.teaching import Teachers, open_outputs, teacher_weights
@@ -52,8 +53,22 @@ def check_model(config: Mapping[str, Any], recipe: Recipe) -> None:
         raise UsageError("the recipe has no distill.stages; `litconvert recipes show digits` shows an example")
     parts = launched_processes() * recipe.distill.gradient_accumulation_steps
     velocity = config["prediction"] == "velocity"
+    settings = recipe.distill
+    if settings.noise_set is not None:
+        if settings.teacher_placement == "sharded":
+            raise UsageError(
+                "distill.noise_set keeps outputs process by process, and a sharded teacher answers all at once"
+            )
+        if len({stage.condition_dropout for stage in settings.stages if not isinstance(stage, AttentionTransfer)}) > 1:
+            raise UsageError("distill.noise_set draws dropped conditions once: give all stages one condition_dropout")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and launched_processes() > 1
     for index, stage in enumerate(recipe.distill.stages):
         where = f"distill.stages.{index}"
+        if sharded and stage.optimizer != "adamw":
+            raise UsageError(
+                f"{where}.optimizer={stage.optimizer} keeps its states whole, and they are to be split over the "
+                "processes; set adamw, or launch without --use_fsdp"
+            )
         if stage.batch_size % parts:
             raise UsageError(
                 f"{where}.batch_size={stage.batch_size} is not a multiple of processes times accumulation, {parts}"
@@ -206,6 +221,9 @@ def run_inputs(
             for name, source in sources.items()
         },
         "data": data.digest,
+        "text_encoder": recipe.source.text_encoder.model_dump()
+        if data.condition == "text" and recipe.source.text_encoder
+        else None,
         "flip": recipe.data.flip,
         "distill": recipe.distill.model_dump(mode="json", exclude=EXECUTION),
         "timesteps": recipe.diffusion.num_timesteps,
@@ -365,6 +383,11 @@ def begin(engine: Engine, out: Path, inputs: Mapping[str, Any], recipe: Recipe, 
     if engine.is_main:
         run.start(digest, recipe.to_yaml(), force=force)
     engine.wait()
+    if not (out / RECORD).is_file():
+        raise LitconvertError(
+            f"process {engine.process} does not see {out}, which the first has begun: all nodes need one shared "
+            "file system for the run directory"
+        )
     finished = run.model.is_dir() and read_json(run.model / "litconvert.json").get("digest") == digest
     return None if finished else run
 
@@ -405,7 +428,8 @@ def fit_and_write(
     if engine.is_main:
         # Model, EMA and two Adam moments in float32, once for each kept checkpoint and one in the making; the result.
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-        require_space(run.path, 4 * nbytes * (recipe.distill.keep_checkpoints + 1) + nbytes)
+        kept = len(list(run.checkpoints.glob("step-*"))) if run.checkpoints.is_dir() else 0
+        require_space(run.path, 4 * nbytes * max(1, recipe.distill.keep_checkpoints + 1 - kept) + nbytes)
         on_note(engine.describe())
         if data.flipped and not recipe.data.flip:
             on_note("the data set holds mirrored latents, which are not used: set data.flip=true to train on them too")
@@ -417,7 +441,12 @@ def fit_and_write(
                 "for another size?"
             )
     conditioner = make_conditioner(model, data, recipe, engine.device)
-    with Observer(engine, model, teachers.teacher, data, conditioner, recipe, run, on_note) as observer:
+    # A split teacher answers only when every process asks, and the main one looks alone.
+    split = recipe.distill.teacher_placement == "sharded" and engine.processes > 1
+    if split and engine.is_main:
+        on_note("the teacher is split over the processes: it is not drawn, nor is the error by timestep measured")
+    shown = None if split else teachers.teacher
+    with Observer(engine, model, shown, data, conditioner, recipe, run, on_note) as observer:
 
         def report(step: StepReport) -> None:
             observer.log(step)

@@ -4,6 +4,7 @@ A resumed run, and a run on another number of processes, therefore draw the same
 """
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -84,6 +85,12 @@ class Batch:
     dropped: Tensor
     bucket: int = 0
     rows: Tensor | None = None
+
+
+def _leave_signals_alone(worker: int) -> None:
+    """Launchers signal whole process groups. Readers end with their trainer, which saves first and needs them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -172,5 +179,6 @@ class Draws(Dataset[Batch]):
             sampler=order,
             num_workers=workers,
             multiprocessing_context="fork" if workers else None,
+            worker_init_fn=_leave_signals_alone,
         )
         return iter(loader)

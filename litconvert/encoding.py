@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from litconvert.captions import Captions, encode_to_store, load_text_encoder, read_embeddings, write_embeddings
-from litconvert.conversion import with_source
+from litconvert.conversion import plan, with_source
 from litconvert.cropping import read_image
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import digest_of, read_json
@@ -55,7 +55,7 @@ class Target:
 def encode_images(
     images: str | Path,
     out: str | Path,
-    recipe: str,
+    recipe: str | None,
     overrides: Sequence[str] = (),
     *,
     source: str | Path | None = None,
@@ -69,8 +69,10 @@ def encode_images(
         images: see `open_images`.
         out: the dataset folder. One made of the same inputs is left as it is; an interrupted one is continued.
         recipe, overrides: as for `plan`; the sections are `data.encode`, `source.vae` and `source.text_encoder`.
+            Without a recipe it is the packaged one for what the source is, or else the defaults.
         source: the model that the data is for; None: the recipe's source, or the model of its `scratch` section.
-        force: replace an `out` that was made of other inputs.
+        force: replace an `out` that was made of other inputs. Images are told apart by name and size: one that was
+            replaced by another of the same size is not noticed, and needs this too.
         skip_broken: leave out images that cannot be read, and count them in the record; otherwise they are refused.
         on_progress: called in the first process, with the parts it has done, those it will have, and a remark.
 
@@ -78,7 +80,13 @@ def encode_images(
 
     Raises UsageError for images and a model that do not fit, LitconvertError for a broken image.
     """
-    resolved = with_source(resolve(recipe, overrides), source)
+    if recipe is None:
+        if source is None:
+            raise UsageError("--recipe or --source says which model the data is for; give one")
+        planned = plan(source, None, overrides)
+        resolved = ResolvedRecipe(planned.recipe_name or "defaults", planned.recipe, {})
+    else:
+        resolved = with_source(resolve(recipe, overrides), source)
     return encode_resolved(str(images), Path(out), resolved, force, skip_broken, on_progress)
 
 
@@ -107,8 +115,8 @@ def encode_resolved(
             "one (--vae stabilityai/sd-vae-ft-ema)"
         )
     found = open_images(images, settings, captions=condition != "class")
-    if condition == "class" and found.classes is not None and found.classes > (target.num_classes or 0):
-        raise UsageError(f"{images}: has {found.classes} classes, the model has {target.num_classes}")
+    if condition == "class" and found.classes is not None and len(found.classes) > (target.num_classes or 0):
+        raise UsageError(f"{images}: has {len(found.classes)} classes, the model has {target.num_classes}")
     digest = encoding_digest(recipe, target, found, condition, skip_broken)
     if is_finished(out, digest, force=force):
         return out
@@ -140,7 +148,10 @@ def encode_resolved(
             if condition == "caption":
                 write_embeddings(read_embeddings(null), folder / NULL_CAPTION)
 
-        return assembly.join(lambda shards: _facts(shards, recipe, condition), extra)
+        classes: dict[str, Any] = {"num_classes": target.num_classes} if condition == "class" else {}
+        if condition == "class" and found.classes is not None:
+            classes["class_names"] = list(found.classes)
+        return assembly.join(lambda shards: _facts(shards, recipe, condition) | classes, extra)
 
 
 def encoding_digest(

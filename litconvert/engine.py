@@ -10,17 +10,20 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -55,6 +58,8 @@ def make_accelerator(mixed_precision: str, trackers: tuple[str, ...] = (), folde
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if uses_bf16(mixed_precision) else "no",
+        # The main process draws samples and scores while the others wait: longer than the ten minutes NCCL allows.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         log_with=list(trackers) or None,
         project_dir=None if folder is None else str(folder),
     )
@@ -77,6 +82,15 @@ def _alone_on_purpose() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+@contextmanager
+def _own_failures() -> Iterator[None]:
+    """What went wrong in a process, in the place of torch's summary of it, which no `except Exception` catches."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -115,7 +129,8 @@ class Engine:
 
     def wait(self) -> None:
         """Until every process is here."""
-        self.accelerator.wait_for_everyone()
+        with self.group_failures():
+            self.accelerator.wait_for_everyone()
 
     def describe(self) -> str:
         """Device, precision and processes, for people."""
@@ -125,9 +140,10 @@ class Engine:
 
     def shard(self, module: nn.Module, parts: Iterator[nn.Module]) -> None:
         """Split a module's weights over the processes; each of `parts` is gathered by itself when it is needed."""
+        mesh = init_device_mesh(self.device.type, (self.processes,))
         for part in parts:
-            fully_shard(part)
-        fully_shard(module)
+            fully_shard(part, mesh=mesh)
+        fully_shard(module, mesh=mesh)
 
     def wrap(self, module: nn.Module, parts: Callable[[], Iterator[nn.Module]]) -> nn.Module:
         """The module as the processes train it together. Its parameters are to be asked for after this."""
@@ -155,7 +171,14 @@ class Engine:
         try:
             yield
         except RuntimeError as error:
-            lost = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket timeout")
+            lost = (
+                "connection closed",
+                "connection reset",
+                "broken pipe",
+                "connection refused",
+                "timed out",
+                "timeout",
+            )
             if self.processes > 1 and (
                 isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in lost)
             ):
@@ -173,7 +196,7 @@ class Engine:
         tensors = {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}
         scalars = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
         self.wait()
-        with _alone_on_purpose():
+        with _alone_on_purpose(), _own_failures():
             save(tensors, checkpoint_id=str(folder), no_dist=self.processes == 1)
         if self.is_main:
             (folder / SCALARS).write_text(json.dumps(scalars) + "\n")
@@ -182,8 +205,14 @@ class Engine:
     def load(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Read a state into tensors that are whole or sharded, whatever they were when it was written."""
         tensors = {name: value.detach() for name, value in state.items()}
-        with _alone_on_purpose():
-            load(tensors, checkpoint_id=str(folder), no_dist=self.processes == 1)
+        try:
+            with _alone_on_purpose(), _own_failures():
+                load(tensors, checkpoint_id=str(folder), no_dist=self.processes == 1)
+        except Exception as error:  # torch reports a damaged file in many ways
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise LitconvertError(
+                f"{folder}: the checkpoint cannot be read ({reason}); remove it to go on from the one before"
+            ) from error
 
     def stored(self, folder: Path) -> tuple[dict[str, TensorStorageMetadata], dict[str, int | float]]:
         """Shapes and dtypes of a saved state's tensors, and its numbers."""

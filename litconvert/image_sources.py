@@ -3,7 +3,9 @@
 A part is what one process reads alone, and what an interrupted run loses at most.
 """
 
+import hashlib
 import os
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,12 @@ TABLES = {".parquet", ".arrow"}
 METADATA = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}
 # Where the recipe's column is not found in webdataset shards: the extensions of its convention.
 WEBDATASET_COLUMNS = {"label_column": "cls", "caption_column": "txt"}
+WEBDATASET_IMAGES = ("jpg", "jpeg", "png", "webp")
+# What `datasets` decodes to numbers and to text.
+WEBDATASET_VALUES = {
+    **dict.fromkeys(("cls", "cls2", "index", "inx", "id"), "int64"),
+    **dict.fromkeys(("txt", "text", "transcript"), "string"),
+}
 
 
 class BrokenSample(LitconvertError):
@@ -31,13 +39,33 @@ class ImageSample:
 
     Attributes:
         name: for messages.
-        data: a file, or its content.
+        data: a file, its content, or an address (owner's file on the Hub, member of a zip) that `content` reads.
         condition: class label or caption; -1 or nothing where there is none.
     """
 
     name: str
-    data: Path | bytes
+    data: Path | str | bytes
     condition: int | str
+
+
+def content(sample: ImageSample) -> Path | bytes:
+    """What to decode of a sample, fetched where it is an address.
+
+    Raises LitconvertError, not BrokenSample, for an address that cannot be read: the network may be back later.
+    """
+    if not isinstance(sample.data, str):
+        return sample.data
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with hub_errors(sample.name), xopen(sample.data, "rb") as file:
+            data: bytes = file.read()
+    except LitconvertError:
+        raise
+    except Exception as error:  # file systems raise their own kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LitconvertError(f"{sample.name}: cannot be fetched ({reason}); run the same command again") from error
+    return data
 
 
 class ImageSource(Protocol):
@@ -46,12 +74,12 @@ class ImageSource(Protocol):
     Attributes:
         parts: how many.
         listing: plain data that changes when the images do, without reading them.
-        classes: how many, where that is known.
+        classes: their names in the order of the labels, where they are known.
     """
 
     parts: int
     listing: Any
-    classes: int | None
+    classes: Sequence[str] | None
 
     def read(self, part: int) -> Iterator[ImageSample]:
         """The images of a part, always in the same order."""
@@ -81,13 +109,22 @@ def open_images(images: str, settings: Encode, *, captions: bool) -> ImageSource
     names = {os.path.basename(name) for name, _ in files}
     if ".tar" in suffixes:
         tars = [entry for entry in files if entry[0].lower().endswith(".tar")]
-        data = _load("webdataset", images, data_files={"train": [str(folder / name) for name, _ in tars]})
+        paths = [str(folder / name) for name, _ in tars]
+        data = _load(
+            "webdataset", images, data_files={"train": paths}, features=_webdataset_features(paths[0], settings)
+        )
         return StreamedImages(images, data, tars, settings, captions, webdataset=True)
     if {"state.json", "dataset_dict.json"} & names:
         return StreamedImages(images, _from_disk(folder, settings.split), files, settings, captions)
     if suffixes & TABLES or names & METADATA:
         data = _load(images, images, split=settings.split)
-        return StreamedImages(images, data, files, settings, captions)
+        # An edited list of captions may be as long as it was.
+        lists = [
+            (name, hashlib.sha256((folder / name).read_bytes()).hexdigest())
+            for name, _ in files
+            if os.path.basename(name) in METADATA
+        ]
+        return StreamedImages(images, data, [*files, *lists], settings, captions)
     if captions:
         raise UsageError(
             f"{images}: class folders hold no captions, which the model reads: add a metadata.jsonl with file_name and "
@@ -104,7 +141,12 @@ def _files(folder: Path) -> list[tuple[str, int]]:
         for name in names:
             if not name.startswith("."):
                 path = os.path.join(place, name)
-                found.append((os.path.relpath(path, folder).replace(os.sep, "/"), os.stat(path).st_size))
+                try:
+                    size = os.stat(path).st_size
+                except OSError as error:
+                    reason = error.strerror or error
+                    raise UsageError(f"{path}: cannot be read ({reason}); repair or remove it") from error
+                found.append((os.path.relpath(path, folder).replace(os.sep, "/"), size))
     return sorted(found)
 
 
@@ -122,17 +164,22 @@ class ClassFolders:
                 "webdataset shards (*.tar), parquet files, and a metadata.jsonl"
             )
         self.folder = folder
-        self.names = sorted({name.partition("/")[0] for name, _ in images})
-        self.classes: int | None = len(self.names)
+        self.classes: Sequence[str] | None = sorted({name.partition("/")[0] for name, _ in images})
+        folders = {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")}
+        if empty := sorted(folders.difference(self.classes)):
+            raise UsageError(
+                f"{folder / empty[0]}: a class folder without an image, and {len(empty) - 1} more: labels are counted "
+                "over the folders, so remove it, or fill it"
+            )
+        self._labels = {name: label for label, name in enumerate(self.classes)}
         self.files = images[: settings.num_samples]
         self.shard_size = settings.shard_size
         self.parts = -(-len(self.files) // self.shard_size)
         self.listing: Any = images
 
     def read(self, part: int) -> Iterator[ImageSample]:
-        labels = {name: label for label, name in enumerate(self.names)}
         for name, _ in self.files[part * self.shard_size : (part + 1) * self.shard_size]:
-            yield ImageSample(str(self.folder / name), self.folder / name, labels[name.partition("/")[0]])
+            yield ImageSample(str(self.folder / name), self.folder / name, self._labels[name.partition("/")[0]])
 
 
 class StreamedImages:
@@ -155,14 +202,16 @@ class StreamedImages:
         self.name, self.listing, self.settings = name, listing, settings
         features = data.features or {}
         pictures = [column for column, feature in features.items() if isinstance(feature, ImageFeature)]
-        self.image = settings.image_column
-        if self.image not in pictures:
+        self.images = [settings.image_column]
+        if webdataset and pictures and settings.image_column not in pictures:
+            self.images = pictures  # of several extensions; a sample has one of them
+        elif settings.image_column not in pictures:
             if len(pictures) != 1:
                 raise UsageError(
-                    f"{name}: has no column of images {self.image!r}; its columns are "
+                    f"{name}: has no column of images {settings.image_column!r}; its columns are "
                     f"{', '.join(features) or 'unknown'}: set data.encode.image_column"
                 )
-            self.image = pictures[0]
+            self.images = pictures
         key = "caption_column" if captions else "label_column"
         self.condition = getattr(settings, key)
         if self.condition not in features and webdataset:
@@ -176,10 +225,12 @@ class StreamedImages:
         if not captions and not isinstance(kind, ClassLabel) and not (isinstance(kind, Value) and "int" in kind.dtype):
             raise UsageError(f"{name}: the column {self.condition} does not hold classes, which are whole numbers")
         self.captions = captions
-        self.classes: int | None = kind.num_classes if isinstance(kind, ClassLabel) else None
-        columns = [self.image, self.condition]
-        # The bytes as they are: a broken image is to be named.
-        self.data = data.select_columns(columns).cast_column(self.image, ImageFeature(decode=False))
+        if captions and not _is_text(kind):
+            raise UsageError(f"{name}: the column {self.condition} does not hold texts: set data.encode.caption_column")
+        self.classes: Sequence[str] | None = list(kind.names) if isinstance(kind, ClassLabel) else None
+        self.data = data.select_columns([*self.images, self.condition])
+        for column in self.images:  # the bytes as they are: a broken image is to be named
+            self.data = self.data.cast_column(column, ImageFeature(decode=False))
         self.rows = settings.num_samples  # None: a stream whose rows nobody has counted
         if hasattr(data, "__len__"):
             self.rows = min(len(data), settings.num_samples or len(data))
@@ -198,19 +249,59 @@ class StreamedImages:
         where = f"{self.name}, file {part}, row" if self.rows is None else f"{self.name}, row"
         try:
             for index, row in enumerate(rows, start=first):
-                picture, condition = row[self.image] or {}, row[self.condition]
+                pictures = [row[column] for column in self.images if row[column]]
+                if len(pictures) > 1:
+                    raise UsageError(
+                        f"{where} {index}: has {len(pictures)} images: set data.encode.image_column to one"
+                    )
+                picture = pictures[0] if pictures else {}
+                condition = row[self.condition]
                 path = picture.get("path")
                 name = f"{where} {index}{f' ({path})' if path else ''}"
                 if isinstance(condition, list):
                     condition = condition[0] if condition else None  # several captions of one image: the first
                 if condition is None:
                     condition = "" if self.captions else -1
-                yield ImageSample(name, picture.get("bytes") or (Path(path) if path else b""), condition)
-        except (OSError, ValueError, KeyError) as error:
+                data = picture.get("bytes") or ((path if "://" in path else Path(path)) if path else b"")
+                yield ImageSample(name, data, condition)
+        except (OSError, ValueError, KeyError, tarfile.TarError) as error:
             if isinstance(error, LitconvertError):
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise LitconvertError(f"{self.name}: part {part} cannot be read ({reason}); repair or remove it") from error
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column of this feature holds texts, or several for each image."""
+    from datasets import LargeList, List, Value
+
+    if isinstance(kind, (List, LargeList)):
+        kind = kind.feature
+    return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
+
+
+def _webdataset_features(path: str, settings: Encode) -> Any:
+    """Columns of shards, told by the names in the first one: any of the usual image extensions, numbers and texts.
+
+    None: `datasets` is to find them, which asks that the first samples have the same columns.
+    """
+    from datasets import Features, Value
+    from datasets import Image as ImageFeature
+
+    try:
+        with tarfile.open(path) as tar:
+            names = [os.path.basename(member.name).partition(".")[2] for member in tar if member.isfile()]
+    except (OSError, tarfile.TarError) as error:
+        raise UsageError(f"{path}: not a whole tar file ({error}); download it again, or remove it") from error
+    fields = {name for name in names if name}
+    images = {name for name in fields if name.lower() in WEBDATASET_IMAGES}
+    if not images or (settings.image_column in fields and settings.image_column not in images):
+        return None
+    columns: dict[str, Any] = {name: ImageFeature() for name in sorted({*images, *WEBDATASET_IMAGES})}
+    for name in sorted(fields - images):
+        if (kind := WEBDATASET_VALUES.get(name.rpartition(".")[2].lower())) is not None:
+            columns[name] = Value(kind)
+    return Features(columns)
 
 
 def _load(path: str, name: str, **options: Any) -> Any:

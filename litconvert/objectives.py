@@ -208,7 +208,7 @@ def attention_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
     layer's scale and however the batch is split.
     """
     losses = [
-        (_mean((mine.float() - theirs.float()) ** 2) / _mean(theirs.float() ** 2)).mean()
+        (_mean((mine.float() - theirs.float()) ** 2) / _mean(theirs.float() ** 2).clamp(min=1e-12)).mean()
         for mine, theirs in zip(student, teacher, strict=True)
     ]
     return torch.stack(losses).mean()

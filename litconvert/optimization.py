@@ -46,7 +46,7 @@ def make_optimizer(stage: Stage, parameters: Mapping[str, nn.Parameter], fresh: 
         parameters: by name.
         fresh: names of tensors that were not inherited.
 
-    Raises LitconvertError when its package is not installed, UsageError for one that cannot be split.
+    Raises LitconvertError when its package is not installed.
     """
     rates = {True: stage.learning_rate, False: stage.inherited_learning_rate or stage.learning_rate}
     groups: list[dict[str, Any]] = []
@@ -56,11 +56,6 @@ def make_optimizer(stage: Stage, parameters: Mapping[str, nn.Parameter], fresh: 
             groups.append({"params": mine, "lr": rate, "base_lr": rate})
     if stage.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
-    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-        raise UsageError(
-            f"optimizer {stage.optimizer} keeps its states whole, and they are to be split over the processes; set "
-            "optimizer: adamw, or launch without --use_fsdp"
-        )
     try:
         if stage.optimizer == "came":
             from came_pytorch import CAME

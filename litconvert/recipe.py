@@ -302,8 +302,6 @@ class Distill(Section):
     """torch.compile of the teacher's and the student's blocks; auto: on a GPU."""
     teacher_placement: Literal["device", "sharded", "offloaded"] = "device"
     """Where the teacher's weights are: on each device, split over the processes, or in main memory, moved by layer."""
-    teacher_precision: Literal["same", "fp8"] = "same"
-    """fp8: the teacher's large products in float8 (torchao, and a GPU of compute capability 8.9)."""
     noise_set: Positive | None = None
     """Each sample meets so many noises and timesteps in turn, so that the teacher's outputs are kept on disk and
     computed once; None: noise is always new and the teacher always computes."""

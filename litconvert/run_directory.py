@@ -148,7 +148,10 @@ class RunDirectory:
     def record_usage(self, stage: int, objective: str, peak_bytes: int) -> None:
         """usage.json: what a stage that is done has taken, most memory of the main process and seconds of its steps."""
         seconds = sum(float(row["seconds"]) for row in self._metrics.rows() if row["stage"] == f"{stage}:{objective}")
-        usage = self.read_usage() | {str(stage): {"peak_bytes": peak_bytes, "seconds": seconds}}
+        earlier = self.read_usage()
+        # The process that ends a stage may only have begun it again.
+        most = max(peak_bytes, int(earlier.get(str(stage), {}).get("peak_bytes", 0)))
+        usage = earlier | {str(stage): {"peak_bytes": most, "seconds": seconds}}
         write_whole(self.path / "usage.json", json.dumps(usage, indent=2) + "\n")
 
     def read_usage(self) -> dict[str, dict[str, float]]:

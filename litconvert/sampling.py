@@ -248,7 +248,9 @@ def load_vae(vae: Vae) -> Any:
 def to_images(latents: Tensor, vae: Any | None, scaling_factor: float = 1.0) -> NDArray[np.uint8]:
     """Latents or pixels (N, C, H, W) in [-1, 1] to images (N, H, W, C), uint8; C is 1 or 3."""
     if vae is not None:
-        latents = torch.cat([vae.decode(one.to(vae.dtype) / scaling_factor).sample for one in latents.split(8)])
+        latents = torch.cat(
+            [vae.decode(one.to(vae.device, vae.dtype) / scaling_factor).sample for one in latents.split(8)]
+        )
     if latents.shape[1] not in (1, 3):
         raise UsageError(
             f"these are latents of {latents.shape[1]} channels, and no decoder is named: "
@@ -332,7 +334,8 @@ class SampleSheet:
     def __init__(self, recipe: Recipe, config: Mapping[str, Any], folder: Path) -> None:
         self.recipe = recipe
         self.folder = folder
-        self.vae = load_vae(recipe.source.vae) if recipe.source.vae else None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.vae = load_vae(recipe.source.vae).to(device) if recipe.source.vae else None
         count = recipe.sample.num_images
         # Latents without a decoder have no picture, and captions without an encoder cannot be read.
         self.drawable = self.vae is not None or config["in_channels"] in (1, 3)

@@ -1,5 +1,6 @@
 """Data sets that several processes write shard by shard; interrupted, the same command goes on."""
 
+import glob
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 
 from litconvert.engine import launched_processes
 from litconvert.errors import LitconvertError, UsageError, system_cause
-from litconvert.files import read_json, whole_directory, write_whole
+from litconvert.files import read_json, require_space, whole_directory, write_whole
 from litconvert.latents import RECORD, Condition, features_of, quiet_datasets, record_text
 
 
@@ -168,7 +169,7 @@ class Assembly:
             facts: for the record, given the shards.
             extra: writes what else belongs into the data set's folder.
 
-        Raises UsageError when no shard holds a sample.
+        Raises UsageError when no shard holds a sample, LitconvertError when the disk has no room for a second copy.
         """
         if self.group.process != 0:
             _until(lambda: not self.folder.exists())
@@ -176,7 +177,9 @@ class Assembly:
             shards = [self.shard(index) for index in range(self.shards)]
             _until(lambda: all(shard.exists() for shard in shards))
             self._join(shards, facts(shards), extra)
-            shutil.rmtree(self.folder)
+            # Its own, and what interrupted runs of other inputs left.
+            for folder in self.out.parent.glob(f".{glob.escape(self.out.name)}.shards-*"):
+                shutil.rmtree(folder)
         self.group.wait()
         return self.out
 
@@ -188,6 +191,7 @@ class Assembly:
         if not buckets:
             raise UsageError("there is no sample to write: the source is empty")
         samples = 0
+        require_space(self.out.parent, sum(file.stat().st_size for shard in shards for file in shard.glob("*.arrow")))
         with whole_directory(self.out) as folder:
             for bucket in buckets:
                 files = [file for shard in shards if (file := shard / f"{bucket}.arrow").exists()]

@@ -43,9 +43,6 @@ def teacher_bytes(
             total += 2 * _block(config)
         elif placement == "sharded" and processes > 1:
             total += weights_bytes(config) // processes + gathered_bytes(config)
-        elif recipe.distill.teacher_precision == "fp8":
-            # The blocks' products in a byte a number; the little rest is counted like them.
-            total += weights_bytes(config) // 4
         else:
             total += weights_bytes(config)
     return total

@@ -53,6 +53,9 @@ def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> "np.memmap[tuple[i
     """A file as an array, zeros where it is new. Its space is taken at once: a mapped file that meets a full disk later
     would end the process without a word."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    with path.open("ab") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    finally:
+        os.close(descriptor)
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)

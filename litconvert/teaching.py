@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from litconvert.attention_layers import attention_of, linear_layers, recorded_attention
 from litconvert.draws import Batch
 from litconvert.engine import Engine
-from litconvert.errors import LitconvertError, UsageError
 from litconvert.modeling_lit import Block, LiTTransformer2DModel
 from litconvert.recipe import AnyStage, AttentionTransfer, Distill, FlowMatching, Hybrid
 from litconvert.teacher_outputs import TeacherOutputs
@@ -39,6 +38,8 @@ def compile_blocks(model: LiTTransformer2DModel, *, recorded: bool) -> None:
     block would not be called.
     """
     for block in cast(Iterator[Block], model.blocks):
+        # One code object serves every kind of layer, mode, size and precision: more than the eight there may be of it.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for module in (block.attn, block.ff) if recorded else (block,):
             module.forward = torch.compile(type(module).forward).__get__(module)  # type: ignore[method-assign]
 
@@ -70,11 +71,10 @@ class Student(nn.Module):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def parts(self) -> Iterator[nn.Module]:
-        """What sharding gathers by itself: each attention, or each block."""
+        """What sharding gathers by itself: each block, and in transfer each attention, so that no block is gathered."""
         if self.transfers:
             yield from (attention_of(self.model, layer) for layer in self.layers)
-        else:
-            yield from self.model.blocks
+        yield from self.model.blocks
 
     def forward(
         self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Any], inputs: list[Tensor] | None = None
@@ -98,7 +98,7 @@ class Teachers:
         source: the softmax model inherited from; None: there is none, and no stage may ask.
         teacher: often the source itself.
         layers: the student's linear layers.
-        settings: where the weights are, and in which precision.
+        settings: where the weights are.
         outputs: where outputs for a finite set of noises are kept; None: they are always computed.
     """
 
@@ -121,8 +121,6 @@ class Teachers:
             model.eval().requires_grad_(False)
             if compiles(settings.compile, engine.device):
                 compile_blocks(model, recorded=needs_records)
-            if settings.teacher_precision == "fp8":
-                to_fp8(model)
             place(model, settings.teacher_placement, engine)
 
     @property
@@ -166,22 +164,6 @@ class Teachers:
         """Make sure that a checkpoint finds the outputs that were computed before it."""
         if self.outputs is not None:
             self.outputs.keep()
-
-
-def to_fp8(model: LiTTransformer2DModel) -> None:
-    """The blocks' linear layers in float8, activations scaled row by row as they come.
-
-    Raises UsageError where the GPU or the library cannot.
-    """
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
-        raise UsageError(
-            "distill.teacher_precision=fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later; set it to same"
-        )
-    try:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-    except ImportError as error:
-        raise LitconvertError("distill.teacher_precision=fp8 needs torchao: pip install torchao") from error
-    quantize_(model.blocks.to(torch.bfloat16), Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
 
 
 def place(model: LiTTransformer2DModel, placement: str, engine: Engine) -> None:

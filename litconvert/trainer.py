@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -225,8 +226,10 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for part in range(parts):
             with self.engine.accumulate(stage.module, last=part == parts - 1):
+                batch = next(batches)
+                condition = self.conditioner(batch)  # T5 in its own precision, as when it encodes a data set
                 with self.engine.accelerator.autocast():
-                    terms = self._terms(stage, next(batches))
+                    terms = self._terms(stage, batch, condition)
                 loss = torch.stack(list(terms.values())).sum() / parts
                 self.engine.accelerator.backward(loss)
             for name, term in {**terms, "loss": loss * parts}.items():
@@ -249,10 +252,9 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(stage.parameters.values(), stage.settings.max_grad_norm, norm)
         return norm.detach()
 
-    def _terms(self, stage: _Stage, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, stage: _Stage, batch: Batch, condition: Mapping[str, Any]) -> dict[str, Tensor]:
         """The weighted loss terms of a micro-batch."""
         device, settings = self.engine.device, stage.settings
-        condition = self.conditioner(batch)
         clean, noise, timestep = (
             value.to(device, non_blocking=True) for value in (batch.samples.clean, batch.noise, batch.timestep)
         )

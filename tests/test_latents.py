@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +25,10 @@ import litconvert
 from litconvert import captions as captions_module
 from litconvert import sources, synthesis
 from litconvert.captions import encode, encode_texts, encode_to_store, load_text_encoder
-from litconvert.cropping import center_crop, nearest_size
+from litconvert.cropping import center_crop, nearest_size, read_image
 from litconvert.encoding import encode_images
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.image_sources import BrokenSample, ImageSample
 from litconvert.latents import LatentDataset, open_latents, write_latents
 from litconvert.prompts import read_prompts
 from litconvert.recipe import TextEncoder
@@ -664,3 +666,66 @@ def test_what_does_not_fit_is_refused_before_the_work(
     torch.save(dit_state(rows=3), tmp_path / "two.pt")
     assert "has 3 classes, the model has 2" in refusal(photos, pico_recipe, source=tmp_path / "two.pt")
     assert "class folders" in refusal(photos / "red" / "deep", pico_recipe, source=pico_checkpoint)
+
+
+def test_greyscale_of_sixteen_bits_keeps_its_tones(tmp_path: Path) -> None:
+    tones = np.repeat(np.linspace(0, 255, 16).astype(np.uint8)[:, None], 16, 1)
+    Image.fromarray(tones.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    sample = ImageSample("deep", tmp_path / "deep.png", 0)
+    assert np.array_equal(read_image(sample, "L", [(16, 16)])[0], tones)
+    Image.fromarray(tones.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(BrokenSample, match=r"float: .*its mode F"):
+        read_image(ImageSample("float", tmp_path / "float.tiff", 0), "L", [(16, 16)])
+
+
+def test_an_image_in_a_zip_is_read_by_its_address(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("red.png", png(COLOURS["red"], (8, 8)))
+    read = read_image(ImageSample("red", f"zip://red.png::{tmp_path / 'images.zip'}", 0), "RGB", [(8, 8)])
+    assert read[:, 0, 0].tolist() == list(COLOURS["red"])
+
+
+def test_shards_may_mix_image_extensions(tmp_path: Path, latent_recipe: Path) -> None:
+    fields = [{"png": png((40, 0, 0)), "cls": b"1"}, {"jpg": png((0, 40, 0)), "cls": b"2"}]
+    write_tar(tmp_path / "mixed" / "0.tar", [(f"{index:04d}", one) for index, one in enumerate(fields)])
+    write_tar(tmp_path / "mixed" / "1.tar", [("0002", {"webp": png((0, 0, 40)), "cls": b"3"})])
+    data = open_latents(encode_images(tmp_path / "mixed", tmp_path / "data", str(latent_recipe)))
+    assert (len(data), data.labels) == (3, (1, 3))
+
+
+def test_an_edited_list_of_captions_is_noticed(tmp_path: Path, text_recipe: Path) -> None:
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(png((0, 0, 90)))
+    sets = ["data.encode.captions=text"]
+    for text in ("a cat", "a dog"):
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "caption": text}))
+        if text == "a cat":
+            encode_images(folder, tmp_path / "data", str(text_recipe), sets)
+    with pytest.raises(LitconvertError, match="not made from these inputs"):
+        encode_images(folder, tmp_path / "data", str(text_recipe), sets)
+
+
+def test_class_folders_are_named_and_none_is_empty(tmp_path: Path, photos: Path, latent_recipe: Path) -> None:
+    arguments = ("latents", "encode", photos, tmp_path / "data")
+    outcome = command(*arguments)
+    assert outcome.code == 2
+    assert "--recipe or --source" in outcome.err
+    (tmp_path / f".data.shards-{12 * 'a'}").mkdir()  # an interrupted run of other inputs
+    outcome = command(*arguments, "-r", latent_recipe)
+    assert "3 classes, the model has 4" in outcome.err.replace("\n", " ")
+    assert not list(tmp_path.glob(".data.shards*"))
+    shown = command("latents", "show", tmp_path / "data").out
+    assert "blue, green, red" in shown
+    assert "0.0 MB" not in shown
+    (photos / "amber").mkdir()
+    with pytest.raises(UsageError, match=r"amber: .*remove it, or fill it"):
+        encode_images(photos, tmp_path / "other", str(latent_recipe))
+    (photos / "amber" / "1.png").symlink_to(photos / "nowhere.png")
+    with pytest.raises(UsageError, match=r"amber/1\.png: cannot be read"):
+        encode_images(photos, tmp_path / "other", str(latent_recipe))
+
+
+def test_captions_must_be_texts(tmp_path: Path, shards: Path, text_recipe: Path) -> None:
+    with pytest.raises(UsageError, match="column cls does not hold texts"):
+        encode_images(shards, tmp_path / "data", str(text_recipe), ["data.encode.caption_column=cls"])
