@@ -21,13 +21,16 @@ format: $(INSTALLED)      ## mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-table: $(INSTALLED)       ## the README's table: hours on two cores, resumable
+table: $(INSTALLED)       ## the README's tables of quality: hours on two cores, resumable
 	$(BIN)/python -m benchmarks.digits_table
+	$(BIN)/python -m benchmarks.fast_recipe
 
-benchmarks: $(INSTALLED)  ## start-up time, a full-size conversion, and conversion against cp: 30 GB of disk
+benchmarks: $(INSTALLED)  ## start-up, conversion, a training step and its memory: an hour, and 30 GB of disk
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.full_size
 	$(BIN)/python -m benchmarks.conversion
+	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.memory
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -48,9 +48,7 @@ class Candidate:
         """The override of its stages at a learning rate."""
         schedule = f"batch_size: 16, learning_rate: {rate}, schedule: cosine, ema_decay: 0.99"
         listed = [f"{{objective: attention_transfer, steps: {self.transfer}, {schedule}}}"] if self.transfer else []
-        listed.append(
-            f"{{objective: hybrid, steps: {self.hybrid}, feature_weight: {self.features}, {schedule}}}"
-        )
+        listed.append(f"{{objective: hybrid, steps: {self.hybrid}, feature_weight: {self.features}, {schedule}}}")
         return f"distill.stages=[{', '.join(listed)}]"
 
 
@@ -81,10 +79,10 @@ def distance(name: str, rate: float, seed: int) -> float | None:
 
 
 def best_rate(name: str) -> float | None:
-    """The learning rate of the smallest distance with the tuning seed, once all are measured."""
+    """The learning rate of the smallest distance with the tuning seed, of those that are measured."""
     tried = {rate: distance(name, rate, TUNING_SEED) for rate in RATES}
     found = {rate: value for rate, value in tried.items() if value is not None}
-    return min(found, key=found.__getitem__) if len(found) == len(RATES) else None
+    return min(found, key=found.__getitem__) if found else None
 
 
 def measure(name: str, rate: float, seed: int, work: Path, reference: torch.Tensor) -> None:
@@ -152,7 +150,10 @@ def table() -> str:
             if len(gains) == 3:
                 half = T_95 * stdev(gains) / 3**0.5
                 less += f" (95 %: {mean(gains) - half:.2f} to {mean(gains) + half:.2f})"
-        lines.append(f"| {candidate.label} | {rate:g} | {mean(mine):.2f}{spread} | {less} | {len(mine)} |")
+        tried = sum(distance(name, one, TUNING_SEED) is not None for one in RATES)
+        lines.append(
+            f"| {candidate.label} | {rate:g}, best of {tried} | {mean(mine):.2f}{spread} | {less} | {len(mine)} |"
+        )
     return "\n".join(lines)
 
 

@@ -143,10 +143,14 @@ def test_each_number_of_the_paper_s_recipes_says_where_it_is_from(name: str) -> 
     assert [line for line in numbers if not re.search(marks, line.partition("#")[2])] == []
 
 
-def test_digits_fast_is_digits_with_the_attention_inherited() -> None:
+def test_digits_fast_differs_from_digits_in_what_makes_it_fast_alone() -> None:
     digits, fast = (resolve(name).recipe.model_dump() for name in ("digits", "digits-fast"))
     assert digits["inherit"].pop("attention") == ()
     assert fast["inherit"].pop("attention") == ("q", "k", "v", "o")
+    assert digits["student"].pop("softmax_layers") == ()
+    assert fast["student"].pop("softmax_layers") == (1, 2)
+    assert sum(stage["steps"] for stage in fast["distill"].pop("stages")) <= 300
+    del digits["distill"]["stages"]
     assert digits == fast
 
 
