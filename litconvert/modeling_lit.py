@@ -30,7 +30,7 @@ PREDICTIONS = ("noise", "velocity")
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: shift and scale (N, 1, D) tokens x (N, T, D)."""
-    return torch.addcmul(shift, x, 1 + scale)
+    return x * (1 + scale) + shift  # as diffusers rounds it; addcmul would save a pass, and differ
 
 
 def sincos_position_embedding(
