@@ -125,9 +125,9 @@ def run(names: Sequence[str], work: Path) -> None:
     for seed in SEEDS:
         for name in finalists():
             if name in names:
-                rate = best_rate(name)
-                assert rate is not None
-                measure(name, rate, seed, work, reference)
+                best = best_rate(name)
+                assert best is not None
+                measure(name, best, seed, work, reference)
 
 
 def table() -> str:

@@ -110,7 +110,7 @@ def test_a_finite_noise_set_asks_the_teacher_once_for_each_noise(
         # Sampling passes a scalar, and the error by timestep is measured ten at a time.
         if self.config.attention[0] == "softmax" and timestep.dim() == 1 and len(timestep) == 4:
             asked.append(len(hidden))
-        return forward(self, hidden, timestep, *more, **named)  # type: ignore[arg-type]
+        return forward(self, hidden, timestep, *more, **named)
 
     monkeypatch.setattr(LiTTransformer2DModel, "forward", spy)
     # Eight samples and three noises each are six batches of four; the seventh meets the first noises again.
