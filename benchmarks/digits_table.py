@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import litconvert
+from benchmarks.provenance import provenance
 from litconvert.assets.train_digits_classifier import digits
 from litconvert.evaluation import evaluate, reference_samples
 from litconvert.latents import write_latents
@@ -167,9 +168,7 @@ def run(rows: Sequence[str], seeds: Sequence[int], work: Path) -> None:
             if out.exists():
                 continue
             result = floor(seed, reference) if name == "floor" else measure(name, seed, work, reference)
-            out.write_text(
-                json.dumps({"row": name, "seed": seed, "torch": torch.__version__, **result}, indent=2) + "\n"
-            )
+            out.write_text(json.dumps({"row": name, "seed": seed, **provenance(), **result}, indent=2) + "\n")
             print(out.name, json.dumps(result["models"][name]), flush=True)
 
 

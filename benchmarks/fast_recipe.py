@@ -22,6 +22,7 @@ import torch
 
 import litconvert
 from benchmarks.digits_table import COMMON, load_teacher
+from benchmarks.provenance import provenance
 from litconvert.evaluation import evaluate, reference_samples
 from litconvert.recipe_files import resolve
 from litconvert.synthesis import synthesize
@@ -56,13 +57,19 @@ RECIPES = {
     "paper": Candidate("the paper's recipe, 800 steps", 0, 800),
     "inherit": Candidate("attention inherited, 300 hybrid steps", 0, 300, 0.0, (INHERITED,)),
     "inherit-transfer": Candidate("attention inherited, 80 steps of transfer, 220 hybrid", 80, 220, 0.0, (INHERITED,)),
-    "features": Candidate("the same with features, weight 0.5", 80, 220, 0.5, (INHERITED,)),
+    "heads": Candidate(
+        "the same with the teacher's 6 heads", 80, 220, 0.0, (INHERITED, "student.num_attention_heads=6")
+    ),
+    "features": Candidate("attention inherited, 80 and 220, features at weight 0.5", 80, 220, 0.5, (INHERITED,)),
     "kept": Candidate(
         "the same, and layers 1 and 2 of 6 kept in softmax (`probe`)",
         80,
         220,
         0.5,
         (INHERITED, "student.softmax_layers=[1,2]"),
+    ),
+    "kept-plain": Candidate(
+        "those layers kept, without the features", 80, 220, 0.0, (INHERITED, "student.softmax_layers=[1,2]")
     ),
 }
 
@@ -99,7 +106,7 @@ def measure(name: str, rate: float, seed: int, work: Path, reference: torch.Tens
     model = litconvert.load(run / "model").float()
     scores: dict[str, Any] = evaluate({name: model}, reference, resolve("digits", overrides).recipe)["models"][name]
     result = {key: scores[key]["mean"] for key in ("frechet_distance", "class_accuracy")}
-    record = {"recipe": name, "learning_rate": rate, "seed": seed, "torch": torch.__version__, **result}
+    record = {"recipe": name, "learning_rate": rate, "seed": seed, **provenance(), **result}
     out.write_text(json.dumps(record, indent=2) + "\n")
     print(out.name, result, flush=True)
     shutil.rmtree(run)
