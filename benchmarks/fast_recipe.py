@@ -37,39 +37,56 @@ INHERITED = "inherit.attention=all"
 
 @dataclass(frozen=True)
 class Candidate:
-    """What it says in the table, and what it is: steps of both kinds, weight of the features, other overrides."""
+    """What it says in the table, and what it is.
+
+    Attributes:
+        transfer, hybrid: steps of each objective.
+        features: weight of the attention outputs beside the model's.
+        teacher: weights of the teacher's noise and variance in the hybrid loss; the paper's by default.
+    """
 
     label: str
     transfer: int
     hybrid: int
     features: float = 0.0
+    teacher: tuple[float, float] = (0.5, 0.05)
     overrides: tuple[str, ...] = ()
 
     def stages(self, rate: float) -> str:
         """The override of its stages at a learning rate."""
         schedule = f"batch_size: 16, learning_rate: {rate}, schedule: cosine, ema_decay: 0.99"
         listed = [f"{{objective: attention_transfer, steps: {self.transfer}, {schedule}}}"] if self.transfer else []
-        listed.append(f"{{objective: hybrid, steps: {self.hybrid}, feature_weight: {self.features}, {schedule}}}")
+        noise, variance = self.teacher
+        weights = f"noise_weight: {noise}, variance_weight: {variance}, feature_weight: {self.features}"
+        listed.append(f"{{objective: hybrid, steps: {self.hybrid}, {weights}, {schedule}}}")
         return f"distill.stages=[{', '.join(listed)}]"
 
 
 RECIPES = {
     "paper": Candidate("the paper's recipe, 800 steps", 0, 800),
-    "inherit": Candidate("attention inherited, 300 hybrid steps", 0, 300, 0.0, (INHERITED,)),
-    "inherit-transfer": Candidate("attention inherited, 80 steps of transfer, 220 hybrid", 80, 220, 0.0, (INHERITED,)),
-    "heads": Candidate(
-        "the same with the teacher's 6 heads", 80, 220, 0.0, (INHERITED, "student.num_attention_heads=6")
+    "inherit": Candidate("attention inherited, 300 hybrid steps", 0, 300, overrides=(INHERITED,)),
+    "inherit-transfer": Candidate(
+        "attention inherited, 80 steps of transfer, 220 hybrid", 80, 220, overrides=(INHERITED,)
     ),
-    "features": Candidate("attention inherited, 80 and 220, features at weight 0.5", 80, 220, 0.5, (INHERITED,)),
+    "heads": Candidate(
+        "the same with the teacher's 6 heads", 80, 220, overrides=(INHERITED, "student.num_attention_heads=6")
+    ),
+    "strong": Candidate("attention inherited, 80 and 220, lambda 10 and 1", 80, 220, 0.0, (10.0, 1.0), (INHERITED,)),
+    "strong-hybrid": Candidate(
+        "attention inherited, 300 hybrid, lambda 10 and 1", 0, 300, 0.0, (10.0, 1.0), (INHERITED,)
+    ),
+    "features": Candidate(
+        "attention inherited, 80 and 220, features at weight 0.5", 80, 220, 0.5, overrides=(INHERITED,)
+    ),
     "kept": Candidate(
         "the same, and layers 1 and 2 of 6 kept in softmax (`probe`)",
         80,
         220,
         0.5,
-        (INHERITED, "student.softmax_layers=[1,2]"),
+        overrides=(INHERITED, "student.softmax_layers=[1,2]"),
     ),
     "kept-plain": Candidate(
-        "those layers kept, without the features", 80, 220, 0.0, (INHERITED, "student.softmax_layers=[1,2]")
+        "those layers kept, without the features", 80, 220, overrides=(INHERITED, "student.softmax_layers=[1,2]")
     ),
 }
 
