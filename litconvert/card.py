@@ -9,6 +9,7 @@ from typing import Any
 
 from litconvert.checkpoints import WEIGHT_SUFFIXES
 from litconvert.conversion import FATES
+from litconvert.shapes import is_pixel_space
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 # Whose T5 the card names when the recipe's is nowhere that others can reach.
@@ -312,7 +313,7 @@ def _limits(
     pipeline: bool,
     text_encoder: bool,
 ) -> str:
-    side = config["sample_size"] * (1 if config["in_channels"] in (1, 3) else 8)
+    side = config["sample_size"] * (1 if is_pixel_space(config["in_channels"]) else 8)
     if _reads_captions(config):
         reads = f"captions of up to {config['caption_tokens']} tokens: longer ones are cut off;"
     else:

@@ -21,7 +21,7 @@ from litconvert.model_directory import FORMAT_VERSION, already_done, versions, w
 from litconvert.packaged import recipe_of
 from litconvert.recipe import Recipe, Source
 from litconvert.recipe_files import ResolvedRecipe, read_recorded, resolve, resolve_data
-from litconvert.shapes import count_macs, count_parameters, model_tensors
+from litconvert.shapes import count_macs, count_parameters, is_pixel_space, model_tensors
 from litconvert.sources import OpenSource, describe, open_source
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -116,7 +116,7 @@ class ConversionPlan:
         their own size.
         """
         native = self.config["sample_size"]
-        pixel_space = self.config["in_channels"] in (1, 3)
+        pixel_space = is_pixel_space(self.config["in_channels"])
         sizes = [native * factor for factor in (1, 2, 4, 8)] if pixel_space else [32, 64, 128, 256]
         rows: list[dict[str, int | float]] = []
         for size in sizes:

@@ -14,6 +14,7 @@ from litconvert.files import read_json
 from litconvert.latents import RECORD, Bucket, LatentDataset, open_latents
 from litconvert.recipe import Vae
 from litconvert.sampling import load_vae, save_grid, to_images
+from litconvert.shapes import is_pixel_space
 
 
 def describe_data(path: str | Path) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def draw_sheet(path: str | Path, out: Path, *, vae: Vae | None = None, count: in
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     if vae is None and record.get("vae"):
         vae = Vae.model_validate(record["vae"])
-    if not data.pixels and vae is None and data.buckets[0].shape[0] not in (1, 3):
+    if not data.pixels and vae is None and not is_pixel_space(data.buckets[0].shape[0]):
         raise UsageError(
             f"{folder}: holds latents, and no VAE is recorded to decode them; name a recipe that has one (--recipe)"
         )

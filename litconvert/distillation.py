@@ -18,7 +18,13 @@ from litconvert.errors import LitconvertError, UsageError
 from litconvert.estimate import StageEstimate, estimate_stages
 from litconvert.files import digest_of, read_json, require_space, whole_directory
 from litconvert.latents import LatentDataset, open_latents
-from litconvert.model_directory import FORMAT_VERSION, read_provenance, versions, write_model_directory
+from litconvert.model_directory import (
+    FORMAT_VERSION,
+    read_provenance,
+    refuse_changed_source,
+    versions,
+    write_model_directory,
+)
 from litconvert.modeling_lit import CaptionConditioning, LiTTransformer2DModel
 from litconvert.observer import Observer
 from litconvert.optimization import trained_names
@@ -288,10 +294,7 @@ def distill(
     config = student_source.reading.config
     check_model(config, settings)
     source = open_source(settings.source, settings.inherit.weights)
-    if source.checkpoint.sha256() != provenance["source"]["sha256"]:
-        raise LitconvertError(
-            f"{settings.source.path} has changed since {student} was converted from it; convert it again, or restore it"
-        )
+    refuse_changed_source(student, provenance, settings.source.path, source.checkpoint)
     teacher_source = open_source(settings.distill.teacher) if settings.distill.teacher else source
     check_teacher(config, teacher_source.reading.config, settings)
     check_source(config, source.reading.config, settings, is_teacher=teacher_source is source)

@@ -24,6 +24,7 @@ from litconvert.latents import NULL_CAPTION, Condition
 from litconvert.recipe import Recipe
 from litconvert.recipe_files import ResolvedRecipe, resolve
 from litconvert.sampling import load_vae
+from litconvert.shapes import is_pixel_space
 from litconvert.shards import Assembly, is_finished, launched_group, shard_writer, written
 from litconvert.sources import open_source
 
@@ -109,7 +110,7 @@ def encode_resolved(
             "the model reads captions, and no text encoder is named: give one (--set source.text_encoder.path="
             "PixArt-alpha/PixArt-XL-2-1024-MS), or keep the captions as text (--set data.encode.captions=text)"
         )
-    if recipe.source.vae is None and target.in_channels not in (1, 3):
+    if recipe.source.vae is None and not is_pixel_space(target.in_channels):
         raise UsageError(
             f"the model sees latents of {target.in_channels} channels, and no VAE is named to encode images with: give "
             "one (--vae stabilityai/sd-vae-ft-ema)"

@@ -50,6 +50,15 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def refuse_ungrouped(processes: int) -> None:
+    """Raise UsageError when this process was launched as one of several but its group is not of so many."""
+    if launched_processes() != processes:
+        raise UsageError(
+            f"this is one of {launched_processes()} launched processes, but they are in no process group, so each "
+            "would do all of the work and overwrite the others; launch with `accelerate launch -m litconvert ...`"
+        )
+
+
 def make_accelerator(mixed_precision: str, trackers: tuple[str, ...] = (), folder: Path | None = None) -> Accelerator:
     """accelerate's own engine.
 
@@ -63,11 +72,7 @@ def make_accelerator(mixed_precision: str, trackers: tuple[str, ...] = (), folde
         log_with=list(trackers) or None,
         project_dir=None if folder is None else str(folder),
     )
-    if launched_processes() != accelerator.num_processes:
-        raise UsageError(
-            f"this is one of {launched_processes()} launched processes, but they are in no process group, so each "
-            "would train alone and overwrite the others; launch with `accelerate launch -m litconvert distill ...`"
-        )
+    refuse_ungrouped(accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UsageError(
             "DeepSpeed keeps its states in a format of its own, which no other number of processes could resume; "

@@ -141,7 +141,10 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small text file whole or not at all."""
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        temporary.write_text(text)
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -27,6 +27,7 @@ from torch import Tensor
 from litconvert.captions import read_embeddings
 from litconvert.errors import UsageError
 from litconvert.files import read_json, whole_directory, write_whole
+from litconvert.shapes import is_pixel_space
 
 RECORD = "litconvert-latents.json"
 NULL_CAPTION = "null-caption.safetensors"
@@ -216,7 +217,7 @@ def open_latents(path: str | Path) -> LatentDataset:
         digest=str(record.get("digest") or buckets[0].data._fingerprint),
         scaling_factor=float(record.get("scaling_factor", 1.0)) if kind == "moments" else 1.0,
         flipped="latent_flipped" in present,
-        pixels=kind == "latents" and bool(record.get("pixels", buckets[0].shape[0] in (1, 3))),
+        pixels=kind == "latents" and bool(record.get("pixels", is_pixel_space(buckets[0].shape[0]))),
         caption_channels=channels,
         caption_tokens=tokens,
         null_caption=null_caption,

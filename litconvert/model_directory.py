@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from litconvert.checkpoints import TensorInfo
+from litconvert.checkpoints import Checkpoint, TensorInfo
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import read_json
 from litconvert.recipe import Recipe
@@ -67,6 +67,14 @@ def weights_of(folder: Path) -> list[Path]:
     names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
     shards = [folder / str(name) for name in sorted(names)]
     return [index, *shards] if shards and all(shard.is_file() for shard in shards) else []
+
+
+def refuse_changed_source(folder: Path, provenance: Mapping[str, Any], path: str | None, found: Checkpoint) -> None:
+    """Raise LitconvertError when a source is not the file any more that this model directory was converted from."""
+    if found.sha256() != provenance["source"]["sha256"]:
+        raise LitconvertError(
+            f"{path} has changed since {folder} was converted from it; convert it again, or restore it"
+        )
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from litconvert.files import whole_file
 from litconvert.latents import LatentDataset, open_latents
 from litconvert.layer_costs import LayerCosts, budget_of, choose_layers, milliseconds_by_kind
 from litconvert.layer_errors import ModelInputs, layer_errors, probed_layers
-from litconvert.model_directory import read_provenance
+from litconvert.model_directory import read_provenance, refuse_changed_source
 from litconvert.objectives import DDPM, FlowMatching
 from litconvert.pipeline_lit import VAE_FACTOR
 from litconvert.recipe import Recipe, Source
+from litconvert.shapes import is_pixel_space
 from litconvert.sources import OpenSource, open_source, read_model
 
 # The draws are a function of it, and so it is no setting: a seed gives the same errors on every machine.
@@ -205,10 +206,7 @@ def _open(
         raise UsageError(f"{folder} was trained from nothing and has no teacher; probe a student that was converted")
     settings = resolve_run(folder, recipe, overrides, None)[0].recipe
     source = open_source(settings.source, settings.inherit.weights)
-    if source.checkpoint.sha256() != provenance["source"]["sha256"]:
-        raise LitconvertError(
-            f"{settings.source.path} has changed since {folder} was converted from it; convert it again, or restore it"
-        )
+    refuse_changed_source(folder, provenance, settings.source.path, source.checkpoint)
     return settings, provenance, source, open_source(Source(path=str(folder)))
 
 
@@ -236,7 +234,7 @@ def draw_inputs(
 
 def _sizes(config: Mapping[str, Any], image_size: int | None) -> tuple[int, int]:
     """Sides of the latent and of the image; the same in a pixel-space model. Raises UsageError for an odd one."""
-    factor = 1 if config["in_channels"] in (1, 3) else VAE_FACTOR
+    factor = 1 if is_pixel_space(config["in_channels"]) else VAE_FACTOR
     if image_size is None:
         image_size = factor * config["sample_size"]
     step = factor * config["patch_size"]

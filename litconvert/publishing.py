@@ -19,6 +19,7 @@ from litconvert.files import read_json
 from litconvert.model_directory import read_provenance, weights_of
 from litconvert.recipe import Recipe, Source, Vae
 from litconvert.recipe_files import read_recorded
+from litconvert.shapes import is_pixel_space
 from litconvert.sources import OpenSource, open_source
 
 REPO_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
@@ -347,7 +348,7 @@ def _decoder(recipe: Recipe, vae: str | None, config: Mapping[str, Any], model: 
     decoder = recipe.source.vae
     if vae is not None:
         decoder = decoder.model_copy(update={"path": vae, "subfolder": None}) if decoder else Vae(path=vae)
-    if decoder is None and config["in_channels"] not in (1, 3):
+    if decoder is None and not is_pixel_space(config["in_channels"]):
         raise UsageError(
             f"{model}: makes latents of {config['in_channels']} channels and its recipe names no decoder: set "
             "source.vae.path in its recipe.yaml (for example stabilityai/sd-vae-ft-ema), or push without --pipeline"

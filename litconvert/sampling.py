@@ -25,6 +25,7 @@ from litconvert.objectives import linear_betas
 from litconvert.pipeline_lit import Condition, Scheduler, denoise, set_timesteps, unfit_scheduler
 from litconvert.recipe import Guidance, Recipe, Source, Vae
 from litconvert.recipe_files import resolve, resolve_data
+from litconvert.shapes import is_pixel_space
 
 Conditions = TypeVar("Conditions", Tensor, Captions)
 
@@ -251,7 +252,7 @@ def to_images(latents: Tensor, vae: Any | None, scaling_factor: float = 1.0) -> 
         latents = torch.cat(
             [vae.decode(one.to(vae.device, vae.dtype) / scaling_factor).sample for one in latents.split(8)]
         )
-    if latents.shape[1] not in (1, 3):
+    if not is_pixel_space(latents.shape[1]):
         raise UsageError(
             f"these are latents of {latents.shape[1]} channels, and no decoder is named: "
             "give one (--set source.vae.path=stabilityai/sd-vae-ft-ema), or write them undecoded (--latents FILE)"
@@ -338,7 +339,7 @@ class SampleSheet:
         self.vae = load_vae(recipe.source.vae).to(device) if recipe.source.vae else None
         count = recipe.sample.num_images
         # Latents without a decoder have no picture, and captions without an encoder cannot be read.
-        self.drawable = self.vae is not None or config["in_channels"] in (1, 3)
+        self.drawable = self.vae is not None or is_pixel_space(config["in_channels"])
         self.conditions: Tensor | Captions
         if config["caption_channels"] is None:
             self.conditions = torch.arange(count or NUM_IMAGES) % config["num_classes"]
@@ -447,7 +448,7 @@ def sample_to_files(
     for one in configs:
         make_scheduler(chosen.scheduler, settings.diffusion.num_timesteps, one["prediction"])  # refuses before the work
     vae = load_vae(settings.source.vae) if settings.source.vae and latents is None else None
-    if vae is None and latents is None and config["in_channels"] not in (1, 3):
+    if vae is None and latents is None and not is_pixel_space(config["in_channels"]):
         to_images(torch.empty(1, config["in_channels"], 1, 1), None)  # refuses, and says what to give
     conditions: Tensor | Captions
     if config["caption_channels"] is None:

@@ -55,6 +55,11 @@ MAX_SAMPLE_SIZE = 1 << 14
 BUFFERS = ("conditioning.null_caption",)
 
 
+def is_pixel_space(channels: int) -> bool:
+    """Whether a model of so many channels sees images, grey or RGB; others see a VAE's latents."""
+    return channels in (1, 3)
+
+
 def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the model's defaults filled in, and the kind of every layer named.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from litconvert.engine import launched_processes
+from litconvert.engine import refuse_ungrouped
 from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.files import read_json, require_space, whole_directory, write_whole
 from litconvert.latents import RECORD, Condition, features_of, quiet_datasets, record_text
@@ -36,11 +36,7 @@ def launched_group() -> Group:
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
-    if launched_processes() != state.num_processes:
-        raise UsageError(
-            f"this is one of {launched_processes()} launched processes, but they are in no process group, so each "
-            "would do all of the work; launch with `accelerate launch -m litconvert latents ...`"
-        )
+    refuse_ungrouped(state.num_processes)
     return Group(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
 
 

@@ -18,6 +18,7 @@ from litconvert.prompts import StoredPrompts, read_prompts, store_prompts
 from litconvert.recipe import Recipe
 from litconvert.recipe_files import ResolvedRecipe, resolve
 from litconvert.sampling import draw, make_scheduler
+from litconvert.shapes import is_pixel_space
 from litconvert.shards import Assembly, Group, is_finished, launched_group, shard_writer, written
 from litconvert.sources import OpenSource, open_source, read_model
 
@@ -102,7 +103,7 @@ def synthesize_resolved(
         facts = {
             "kind": "latents",
             "condition": condition,
-            "pixels": vae is None and shape[0] in (1, 3),
+            "pixels": vae is None and is_pixel_space(shape[0]),
             "vae": vae.model_dump() if vae else None,
         }
         return assembly.join(lambda shards: facts, stored.write_null if stored else lambda folder: None)

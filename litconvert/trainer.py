@@ -159,6 +159,8 @@ class Trainer:
                 stage.parameters,
                 stage.average,
             )
+            # The process before this one may have ended between its checkpoint and what was to be looked at then.
+            self._observe(stage, done + first)
         throughput = Throughput(self.recipe, index, self.student.config, self.teachers.config, self.engine)
         batches = stage.draws.read_ahead(first, settings.steps, self.recipe.data.workers)
         for step in range(first, settings.steps):
@@ -173,6 +175,7 @@ class Trainer:
             metrics |= throughput.update(metrics["seconds"], self.total_steps - progress.global_step)
             self._report(settings, progress, metrics)
             self._checkpoint(stage, progress, stop=stop)
+            self._observe(stage, progress.global_step)
         if self.engine.is_main:
             self.run.record_usage(index, settings.objective, measured_peak())
         result = self._averaged(stage)
@@ -321,7 +324,7 @@ class Trainer:
         return {name: whole(value).detach() for name, value in state.items()}
 
     def _checkpoint(self, stage: _Stage, progress: Progress, *, stop: bool) -> None:
-        """Save when it is due, observe when it is due, and leave when a signal asked for it."""
+        """Save when it is due, and leave when a signal asked for it."""
         settings, last = self.recipe.distill, progress.step == stage.settings.steps
         if last or stop or progress.global_step % settings.checkpoint_every == 0:
             self.teachers.keep()
@@ -335,9 +338,12 @@ class Trainer:
             raise Interrupted(
                 f"stopped after step {progress.global_step} of {self.total_steps}, saved; run the same command to go on"
             )
-        due = settings.sample_every is not None and progress.global_step % settings.sample_every == 0
-        if due and progress.global_step != self.total_steps:
-            self.on_observe(progress.global_step, self._averaged(stage))
+
+    def _observe(self, stage: _Stage, global_step: int) -> None:
+        """Look at the EMA when it is due; the last step is left to whoever called `fit`."""
+        every = self.recipe.distill.sample_every
+        if every is not None and global_step % every == 0 and global_step != self.total_steps:
+            self.on_observe(global_step, self._averaged(stage))
             self.engine.wait()
 
     @contextmanager

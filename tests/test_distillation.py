@@ -207,6 +207,21 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(
     assert_same(weights(run), expected)
 
 
+def test_what_was_to_be_looked_at_when_a_run_stopped_is_looked_at_on_resuming(
+    tmp_path: Path, pico_student: Path, data: Path
+) -> None:
+    def interrupt(report: StepReport) -> None:
+        if report.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run, sets = tmp_path / "run", ["distill.sample_every=6", "distill.checkpoint_every=100"]
+    with pytest.raises(Interrupted, match="step 6 of 8, saved"):
+        litconvert.distill(pico_student, run, data=data, overrides=sets, on_step=interrupt)
+    litconvert.distill(pico_student, run, data=data, overrides=sets)
+    assert (run / "samples" / "step-00000006.png").is_file()
+    assert {row.split(",")[0] for row in (run / "timestep_errors.csv").read_text().splitlines()[1:]} == {"0", "6", "8"}
+
+
 def test_a_killed_process_resumes_to_the_same_weights_bit_for_bit(
     tmp_path: Path, pico_student: Path, data: Path
 ) -> None:
