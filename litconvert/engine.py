@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from litconvert.errors import LitconvertError, UsageError
@@ -144,11 +144,19 @@ class Engine:
         return f"device {self.device.type}, {precision}, {self.processes} process(es){split}"
 
     def shard(self, module: nn.Module, parts: Iterator[nn.Module]) -> None:
-        """Split a module's weights over the processes; each of `parts` is gathered by itself when it is needed."""
+        """Split a module's weights over the processes; each of `parts` is gathered by itself when it is needed.
+
+        With bf16 autocast they are gathered as bf16, half the bytes: autocast would otherwise keep a bf16 copy of every
+        gathered weight until the forward pass ends. Gradients are still summed in float32. Inputs are left as they are:
+        timesteps would lose their digits.
+        """
         mesh = init_device_mesh(self.device.type, (self.processes,))
+        policy = MixedPrecisionPolicy()
+        if self.accelerator.mixed_precision == "bf16":
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in parts:
-            fully_shard(part, mesh=mesh)
-        fully_shard(module, mesh=mesh)
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
 
     def wrap(self, module: nn.Module, parts: Callable[[], Iterator[nn.Module]]) -> nn.Module:
         """The module as the processes train it together. Its parameters are to be asked for after this."""
