@@ -62,16 +62,26 @@ def refuse_ungrouped(processes: int) -> None:
 def make_accelerator(mixed_precision: str, trackers: tuple[str, ...] = (), folder: Path | None = None) -> Accelerator:
     """accelerate's own engine.
 
-    Raises UsageError when this process was launched as one of several but is in no group, and for DeepSpeed.
+    Raises UsageError when this process was launched as one of several but is in no group, for DeepSpeed, and when this
+    Python process has used accelerate in another precision.
     """
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if uses_bf16(mixed_precision) else "no",
-        # The main process draws samples and scores while the others wait: longer than the ten minutes NCCL allows.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-        log_with=list(trackers) or None,
-        project_dir=None if folder is None else str(folder),
-    )
+    precision = "bf16" if uses_bf16(mixed_precision) else "no"
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=precision,
+            # The main process draws samples and scores while the others wait: longer than the ten minutes NCCL allows.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            log_with=list(trackers) or None,
+            project_dir=None if folder is None else str(folder),
+        )
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise UsageError(
+            f"accelerate was set up for another precision or device in this Python process, and keeps it for life; "
+            f"start a new one for distill.mixed_precision={mixed_precision}"
+        ) from error
     refuse_ungrouped(accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UsageError(

@@ -316,6 +316,14 @@ def test_launched_processes_in_no_group_are_refused(
         litconvert.distill(pico_student, tmp_path / "run", data=data)
 
 
+def test_another_precision_in_the_same_python_process_is_refused(
+    tmp_path: Path, pico_student: Path, data: Path
+) -> None:
+    litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=["distill.mixed_precision=no"])
+    with pytest.raises(UsageError, match=r"another precision.*start a new one for distill.mixed_precision=bf16"):
+        litconvert.distill(pico_student, tmp_path / "half", data=data, overrides=["distill.mixed_precision=bf16"])
+
+
 def test_with_no_data_the_teacher_draws_it(tmp_path: Path, pico_student: Path) -> None:
     litconvert.distill(pico_student, tmp_path / "run")
     assert len(open_latents(tmp_path / "run-latents")) == 12
