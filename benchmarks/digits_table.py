@@ -90,6 +90,7 @@ ROWS: dict[str, Row] = {
     "noise-only": Row(
         "lambda 0.5 and 0: the noise alone", (stages(200, ", variance_weight: 0"),), "paper", (51.13, 50.79)
     ),
+    "strong-teacher": Row("ours: lambda 10 and 1", (stages(200, ", noise_weight: 10, variance_weight: 1"),), "paper"),
     "inherit": Row("attention inherited (Q, K, V, O)", (stages(200), INHERITED), "paper", (55.29, 54.80)),
     "converged": Row("a small teacher, converged: its student against the real digits"),
     "young": Row("the same teacher, young", (stages(200),), "converged", (57.84, 53.83)),
@@ -101,11 +102,6 @@ ROWS: dict[str, Row] = {
         "paper",
     ),
     "inherit-transfer": Row("ours: attention inherited, 70 transfer, 130 hybrid", (stages(130), INHERITED), "inherit"),
-    "inherit-features": Row(
-        "ours: attention inherited, features, weight 0.5",
-        (stages(200, ", feature_weight: 0.5"), INHERITED),
-        "inherit",
-    ),
     "real-data": Row("on the real digits instead of teacher-drawn data", base="paper"),
     "floor": Row("floor: the teacher against itself"),
 }
