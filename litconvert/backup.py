@@ -14,7 +14,7 @@ from litconvert.publishing import check_repo_id, require_login
 
 FOLDER = "run"
 # Checkpoints are large and of use on this machine only; what is being written appears under its name when it is whole.
-IGNORED = ["checkpoints/*", "teacher-outputs/*", "wandb/*", "*.partial*"]
+IGNORED = [".lock", "checkpoints/*", "teacher-outputs/*", "wandb/*", "*.partial*"]
 
 
 class Backup:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from litconvert.conversion import DTYPES, plan_conversion
 from litconvert.engine import Engine, launched_processes, make_accelerator
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.estimate import StageEstimate, estimate_stages
-from litconvert.files import digest_of, read_json, require_space, whole_directory
+from litconvert.files import digest_of, held, read_json, require_space, whole_directory
 from litconvert.latents import LatentDataset, open_latents
 from litconvert.model_directory import (
     FORMAT_VERSION,
@@ -449,7 +450,10 @@ def fit_and_write(
     if split and engine.is_main:
         on_note("the teacher is split over the processes: it is not drawn, nor is the error by timestep measured")
     shown = None if split else teachers.teacher
-    with Observer(engine, model, shown, data, conditioner, recipe, run, on_note) as observer:
+    with (
+        held(run.path) if engine.is_main else nullcontext(),
+        Observer(engine, model, shown, data, conditioner, recipe, run, on_note) as observer,
+    ):
 
         def report(step: StepReport) -> None:
             observer.log(step)

@@ -124,7 +124,7 @@ def encode_resolved(
     assembly = Assembly(out, digest, found.parts, launched_group())
     with written(out):
         networks = Networks(recipe, target, condition, assembly.group.device)
-        assembly.begin()
+    with written(out), assembly.begun():
         null = assembly.folder / NULL_CAPTION
         if condition == "caption":
             assembly.once(null, lambda: networks.write_null(null))

@@ -12,6 +12,9 @@ from typing import Any
 
 from litconvert.errors import LitconvertError, UsageError, system_cause
 
+LOCK = ".lock"
+HANDOVER_SECONDS = 15.0
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a LitconvertError."""
@@ -135,6 +138,31 @@ def _sync(folder: Path, *, recurse: bool = True) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process while the block runs; the system lets go of it however the process ends.
+
+    A predecessor that is ending has a few seconds. A file system without locks lets everyone in.
+
+    Raises LitconvertError when another process keeps it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK, timeout=HANDOVER_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise LitconvertError(
+            f"another process is at work in {folder}; wait for it or end it, then run the same command again"
+        ) from error
+    except (NotImplementedError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_whole(path: Path, text: str) -> None:

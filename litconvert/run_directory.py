@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from litconvert.errors import LitconvertError, system_cause
-from litconvert.files import read_json, write_whole
+from litconvert.files import held, read_json, write_whole
 from litconvert.step_table import StepTable
 
 TERMS = (
@@ -82,7 +82,8 @@ class RunDirectory:
                 raise LitconvertError(f"{self.path} exists and is not a run of litconvert; choose another path")
         try:
             if found not in (None, digest):
-                shutil.rmtree(self.path)
+                with held(self.path):
+                    shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LitconvertError(f"cannot write {self.path}: {system_cause(error) or error}") from error

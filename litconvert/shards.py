@@ -4,7 +4,7 @@ import glob
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from litconvert.engine import refuse_ungrouped
 from litconvert.errors import LitconvertError, UsageError, system_cause
-from litconvert.files import read_json, require_space, whole_directory, write_whole
+from litconvert.files import held, read_json, require_space, whole_directory, write_whole
 from litconvert.latents import RECORD, Condition, features_of, quiet_datasets, record_text
 
 
@@ -135,8 +135,9 @@ class Assembly:
         mine = range(self.group.process, self.shards, self.group.processes)
         return [index for index in mine if not self.shard(index).exists()]
 
-    def begin(self) -> None:
-        """Every process calls this first."""
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Around the work of every process; no other group of processes may be at it."""
         self.group.wait()  # until every one has seen whether `out` was there
         if self.group.process == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +147,8 @@ class Assembly:
                 f"process {self.group.process} does not see {self.folder}, which process 0 made; write to a file "
                 "system that all nodes share"
             )
+        with held(self.folder) if self.group.process == 0 else nullcontext():
+            yield
 
     def once(self, path: Path, make: Callable[[], None]) -> None:
         """Let the main process make a file in `folder` that all need."""

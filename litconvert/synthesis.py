@@ -89,8 +89,7 @@ def synthesize_resolved(
     require_space(out.parent, 2 * 4 * settings.num_samples * int(torch.Size(shape).numel()))
     group = launched_group()
     assembly = Assembly(out, digest, -(-settings.num_samples // settings.shard_size), group)
-    with written(out):
-        assembly.begin()
+    with written(out), assembly.begun():
         stored = None
         if prompts:
             path = assembly.folder / "prompts.safetensors"

@@ -157,3 +157,24 @@ def patience(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+_KEEPER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("kept", flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def kept_by_another_process(folder: Path) -> Iterator[None]:
+    """A folder as it is while another process works in it."""
+    with subprocess.Popen([sys.executable, "-c", _KEEPER, str(folder / ".lock")], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"kept\n"
+        try:
+            yield
+        finally:
+            process.kill()

@@ -22,6 +22,7 @@ from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.run_directory import RunDirectory
 from litconvert.trainer import Interrupted, StepReport
 from tests.conftest import dit_state
+from tests.processes import kept_by_another_process
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -322,6 +323,28 @@ def test_another_precision_in_the_same_python_process_is_refused(
     litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=["distill.mixed_precision=no"])
     with pytest.raises(UsageError, match=r"another precision.*start a new one for distill.mixed_precision=bf16"):
         litconvert.distill(pico_student, tmp_path / "half", data=data, overrides=["distill.mixed_precision=bf16"])
+
+
+def test_a_run_another_process_is_at_is_left_to_it(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litconvert.files.HANDOVER_SECONDS", 0.2)
+    run, refusal = tmp_path / "run", "another process is at work"
+
+    def interrupt(report: StepReport) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        litconvert.distill(pico_student, run, data=data, on_step=interrupt)
+    kept = (run / "metrics.csv").read_bytes()
+    with kept_by_another_process(run):
+        with pytest.raises(LitconvertError, match=refusal):
+            litconvert.distill(pico_student, run, data=data)
+        with pytest.raises(LitconvertError, match=refusal):
+            litconvert.distill(pico_student, run, data=data, overrides=["seed=1"], force=True)
+    assert (run / "metrics.csv").read_bytes() == kept
+    litconvert.distill(pico_student, run, data=data)
+    assert steps_of(run) == list(range(1, 9))
 
 
 def test_with_no_data_the_teacher_draws_it(tmp_path: Path, pico_student: Path) -> None:

@@ -37,7 +37,7 @@ from litconvert.synthesis import synthesize
 from tests.command import command
 from tests.conftest import dit_state
 from tests.pretrained import CHANNELS, Pretrained
-from tests.processes import Forker
+from tests.processes import Forker, kept_by_another_process
 
 COLOURS = {"green": (0, 200, 0), "blue": (0, 0, 200), "red": (200, 0, 0)}
 CAPTIONS = ["a red fox", "two birds by the sea", "a blue house in the snow", "a cat", "red snow"]
@@ -165,7 +165,7 @@ def test_features_beyond_float16_are_refused_with_their_caption(pretrained: Pret
 
 
 def test_synthesis_resumes_after_a_crash_to_the_same_data(
-    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
+    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = str(pico_recipe)
     whole = open_latents(synthesize(pico_checkpoint, tmp_path / "whole", recipe))
@@ -177,6 +177,10 @@ def test_synthesis_resumes_after_a_crash_to_the_same_data(
     with pytest.raises(KeyboardInterrupt):
         synthesize(pico_checkpoint, tmp_path / "data", recipe, on_progress=crash)
     assert not (tmp_path / "data").exists()
+    monkeypatch.setattr("litconvert.files.HANDOVER_SECONDS", 0.2)
+    (shards,) = tmp_path.glob(".data.shards-*")
+    with kept_by_another_process(shards), pytest.raises(LitconvertError, match="another process is at work"):
+        synthesize(pico_checkpoint, tmp_path / "data", recipe)
     drawn: list[int] = []
     synthesize(pico_checkpoint, tmp_path / "data", recipe, on_progress=lambda done, total: drawn.append(done))
     assert drawn[0] == 6  # the first shard was kept
