@@ -8,6 +8,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -234,6 +235,8 @@ class StreamedImages:
         self.rows = settings.num_samples  # None: a stream whose rows nobody has counted
         if hasattr(data, "__len__"):
             self.rows = min(len(data), settings.num_samples or len(data))
+        # Of a stream: the next row and the iterator that gives it.
+        self._open: tuple[int, Iterator[Any] | None] = (0, None)
         self.parts: int = data.num_shards if self.rows is None else -(-self.rows // settings.shard_size)
 
     def _part(self, part: int) -> tuple[int, Any]:
@@ -242,7 +245,21 @@ class StreamedImages:
             return 0, self.data.shard(self.data.num_shards, part)
         first = part * self.settings.shard_size
         count = min(self.settings.shard_size, self.rows - first)
-        return first, self.data.skip(first).take(count)
+        if hasattr(self.data, "__len__"):
+            return first, self.data.skip(first).take(count)
+        return first, self._streamed(first, count)
+
+    def _streamed(self, first: int, count: int) -> Iterator[Any]:
+        """Rows of a stream, which goes on from the part before: opening it for each would read its beginning each time.
+
+        The rows between are other processes' parts.
+        """
+        position, stream = self._open
+        self._open = (0, None)  # closed unless this part ends well
+        if stream is None or position > first:
+            position, stream = first, iter(self.data.skip(first))
+        yield from islice(stream, first - position, first - position + count)
+        self._open = (first + count, stream)
 
     def read(self, part: int) -> Iterator[ImageSample]:
         first, rows = self._part(part)

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Array3D, ClassLabel, Dataset, Features, Value
+from datasets import Array3D, ClassLabel, Dataset, Features, IterableDataset, Value
 from datasets import Image as ImageFeature
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -28,10 +29,10 @@ from litconvert.captions import encode, encode_texts, encode_to_store, load_text
 from litconvert.cropping import center_crop, nearest_size, read_image
 from litconvert.encoding import encode_images
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.image_sources import BrokenSample, ImageSample
+from litconvert.image_sources import BrokenSample, ImageSample, StreamedImages
 from litconvert.latents import LatentDataset, open_latents, write_latents
 from litconvert.prompts import read_prompts
-from litconvert.recipe import TextEncoder
+from litconvert.recipe import Encode, TextEncoder
 from litconvert.sampling import noise_of, to_images
 from litconvert.synthesis import synthesize
 from tests.command import command
@@ -618,6 +619,31 @@ def test_a_hub_data_set_is_streamed_at_one_revision(
     hub["revision"] = "b" * 40
     with pytest.raises(LitconvertError, match="not made from these inputs"):
         encode_images("owner/name", tmp_path / "data", str(latent_recipe), sets)
+
+
+def test_a_counted_stream_is_read_once_however_many_parts(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for index in range(20):
+            read.append(index)
+            yield {"image": {"bytes": png((9, 9, index)), "path": None}, "label": index}
+
+    features = Features({"image": ImageFeature(), "label": Value("int64")})
+    stream = IterableDataset.from_generator(rows, features=features)
+    settings = Encode(num_samples=11, shard_size=3)
+
+    def labels(images: StreamedImages, *parts: int) -> list[int | str]:
+        return [sample.condition for part in parts for sample in images.read(part)]
+
+    images = StreamedImages("stream", stream, [], settings, captions=False)
+    assert labels(images, *range(images.parts)) == list(range(11))
+    assert read == list(range(len(read)))  # once, and not far beyond what is asked for
+    assert len(read) <= 12
+    # Two processes' parts, one that is interrupted, and one that is asked for again.
+    assert labels(StreamedImages("stream", stream, [], settings, captions=False), 1, 3) == [3, 4, 5, 9, 10]
+    assert next(images.read(2)).condition == 6
+    assert labels(images, 2, 0) == [6, 7, 8, 0, 1, 2]
 
 
 def test_a_folder_of_images_with_a_list_of_captions(tmp_path: Path, text_recipe: Path) -> None:
