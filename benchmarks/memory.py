@@ -124,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=None, help="Default: a temporary folder.")
     given = parser.parse_args().work
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # resident memory is what is measured
     rows = []
     print(f"{'width':>5} {'layers':>6} {'batch':>5} {'stage':<18} {'estimated':>9} {'measured':>8} {'difference':>10}")
     with tempfile.TemporaryDirectory(prefix="litconvert-memory-", dir=given) as folder:

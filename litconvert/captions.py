@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litconvert.device import default_device, has_gpu
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import whole_file
 from litconvert.hub import hub_errors
@@ -143,7 +144,7 @@ def load_text_encoder(where: TextEncoder, *, offline: bool = False) -> tuple[Any
 def free_memory() -> None:
     """Give back what a network that was just dropped took: T5-XXL is many times the size of what comes next."""
     gc.collect()
-    if torch.cuda.is_available():
+    if has_gpu():
         torch.cuda.empty_cache()
 
 
@@ -234,7 +235,7 @@ def encode(
     """
     texts = [*prompts, *([] if negative_prompt is None else [negative_prompt])]
     tokenizer, encoder = load_text_encoder(where)
-    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder.to(default_device())
     features, mask = (part.cpu() for part in encode_texts(tokenizer, encoder, texts, tokens, batch_size))
     del encoder
     free_memory()

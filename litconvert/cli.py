@@ -259,7 +259,7 @@ def _rewrite(
 def latents_synthesize(
     out: Annotated[Path, typer.Argument(help="The dataset folder to write.")],
     source: Annotated[str | None, typer.Option("--source", help="The teacher. Default: the recipe's source.")] = None,
-    recipe: RecipeOption = "digits",
+    recipe: OwnRecipeOption = None,
     sets: SetOption = None,
     num_attention_heads: HeadsOption = None,
     force: ForceOption = False,
@@ -373,7 +373,9 @@ def distill(
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Default: the one recorded in STUDENT.")] = None,
     sets: SetOption = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="Another teacher for the hybrid stage.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Dataset folder. Default: the teacher draws it.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's, or else the teacher draws it.")
+    ] = None,
     seed: SeedOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,

@@ -25,7 +25,7 @@ class Conditioner:
         own_null: features (L, C) that the model stores for a dropped caption.
         empty_prompt: features (L, C) and mask (L,) of the empty prompt, where the model stores none.
         encode: encodes captions that the data holds as text.
-        device, dtype: of the arguments; dtype of the text features alone.
+        device: of the arguments; text features are float32.
     """
 
     def __init__(
@@ -36,9 +36,8 @@ class Conditioner:
         empty_prompt: tuple[Tensor, Tensor] | None = None,
         encode: Encode | None = None,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.config, self.encode, self.device, self.dtype = config, encode, device, dtype
+        self.config, self.encode, self.device = config, encode, device
         self.null: tuple[Tensor, Tensor | None] | None = None
         if own_null is not None:
             self.null = (self._pad(own_null), None)
@@ -51,7 +50,7 @@ class Conditioner:
         return int(self.config["caption_tokens"])
 
     def _pad(self, features: Tensor) -> Tensor:
-        return F.pad(features.to(self.dtype), (0, 0, 0, self.tokens - len(features)))
+        return F.pad(features.float(), (0, 0, 0, self.tokens - len(features)))
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The model's arguments for a batch, on the device."""
@@ -85,7 +84,7 @@ class Conditioner:
         if batch.samples.texts is not None:
             assert self.encode is not None
             features, mask = self.encode(batch.samples.texts)
-            return features.to(self.dtype), mask
+            return features.float(), mask
         captions = batch.samples.captions
         assert captions is not None
         lengths = torch.tensor([len(one) for one in captions])

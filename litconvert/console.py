@@ -206,7 +206,7 @@ def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
         for row in plan.macs
     ]  # fmt: skip
     table(("image", "tokens", "GMACs before", "after", "ratio"), macs, numbers=(0, 1, 2, 3, 4))
-    line("A ratio is arithmetic, not speed: linear attention pays from about 1024 pixels on.")
+    line("A ratio is arithmetic, not speed: linear attention saves nothing where images are small.")
     if tensors:
         line("")
         rows = [
@@ -276,9 +276,23 @@ def fail(error: BaseException) -> int:
     cause = system_cause(error)
     if isinstance(error, ModuleNotFoundError) and error.name in ("datasets", "matplotlib", "pyarrow", "torchmetrics"):
         cause = f"{error.name} is not installed; install what distillation needs: pip install 'litconvert[distill]'"
+    if cause is None and _is_out_of_memory(error):
+        cause = (
+            "out of memory; lower the batch size of what was at work: data.synthesize.batch_size, "
+            "data.encode.batch_size, sample.batch_size or evaluate.batch_size"
+        )
     message = cause or f"unexpected {type(error).__name__}: {error} (LITCONVERT_DEBUG=1 shows where; please report it)"
     err.print(f"litconvert: {message}", markup=False, soft_wrap=True)
     return 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """`estimate.is_out_of_memory`, where torch is loaded at all: nothing else takes so much."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from litconvert.estimate import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def show_estimates(estimates: Sequence["StageEstimate"]) -> None:

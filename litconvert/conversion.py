@@ -263,6 +263,19 @@ def with_source(resolved: ResolvedRecipe, source: str | Path | None) -> Resolved
     return ResolvedRecipe(resolved.name, recipe, {**resolved.origins, "source.path": "SRC"})
 
 
+def resolve_for(recipe: str | None, overrides: Sequence[str], source: str | Path | None) -> ResolvedRecipe:
+    """The recipe with its source; without one the packaged recipe for what the source is, or else the defaults.
+
+    Raises UsageError when neither is named.
+    """
+    if recipe is not None:
+        return with_source(resolve(recipe, overrides), source)
+    if source is None:
+        raise UsageError("--recipe or --source says which model the data is for; give one")
+    planned = plan(source, None, overrides)
+    return ResolvedRecipe(planned.recipe_name or "defaults", planned.recipe, {})
+
+
 def fresh_tensor(name: str, info: TensorInfo, seed: int, conv_size: int) -> Tensor:
     """Initial values of a new tensor, float32, a function of the seed and the name alone.
 

@@ -14,9 +14,9 @@ from litconvert.attention_layers import linear_layers
 from litconvert.checkpoints import TensorInfo
 from litconvert.conditions import Conditioner, Encode
 from litconvert.conversion import DTYPES, plan_conversion
-from litconvert.engine import Engine, launched_processes, make_accelerator
+from litconvert.engine import Engine, launched_processes, make_accelerator, sharding_asked
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.estimate import StageEstimate, estimate_stages
+from litconvert.estimate import StageEstimate, estimate_stages, micro_batch_of
 from litconvert.files import digest_of, held, read_json, require_space, whole_directory
 from litconvert.latents import LatentDataset, open_latents
 from litconvert.model_directory import (
@@ -50,6 +50,8 @@ EXECUTION = {
     "trackers",
     "teacher",  # its weights' digest counts, not where they are
 }
+# Of a student's source: where its files are now, and what decodes and encodes beside it.
+MOVABLE = ("path", "vae", "text_encoder", "license")
 
 
 def check_model(config: Mapping[str, Any], recipe: Recipe) -> None:
@@ -58,17 +60,21 @@ def check_model(config: Mapping[str, Any], recipe: Recipe) -> None:
         raise UsageError("publish.backup_every needs to know where to: set publish.repo_id=owner/name")
     if not recipe.distill.stages:
         raise UsageError("the recipe has no distill.stages; `litconvert recipes show digits` shows an example")
-    parts = launched_processes() * recipe.distill.gradient_accumulation_steps
     velocity = config["prediction"] == "velocity"
     settings = recipe.distill
     if settings.noise_set is not None:
+        if int(os.environ.get("LOCAL_WORLD_SIZE", launched_processes())) != launched_processes():
+            raise UsageError(
+                "distill.noise_set keeps outputs in files that processes share, which works on one node alone; leave "
+                "it out on several"
+            )
         if settings.teacher_placement == "sharded":
             raise UsageError(
                 "distill.noise_set keeps outputs process by process, and a sharded teacher answers all at once"
             )
         if len({stage.condition_dropout for stage in settings.stages if not isinstance(stage, AttentionTransfer)}) > 1:
             raise UsageError("distill.noise_set draws dropped conditions once: give all stages one condition_dropout")
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and launched_processes() > 1
+    sharded = sharding_asked() and launched_processes() > 1
     for index, stage in enumerate(recipe.distill.stages):
         where = f"distill.stages.{index}"
         if sharded and stage.optimizer != "adamw":
@@ -76,10 +82,7 @@ def check_model(config: Mapping[str, Any], recipe: Recipe) -> None:
                 f"{where}.optimizer={stage.optimizer} keeps its states whole, and they are to be split over the "
                 "processes; set adamw, or launch without --use_fsdp"
             )
-        if stage.batch_size % parts:
-            raise UsageError(
-                f"{where}.batch_size={stage.batch_size} is not a multiple of processes times accumulation, {parts}"
-            )
+        micro_batch_of(recipe, index, launched_processes())  # refuses a batch that does not split
         if stage.condition_dropout and config["num_classes"] is not None and not config["null_class"]:
             raise UsageError(
                 f"{where}.condition_dropout needs a null class, which this model was trained without; set 0"
@@ -238,13 +241,36 @@ def run_inputs(
     }
 
 
+def _value(dump: Any, key: str) -> Any:
+    """What a dotted key stands for in a dumped recipe; None where there is no such thing."""
+    for part in key.split("."):
+        if isinstance(dump, Mapping):
+            dump = dump.get(part)
+        elif isinstance(dump, (list, tuple)) and part.isdigit() and int(part) < len(dump):
+            dump = dump[int(part)]
+        else:
+            return None
+    return dump
+
+
 def resolve_run(
     student: Path, recipe: str | None, overrides: Sequence[str], teacher: str | None
 ) -> tuple[ResolvedRecipe, Recipe]:
     """The run's recipe, with the source that the student was converted from; and the student's own recipe."""
     recorded = read_recorded(student / "recipe.yaml")
     resolved = resolve(recipe or str(student / "recipe.yaml"), overrides)
-    update: dict[str, Any] = {"source": recorded.source, "student": recorded.student, "inherit": recorded.inherit}
+    update: dict[str, Any] = {"student": recorded.student, "inherit": recorded.inherit}
+    keys = [one.partition("=")[0] for one in overrides]
+    moved = {}
+    for key in keys:
+        section, *rest = key.split(".")
+        if section == "source" and rest and rest[0] in MOVABLE:
+            moved[rest[0]] = getattr(resolved.recipe.source, rest[0])
+        elif section in ("source", "student", "inherit"):
+            asked, made = (_value(one.model_dump(), key) for one in (resolved.recipe, recorded))
+            if asked != made:
+                raise UsageError(f"{key} is {made} in {student}; to have {asked}, convert the source again with it")
+    update["source"] = recorded.source.model_copy(update=moved)
     if teacher is not None:
         base = resolved.recipe.distill.teacher or Source(license=recorded.source.license)
         distill = resolved.recipe.distill.model_copy(update={"teacher": base.model_copy(update={"path": teacher})})
@@ -308,7 +334,7 @@ def distill(
     if folder is None:
         # Beside the run, not in it: the run's own digest is known only once the data is drawn.
         folder = out.parent / f"{out.name}-latents"
-        synthesize_resolved(resolved, Path(folder), on_progress=on_draw)
+        synthesize_resolved(resolved, Path(folder), force, on_draw)
     dataset = open_latents(folder)
     check_data(config, dataset, settings)
 

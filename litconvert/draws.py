@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 if TYPE_CHECKING:
     from litconvert.latents import LatentDataset, Samples
 
+# No stage of training has this number: what is drawn for it was drawn for no student to learn from.
+NO_STAGE = -1
+
 
 def generator_of(seed: int, purpose: str, *indices: int) -> torch.Generator:
     """A CPU generator for one purpose at one place, such as ("noise", step, sample)."""

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from litconvert.captions import Captions, encode_to_store, load_text_encoder, read_embeddings, write_embeddings
-from litconvert.conversion import plan, with_source
+from litconvert.conversion import resolve_for
 from litconvert.cropping import read_image
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import digest_of, read_json
 from litconvert.image_sources import BrokenSample, ImageSample, ImageSource, open_images
 from litconvert.latents import NULL_CAPTION, Condition
 from litconvert.recipe import Recipe
-from litconvert.recipe_files import ResolvedRecipe, resolve
+from litconvert.recipe_files import ResolvedRecipe
 from litconvert.sampling import load_vae
 from litconvert.shapes import is_pixel_space
 from litconvert.shards import Assembly, is_finished, launched_group, shard_writer, written
@@ -81,13 +81,7 @@ def encode_images(
 
     Raises UsageError for images and a model that do not fit, LitconvertError for a broken image.
     """
-    if recipe is None:
-        if source is None:
-            raise UsageError("--recipe or --source says which model the data is for; give one")
-        planned = plan(source, None, overrides)
-        resolved = ResolvedRecipe(planned.recipe_name or "defaults", planned.recipe, {})
-    else:
-        resolved = with_source(resolve(recipe, overrides), source)
+    resolved = resolve_for(recipe, overrides, source)
     return encode_resolved(str(images), Path(out), resolved, force, skip_broken, on_progress)
 
 
@@ -119,7 +113,7 @@ def encode_resolved(
     if condition == "class" and found.classes is not None and len(found.classes) > (target.num_classes or 0):
         raise UsageError(f"{images}: has {len(found.classes)} classes, the model has {target.num_classes}")
     digest = encoding_digest(recipe, target, found, condition, skip_broken)
-    if is_finished(out, digest, force=force):
+    if is_finished(out, digest, force=force, remake=force):
         return out
     assembly = Assembly(out, digest, found.parts, launched_group())
     with written(out):

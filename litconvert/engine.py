@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from litconvert.device import has_gpu
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import read_json
 
@@ -35,7 +36,7 @@ SCALARS = "scalars.json"
 
 def bf16_in_hardware() -> bool:
     """Whether bf16 autocast is faster than float32 here: a GPU with bf16, or a CPU with AVX512-BF16 or AMX."""
-    if torch.cuda.is_available():
+    if has_gpu():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
@@ -48,6 +49,11 @@ def uses_bf16(mixed_precision: str) -> bool:
 def launched_processes() -> int:
     """How many processes a launcher started, this one among them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def sharding_asked() -> bool:
+    """Whether `accelerate launch --use_fsdp`, or who launches without it, asks for split states."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
 
 
 def refuse_ungrouped(processes: int) -> None:
@@ -68,7 +74,7 @@ def make_accelerator(mixed_precision: str, trackers: tuple[str, ...] = (), folde
     precision = "bf16" if uses_bf16(mixed_precision) else "no"
     try:
         accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
+            cpu=not has_gpu(),
             mixed_precision=precision,
             # The main process draws samples and scores while the others wait: longer than the ten minutes NCCL allows.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
@@ -123,8 +129,7 @@ class Engine:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
-        self.sharded = asked and accelerator.num_processes > 1
+        self.sharded = sharding_asked() and accelerator.num_processes > 1
 
     @property
     def device(self) -> torch.device:
@@ -170,6 +175,7 @@ class Engine:
 
     def wrap(self, module: nn.Module, parts: Callable[[], Iterator[nn.Module]]) -> nn.Module:
         """The module as the processes train it together. Its parameters are to be asked for after this."""
+        self.accelerator.free_memory()  # it keeps what it wrapped for an earlier stage, with its gradients' buffers
         if self.sharded:
             self.shard(module, parts())
             return module

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from litconvert.block_times import step_seconds
+from litconvert.device import default_device, has_gpu
 from litconvert.engine import uses_bf16
 from litconvert.errors import UsageError
 from litconvert.live_memory import step_memory
@@ -103,7 +104,7 @@ def estimate_stage(
     """
     stage = _stage(recipe, stage_index)
     settings = recipe.distill
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     micro_batch = micro_batch or micro_batch_of(recipe, stage_index, processes)
     bf16 = uses_bf16(settings.mixed_precision)
     teaching = source_config or teacher_config if isinstance(stage, AttentionTransfer) else teacher_config
@@ -230,14 +231,15 @@ def micro_batch_of(recipe: Recipe, stage_index: int, processes: int) -> int:
     size, parts = _stage(recipe, stage_index).batch_size, processes * recipe.distill.gradient_accumulation_steps
     if size % parts:
         raise UsageError(
-            f"distill.stages.{stage_index}.batch_size={size} is not a multiple of processes times accumulation, {parts}"
+            f"distill.stages.{stage_index}.batch_size={size} is not a multiple of processes times accumulation, "
+            f"{parts}; set one, or change distill.gradient_accumulation_steps or the number of processes"
         )
     return size // parts
 
 
 def reset_peak() -> None:
     """Measure the peak from here on. Linux and CUDA can; elsewhere the peak is that of the whole process."""
-    if torch.cuda.is_available():
+    if has_gpu():
         torch.cuda.reset_peak_memory_stats()
         return
     try:
@@ -248,7 +250,7 @@ def reset_peak() -> None:
 
 def measured_peak() -> int:
     """The most memory so far: on a GPU in tensors, on a CPU resident in this process."""
-    if torch.cuda.is_available():
+    if has_gpu():
         return torch.cuda.max_memory_allocated()
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -299,7 +301,7 @@ def out_of_memory_advice(recipe: Recipe, stage_index: int, processes: int) -> st
     advice = "accumulation is exhausted: no larger gradient_accumulation_steps divides the batch of every stage. "
     if not isinstance(stage, AttentionTransfer) and settings.gradient_checkpointing < 1:
         return advice + "--set distill.gradient_checkpointing=1 computes activations again rather than keeping them"
-    if settings.teacher_placement == "device" and torch.cuda.is_available():
+    if settings.teacher_placement == "device" and has_gpu():
         return advice + "--set distill.teacher_placement=offloaded keeps the teacher in main memory"
     return (
         advice

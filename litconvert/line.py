@@ -13,6 +13,8 @@ from PIL import Image
 from litconvert import console
 from litconvert.conversion import ConversionPlan, carry_out, plan_conversion, with_source
 from litconvert.distillation import check_model, distill
+from litconvert.engine import launched_processes
+from litconvert.errors import UsageError
 from litconvert.estimate import StageEstimate
 from litconvert.evaluation import evaluate, evaluation_passes, reference_samples
 from litconvert.files import digest_of, read_json, write_whole
@@ -37,7 +39,15 @@ class LineResult:
 def run_line(
     recipe: str, out: Path, *, source: str | None = None, overrides: Sequence[str] = (), force: bool = False
 ) -> LineResult:
-    """Run a recipe from checkpoint to result in `out`: student/, latents/, distilled/ and evaluation.json."""
+    """Run a recipe from checkpoint to result in `out`: student/, latents/, distilled/ and evaluation.json.
+
+    Raises UsageError where several processes were launched.
+    """
+    if launched_processes() > 1:
+        raise UsageError(
+            "`run` is of one process, and several were launched: `litconvert convert` first, then launch `latents "
+            "synthesize` and `distill`"
+        )
     resolved = with_source(resolve(recipe, overrides), source)
     settings = resolved.recipe
     plan = plan_conversion(open_source(settings.source, settings.inherit.weights), settings)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from litconvert.attention_layers import recorded_attention
 from litconvert.modeling_lit import LiTTransformer2DModel, sincos_position_embedding
-from litconvert.objectives import DDPM, FlowMatching, attention_error, distillation_terms
+from litconvert.objectives import attention_error, distillation_terms, make_diffusion
 from litconvert.optimization import trained_names
 from litconvert.recipe import AnyStage, AttentionTransfer, Distill
 from litconvert.teaching import Student
@@ -112,6 +112,8 @@ def step_memory(
         micro_batch: samples that are computed at a time.
         bf16: autocast.
     """
+    # "cuda" is another key than the "cuda:0" that tensors say they are on.
+    device = torch.empty(0, device=device).device
     for config in filter(None, (student, teacher)):
         # Models keep position embeddings for later calls: they must keep real ones.
         side = config["sample_size"] // config["patch_size"]
@@ -176,9 +178,7 @@ def _loss(
 ) -> tuple[Tensor, list[Any]]:
     """The step's loss as the trainer computes it, and what the trainer holds on to until the next one."""
     clean, noise, timestep, condition = inputs
-    config = student.model.config
-    velocity = config.prediction == "velocity"
-    diffusion = FlowMatching(config.data_timestep) if velocity else DDPM()
+    diffusion = make_diffusion(student.model.config, num_timesteps=1000)
     noisy = diffusion.add_noise(clean, noise, timestep)
     if isinstance(stage, AttentionTransfer):
         assert teacher is not None

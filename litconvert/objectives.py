@@ -67,7 +67,8 @@ class DDPM:
 
     def _at(self, name: str, timestep: Tensor) -> Tensor:
         """A schedule's values at each timestep, (N, 1, 1, 1) float32."""
-        table = self._tables[name].to(timestep.device)
+        # Kept where it is asked for: each copy to a GPU would wait for it.
+        table = self._tables[name] = self._tables[name].to(timestep.device)
         return table[timestep].float().view(-1, 1, 1, 1)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from litconvert.backup import Backup
 from litconvert.conditions import Conditioner
-from litconvert.draws import Draws
+from litconvert.draws import NO_STAGE, Draws
 from litconvert.engine import Engine
 from litconvert.latents import LatentDataset
 from litconvert.modeling_lit import LiTTransformer2DModel
@@ -23,9 +23,8 @@ from litconvert.sampling import SampleSheet
 from litconvert.trackers import Trackers
 from litconvert.trainer import StepReport
 
-# Of the error by timestep, spread evenly over the range; those of one bucket share a noise seed with no training step.
+# Of the error by timestep, spread evenly over the range.
 ERROR_SAMPLES = 60
-NO_STAGE = -1
 
 
 class Observer(AbstractContextManager["Observer"]):

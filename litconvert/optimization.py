@@ -31,7 +31,7 @@ def trained_names(config: Mapping[str, Any], names: Sequence[str], stage: AnySta
         if not fnmatch.filter(names, pattern):
             raise UsageError(
                 f"{where}.frozen: no tensor is called {pattern!r}{did_you_mean(pattern, names)}; "
-                "`litconvert plan --tensors` lists them"
+                "`litconvert plan SRC --tensors` lists them"
             )
         trained = [name for name in trained if not fnmatch.fnmatchcase(name, pattern)]
     if not trained:

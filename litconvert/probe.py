@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from litconvert.conditions import Conditioner
+from litconvert.device import default_device
 from litconvert.distillation import check_data, load_encode, resolve_run
-from litconvert.draws import Draws
+from litconvert.draws import NO_STAGE, Draws
 from litconvert.engine import uses_bf16
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import whole_file
@@ -18,7 +19,7 @@ from litconvert.latents import LatentDataset, open_latents
 from litconvert.layer_costs import LayerCosts, budget_of, choose_layers, milliseconds_by_kind
 from litconvert.layer_errors import ModelInputs, layer_errors, probed_layers
 from litconvert.model_directory import read_provenance, refuse_changed_source
-from litconvert.objectives import DDPM, FlowMatching
+from litconvert.objectives import DDPM, make_diffusion
 from litconvert.pipeline_lit import VAE_FACTOR
 from litconvert.recipe import Recipe, Source
 from litconvert.shapes import is_pixel_space
@@ -26,8 +27,6 @@ from litconvert.sources import OpenSource, open_source, read_model
 
 # The draws are a function of it, and so it is no setting: a seed gives the same errors on every machine.
 BATCH_SIZE = 8
-# No stage of training has this number: the noise is none that a student was trained on.
-STAGE = -1
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def probe(
             "no data set is named: give --data, or draw one with "
             f"`litconvert latents synthesize DATA --recipe {folder / 'recipe.yaml'}`"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     dataset = open_latents(place)
     check_data(mine, dataset, settings)
     # Drawn before the models are read: the T5 of captions that are kept as text is gone by then.
@@ -218,10 +217,9 @@ def draw_inputs(
     A function of the recipe's seed, the data and the number alone. A data set of fewer samples is gone through again,
     with other noise.
     """
-    velocity = config["prediction"] == "velocity"
-    diffusion = FlowMatching(config["data_timestep"]) if velocity else DDPM(recipe.diffusion.num_timesteps)
-    timesteps = None if velocity else recipe.diffusion.num_timesteps
-    draws = Draws(data, seed=recipe.seed, stage=STAGE, batch_size=BATCH_SIZE, num_timesteps=timesteps)
+    diffusion = make_diffusion(config, recipe.diffusion.num_timesteps)
+    timesteps = recipe.diffusion.num_timesteps if isinstance(diffusion, DDPM) else None
+    draws = Draws(data, seed=recipe.seed, stage=NO_STAGE, batch_size=BATCH_SIZE, num_timesteps=timesteps)
     encode = load_encode(recipe, config["caption_tokens"], device) if data.condition == "text" else None
     conditioner = Conditioner(config, encode=encode, device=device)
     inputs: list[ModelInputs] = []

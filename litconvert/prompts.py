@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from litconvert.captions import Captions, encode_to_store, free_memory, load_text_encoder, write_embeddings
 from litconvert.checkpoints import TensorInfo
+from litconvert.device import default_device
 from litconvert.errors import UsageError
 from litconvert.files import whole_file
 from litconvert.latents import NULL_CAPTION
@@ -38,7 +39,7 @@ def store_prompts(path: Path, recipe: Recipe, prompts: Sequence[str], tokens: in
     """Encode prompts and, last, the empty one with the recipe's T5, which is freed before this returns."""
     assert recipe.source.text_encoder is not None
     tokenizer, encoder = load_text_encoder(recipe.source.text_encoder)
-    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder.to(default_device())
     features = encode_to_store(tokenizer, encoder, [*prompts, ""], tokens)
     del encoder
     free_memory()

@@ -51,6 +51,14 @@ class Progress:
     global_step: int = 0
 
 
+def _remove(run: Path) -> None:
+    """Remove a run, its record last: what is left when that is interrupted is still known as one."""
+    for path in run.iterdir():
+        if path.name != RECORD:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(run)
+
+
 class RunDirectory:
     """The files of one run. Everything in it but the run's own record can be rebuilt by running on."""
 
@@ -78,17 +86,19 @@ class RunDirectory:
                     "choose another path, or replace it with --force"
                 )
             # Not even --force deletes what is not a run.
-            if found is None and (not self.path.is_dir() or any(self.path.iterdir())):
+            rest = self.path.is_dir() and [path for path in self.path.iterdir() if ".partial-" not in path.name]
+            if found is None and (rest or not self.path.is_dir()):
                 raise LitconvertError(f"{self.path} exists and is not a run of litconvert; choose another path")
         try:
             if found not in (None, digest):
                 with held(self.path):
-                    shutil.rmtree(self.path)
+                    _remove(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LitconvertError(f"cannot write {self.path}: {system_cause(error) or error}") from error
-        write_whole(self.path / "recipe.yaml", recipe_yaml)
+        # The record first: what a killed process leaves behind is then still known as a run.
         write_whole(record, json.dumps({"format": 1, "digest": digest}, indent=2) + "\n")
+        write_whole(self.path / "recipe.yaml", recipe_yaml)
 
     def latest_checkpoint(self) -> tuple[Path, Progress] | None:
         """The newest checkpoint and where it stands."""

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from litconvert.captions import Captions, encode, read_embeddings, write_embeddings
+from litconvert.device import default_device
 from litconvert.draws import generator_of
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.hub import hub_errors
@@ -31,6 +32,8 @@ Conditions = TypeVar("Conditions", Tensor, Captions)
 
 # Samples that are drawn of a model of classes when nobody says how many.
 NUM_IMAGES = 40
+# Of the samples in an NPZ file, those that are on the sheet beside it.
+NPZ_SHEET = 100
 
 
 def make_scheduler(name: str, num_timesteps: int = 1000, prediction: str = "noise") -> Scheduler:
@@ -335,7 +338,7 @@ class SampleSheet:
     def __init__(self, recipe: Recipe, config: Mapping[str, Any], folder: Path) -> None:
         self.recipe = recipe
         self.folder = folder
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
         self.vae = load_vae(recipe.source.vae).to(device) if recipe.source.vae else None
         count = recipe.sample.num_images
         # Latents without a decoder have no picture, and captions without an encoder cannot be read.
@@ -447,7 +450,8 @@ def sample_to_files(
     chosen = settings.sample
     for one in configs:
         make_scheduler(chosen.scheduler, settings.diffusion.num_timesteps, one["prediction"])  # refuses before the work
-    vae = load_vae(settings.source.vae) if settings.source.vae and latents is None else None
+    device = default_device()
+    vae = load_vae(settings.source.vae).to(device) if settings.source.vae and latents is None else None
     if vae is None and latents is None and not is_pixel_space(config["in_channels"]):
         to_images(torch.empty(1, config["in_channels"], 1, 1), None)  # refuses, and says what to give
     conditions: Tensor | Captions
@@ -469,44 +473,42 @@ def sample_to_files(
         if save_embeddings is not None:
             write_embeddings(captions, save_embeddings)
         conditions = cycled(captions, chosen.num_images or len(captions))
-    models = [
-        read_model(source, torch.float32).to("cuda" if torch.cuda.is_available() else "cpu") for source in sources
-    ]
+    # Undecoded, the model's alone are written.
+    models = [read_model(source, torch.float32).to(device) for source in (sources[-1:] if latents else sources)]
     total, done = len(models) * -(-len(conditions) // chosen.batch_size) * chosen.steps, [0]
 
     def on_step() -> None:
         done[0] += 1
         on_progress(done[0], total)
 
-    drawn = [
-        torch.cat(
-            list(
-                draw(
-                    one,
-                    chosen,
-                    conditions,
-                    seed=chosen.seed,
-                    batch_size=chosen.batch_size,
-                    num_timesteps=settings.diffusion.num_timesteps,
-                    on_step=on_step,
-                )
-            )
+    def drawn(one: LiTTransformer2DModel) -> Iterator[Tensor]:
+        return draw(
+            one,
+            chosen,
+            conditions,
+            seed=chosen.seed,
+            batch_size=chosen.batch_size,
+            num_timesteps=settings.diffusion.num_timesteps,
+            on_step=on_step,
         )
-        for one in models
-    ]
+
     for path_out in (latents, npz, None if latents else out):
         if path_out is not None:
             path_out.parent.mkdir(parents=True, exist_ok=True)
     if latents is not None:
-        tensors = {"latents": drawn[-1]} | ({} if isinstance(conditions, Captions) else {"class_labels": conditions})
+        tensors = {"latents": torch.cat(list(drawn(models[-1])))}
+        if not isinstance(conditions, Captions):
+            tensors["class_labels"] = conditions
         infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
         write_safetensors(latents, infos, tensors.__getitem__, {"format": "pt"})
         return [latents]
     factor = settings.source.vae.scaling_factor if settings.source.vae else 1.0
-    images = [to_images(one, vae, factor) for one in drawn]
+    images = [np.concatenate([to_images(batch, vae, factor) for batch in drawn(one)]) for one in models]
     columns = min(10, len(conditions))
+    # A sheet of 50,000 would be of no use to anybody.
+    sheets = images if npz is None else [one[:NPZ_SHEET] for one in images]
     # Whole rows, so that the teacher's grid ends where the student's begins.
-    padded = [np.concatenate([one, np.full((-len(one) % columns, *one.shape[1:]), 255, np.uint8)]) for one in images]
+    padded = [np.concatenate([one, np.full((-len(one) % columns, *one.shape[1:]), 255, np.uint8)]) for one in sheets]
     save_grid(np.concatenate(padded), out, columns=columns, scale=max(1, 64 // config["sample_size"]))
     if npz is not None:
         save_npz(images[-1], None if isinstance(conditions, Captions) else conditions, npz)

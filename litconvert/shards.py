@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from litconvert.device import has_gpu
 from litconvert.engine import refuse_ungrouped
 from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.files import held, read_json, require_space, whole_directory, write_whole
@@ -35,13 +36,13 @@ def launched_group() -> Group:
     """
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not has_gpu())
     refuse_ungrouped(state.num_processes)
     return Group(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
 
 
-def is_finished(out: Path, digest: str, *, force: bool) -> bool:
-    """Whether `out` is the data set of these inputs already.
+def is_finished(out: Path, digest: str, *, force: bool, remake: bool = False) -> bool:
+    """Whether `out` is the data set of these inputs already, and is not to be made again.
 
     Raises LitconvertError when something else is there; not even `force` replaces what is no data set of ours.
     """
@@ -50,8 +51,10 @@ def is_finished(out: Path, digest: str, *, force: bool) -> bool:
     found = read_json(out / RECORD).get("digest") if (out / RECORD).is_file() else None
     if found is None:
         raise LitconvertError(f"{out} exists and is not a data set of litconvert; choose another path")
-    if force or found == digest:
-        return not force
+    if found == digest and not remake:
+        return True
+    if force:
+        return False
     raise LitconvertError(
         f"{out} exists and was not made from these inputs; choose another path, or replace it with --force"
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from litconvert.captions import Captions
-from litconvert.conversion import with_source
+from litconvert.conversion import resolve_for
 from litconvert.draws import generator_of
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import digest_of, require_space
@@ -16,20 +16,23 @@ from litconvert.latents import Condition
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.prompts import StoredPrompts, read_prompts, store_prompts
 from litconvert.recipe import Recipe
-from litconvert.recipe_files import ResolvedRecipe, resolve
+from litconvert.recipe_files import ResolvedRecipe
 from litconvert.sampling import draw, make_scheduler
 from litconvert.shapes import is_pixel_space
-from litconvert.shards import Assembly, Group, is_finished, launched_group, shard_writer, written
+from litconvert.shards import Assembly, is_finished, launched_group, shard_writer, written
 from litconvert.sources import OpenSource, open_source, read_model
 
 
 def synthesis_digest(recipe: Recipe, teacher: OpenSource, prompts: Sequence[str]) -> str:
-    """Digest of what determines the drawn data. What hints make of the teacher's file is in its config."""
+    """Digest of what determines the drawn data. What hints make of the teacher's file is in its config.
+
+    The size of a batch changes rounding alone.
+    """
     inputs: dict[str, Any] = {
         "source": teacher.checkpoint.sha256(),
         "weights": teacher.checkpoint.weights,
         "config": teacher.reading.config,
-        "synthesize": recipe.data.synthesize.model_dump(exclude={"prompts"}),
+        "synthesize": recipe.data.synthesize.model_dump(exclude={"prompts", "batch_size"}),
         "timesteps": recipe.diffusion.num_timesteps,
     }
     if prompts and recipe.source.text_encoder is not None:
@@ -40,7 +43,7 @@ def synthesis_digest(recipe: Recipe, teacher: OpenSource, prompts: Sequence[str]
 def synthesize(
     source: str | Path | None,
     out: str | Path,
-    recipe: str,
+    recipe: str | None,
     overrides: Sequence[str] = (),
     *,
     force: bool = False,
@@ -51,13 +54,14 @@ def synthesize(
     Args:
         source: the teacher; None: the recipe's source.
         out: the dataset folder. One drawn from the same inputs is left as it is; an interrupted one is continued.
-        recipe, overrides: as for `plan`; the section is `data.synthesize`.
+        recipe, overrides: as for `plan`; the section is `data.synthesize`. Without a recipe it is the packaged one for
+            what the source is, or else the defaults.
         force: replace an `out` that was made from other inputs.
         on_progress: called in the first process, with the samples it has drawn and those it will have.
 
     Returns: the dataset folder.
     """
-    return synthesize_resolved(with_source(resolve(recipe, overrides), source), Path(out), force, on_progress)
+    return synthesize_resolved(resolve_for(recipe, overrides, source), Path(out), force, on_progress)
 
 
 def synthesize_resolved(
@@ -87,8 +91,7 @@ def synthesize_resolved(
         return out
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
     require_space(out.parent, 2 * 4 * settings.num_samples * int(torch.Size(shape).numel()))
-    group = launched_group()
-    assembly = Assembly(out, digest, -(-settings.num_samples // settings.shard_size), group)
+    assembly = Assembly(out, digest, -(-settings.num_samples // settings.shard_size), launched_group())
     with written(out), assembly.begun():
         stored = None
         if prompts:
@@ -96,7 +99,7 @@ def synthesize_resolved(
             assembly.once(path, lambda: store_prompts(path, recipe, prompts, config["caption_tokens"]))
             stored = StoredPrompts(path, prompts)
         if assembly.own:
-            _draw_shards(assembly, opened, recipe, stored, group, on_progress)
+            _draw_shards(assembly, opened, recipe, stored, on_progress)
         condition: Condition = "class" if stored is None else "caption"
         vae = recipe.source.vae
         facts = {
@@ -113,10 +116,9 @@ def _draw_shards(
     opened: OpenSource,
     recipe: Recipe,
     stored: StoredPrompts | None,
-    group: Group,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    settings = recipe.data.synthesize
+    settings, group = recipe.data.synthesize, assembly.group
     model = read_model(opened, torch.float32).to(group.device)
     labels = None
     if stored is None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 from litconvert.attention_layers import attention_of, linear_layers, recorded_attention
@@ -28,7 +29,7 @@ def teacher_weights(stage: AnyStage) -> tuple[float, ...]:
 
 def compiles(setting: str, device: torch.device) -> bool:
     """What distill.compile comes to on this device."""
-    return setting == "blocks" or (setting == "auto" and device.type == "cuda")
+    return setting == "blocks" or (setting == "auto" and device.type == "cuda" and has_triton())
 
 
 def compile_blocks(model: LiTTransformer2DModel, *, recorded: bool) -> None:
@@ -37,6 +38,8 @@ def compile_blocks(model: LiTTransformer2DModel, *, recorded: bool) -> None:
     With `recorded` attention outputs, attention and feed-forward are compiled each by itself: a hook inside a compiled
     block would not be called.
     """
+    # Data parallelism would cut each block in pieces, for communication to begin in the middle of one.
+    torch._dynamo.config.optimize_ddp = False
     for block in cast(Iterator[Block], model.blocks):
         # One code object serves every kind of layer, mode, size and precision: more than the eight there may be of it.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)

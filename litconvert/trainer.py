@@ -134,6 +134,7 @@ class Trainer:
                 if index >= progress.stage:
                     here = resumed[0] if resumed and index == progress.stage else None
                     first = progress.step if index == progress.stage else 0
+                    result = {}  # not kept on the device while the next stage trains
                     try:
                         result = self._run_stage(index, stage, first, done, here)
                     except Exception as error:
@@ -181,10 +182,10 @@ class Trainer:
         result = self._averaged(stage)
         if self.engine.sharded:
             # The next stage trains other weights, and is split anew: from a whole model.
-            state = {name: whole(value) for name, value in self.student.state_dict().items()}
-            config = self.student.config
-            self.student = LiTTransformer2DModel.from_config(config).to(self.engine.device).train()
+            state = {name: whole(value).cpu() for name, value in self.student.state_dict().items()}
+            self.student = LiTTransformer2DModel.from_config(self.student.config)
             self.student.load_state_dict(state)
+            self.student.to(self.engine.device).train()
         return result
 
     def _begin(self, index: int, settings: AnyStage) -> _Stage:
@@ -299,7 +300,10 @@ class Trainer:
                 kept = (
                     f"The checkpoint of step {latest[1].global_step} is kept" if latest else "No checkpoint was due yet"
                 )
-                advice = "Lower learning_rate, set max_grad_norm, or run with distill.mixed_precision=no"
+                advice = (
+                    "Lower learning_rate, set max_grad_norm, or run with distill.mixed_precision=no; since these are "
+                    "part of a run, give it another directory"
+                )
                 if name == "the data":
                     advice = "Draw the data again, or look at where it comes from"
                 raise LitconvertError(
@@ -319,9 +323,14 @@ class Trainer:
         )
 
     def _averaged(self, stage: _Stage) -> dict[str, Tensor]:
-        """The student's whole state with the EMA's weights in it. Every process must ask."""
+        """The student's whole state with the EMA's weights in it. Every process must ask.
+
+        Split states are put together in main memory: they may not fit on a device.
+        """
         state = {name: stage.average.shadow.get(name, value) for name, value in self.student.state_dict().items()}
-        return {name: whole(value).detach() for name, value in state.items()}
+        if self.engine.sharded:
+            return {name: whole(value).detach().cpu() for name, value in state.items()}
+        return {name: value.detach() for name, value in state.items()}
 
     def _checkpoint(self, stage: _Stage, progress: Progress, *, stop: bool) -> None:
         """Save when it is due, and leave when a signal asked for it."""
@@ -343,7 +352,15 @@ class Trainer:
         """Look at the EMA when it is due; the last step is left to whoever called `fit`."""
         every = self.recipe.distill.sample_every
         if every is not None and global_step % every == 0 and global_step != self.total_steps:
-            self.on_observe(global_step, self._averaged(stage))
+            try:
+                self.on_observe(global_step, self._averaged(stage))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise LitconvertError(
+                    f"out of memory while step {global_step} was looked at; lower sample.batch_size or set "
+                    "distill.sample_every=null, and run the same command again"
+                ) from None  # with it as its cause it would be taken for the stage's
             self.engine.wait()
 
     @contextmanager

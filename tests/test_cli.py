@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from litconvert.line import run_line
 from litconvert.packaged import packaged_recipes
@@ -168,6 +169,35 @@ def test_the_whole_line_runs_and_a_second_run_skips_what_is_done(
     assert len(written) == 2 + 2  # student, model and two checkpoints
     run_line(str(pico_recipe), tmp_path / "out", source=str(pico_checkpoint))
     assert weights() == written
+
+
+def test_the_whole_line_is_of_one_process(pico_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = command("run", pico_recipe, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "then launch `latents synthesize` and `distill`" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_anywhere_names_the_batch_sizes(
+    pico_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("litconvert.synthesis.read_model", full)
+    result = command(
+        "latents", "synthesize", tmp_path / "data", "--source", pico_checkpoint, "--num-attention-heads", 2
+    )
+    assert result.code == 1
+    assert "out of memory; lower the batch size" in result.err
+    assert "data.synthesize.batch_size" in result.err
+
+
+def test_drawing_needs_a_model(tmp_path: Path) -> None:
+    result = command("latents", "synthesize", tmp_path / "data")
+    assert result.code == 2
+    assert "--recipe or --source" in result.err
 
 
 def test_the_embedded_line_converts_distils_and_scores(tmp_path: Path) -> None:

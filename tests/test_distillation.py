@@ -167,6 +167,45 @@ def test_a_run_of_other_inputs_is_refused_and_force_replaces_it(tmp_path: Path, 
     assert steps_of(run) == list(range(1, 9))
 
 
+def test_what_a_kill_at_the_start_leaves_is_no_obstacle(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".run.json.partial-12").touch()
+    litconvert.distill(pico_student, run, data=data)
+    assert steps_of(run) == list(range(1, 9))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    with pytest.raises(LitconvertError, match="is not a run of litconvert"):
+        litconvert.distill(pico_student, foreign, data=data, force=True)
+
+
+def test_what_the_student_was_converted_with_cannot_be_changed_by_distilling(
+    tmp_path: Path, pico_student: Path, pico_checkpoint: Path, data: Path
+) -> None:
+    for override in ("student.num_attention_heads=1", "source.num_attention_heads=4", "inherit.attention=all"):
+        with pytest.raises(UsageError, match=r"convert the source again"):
+            litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[override])
+    # The same value is no change, and files may have moved.
+    moved = pico_checkpoint.rename(tmp_path / "moved.pt")
+    sets = ["student.num_attention_heads=2", f"source.path={moved}"]
+    litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets)
+    assert steps_of(tmp_path / "run") == list(range(1, 9))
+
+
+def test_force_draws_the_data_again_where_they_are_other_data(tmp_path: Path, pico_student: Path) -> None:
+    run, drawn = tmp_path / "run", tmp_path / "run-latents"
+    litconvert.distill(pico_student, run)
+    before = (drawn / "litconvert-latents.json").stat().st_mtime_ns
+    litconvert.distill(pico_student, run, overrides=["seed=1"], force=True)
+    assert (drawn / "litconvert-latents.json").stat().st_mtime_ns == before
+    fewer = ["data.synthesize.num_samples=7"]
+    with pytest.raises(LitconvertError, match=r"not made from these inputs.*--force"):
+        litconvert.distill(pico_student, run, overrides=fewer)
+    litconvert.distill(pico_student, run, overrides=fewer, force=True)
+    assert len(open_latents(drawn)) == 7
+
+
 def test_a_failure_in_any_step_resumes_to_the_same_weights(tmp_path: Path, pico_student: Path, data: Path) -> None:
     expected = weights(litconvert.distill(pico_student, tmp_path / "whole", data=data))
 

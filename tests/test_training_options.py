@@ -202,6 +202,32 @@ def test_out_of_memory_names_the_accumulation_that_keeps_the_mathematics(
     assert losses(run) == pytest.approx(losses(expected), rel=1e-5)
 
 
+def test_out_of_memory_while_looking_is_told_from_that_of_a_step(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    sets = [hybrid(6), "distill.sample_every=4"]
+    with monkeypatch.context() as patch:
+        patch.setattr("litconvert.observer.Observer.observe", full)
+        with pytest.raises(LitconvertError, match=r"while step 4 was looked at; lower sample.batch_size or set .*null"):
+            litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets)
+    run = litconvert.distill(
+        pico_student, tmp_path / "run", data=data, overrides=[hybrid(6), "distill.sample_every=null"]
+    )
+    assert len(losses(run)) == 6
+
+
+def test_kept_outputs_are_of_one_node(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="on one node alone"):
+        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[hybrid(), "distill.noise_set=3"])
+
+
 def test_recomputed_blocks_keep_the_gradient_of_their_features(tmp_path: Path, pico_student: Path, data: Path) -> None:
     sets = [hybrid(4, feature_weight=0.5, learning_rate=3e-3)]
     runs = [
