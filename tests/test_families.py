@@ -453,10 +453,11 @@ def test_a_broken_config_of_our_own_is_refused(pico_student: Path, change: dict[
         litconvert.load(pico_student)
 
 
-def test_our_own_directories_need_no_hints(pico_student: Path) -> None:
-    litconvert.load(pico_student)
-    with pytest.raises(UsageError, match="leave num_attention_heads out"):
-        litconvert.load(pico_student, num_attention_heads=2)
+def test_our_own_directories_need_no_hints_and_take_none_that_differ(pico_student: Path) -> None:
+    heads = litconvert.load(pico_student).config.num_attention_heads
+    assert litconvert.load(pico_student, num_attention_heads=heads).config.num_attention_heads == heads
+    with pytest.raises(UsageError, match=r"says num_attention_heads=2, not 4; leave num_attention_heads out.*=null"):
+        litconvert.load(pico_student, num_attention_heads=4)
 
 
 # Hints

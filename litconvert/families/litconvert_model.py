@@ -23,8 +23,8 @@ SIZES = (
     "kv_compress_factor",
     *OPTIONAL_SIZES,
 )
-# What config.json says, so that no hint may. The size and the interpolation of positions may change: so a student goes
-# on at another resolution.
+# What config.json says, so that no hint may differ. The size and the interpolation of positions may change: so a
+# student goes on at another resolution.
 FIXED = ("num_attention_heads", "num_classes", "data_timestep", "timestep_freq_shift", "norm_eps", *LINEAR_HINTS)
 RESIZABLE = ("sample_size", "interpolation_scale")
 
@@ -34,10 +34,14 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
     config = checkpoint.config or {}
     if config.get("_class_name") != "LiTTransformer2DModel":
         return None
-    given = [name for name in FIXED if getattr(hints, name) is not None]
-    if given:
-        raise UsageError(f"{checkpoint.source}: config.json says it all; leave {', '.join(given)} out")
     values = {key: value for key, value in config.items() if not key.startswith("_") and key != "auto_map"}
+    for name in FIXED:
+        hint, known = getattr(hints, name), values.get(name, CONFIG_DEFAULTS.get(name))
+        if hint is not None and hint != known:
+            raise UsageError(
+                f"{checkpoint.source}: config.json says {name}={known}, not {hint}; leave {name} out, or set "
+                f"source.{name}=null where it is the recipe's"
+            )
     resized = {key: getattr(hints, key) for key in RESIZABLE if getattr(hints, key) is not None}
     values |= resized
     for key in values:
