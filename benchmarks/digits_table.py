@@ -96,6 +96,7 @@ ROWS: dict[str, Row] = {
     "young": Row("the same teacher, young", (stages(200),), "converged", (57.84, 53.83)),
     "transfer": Row("ours: 70 steps of attention transfer, 130 hybrid", (stages(130),), "paper"),
     "features": Row("ours: features beside the output, weight 0.5", (stages(200, ", feature_weight: 0.5"),), "paper"),
+    "features-light": Row("ours: the same, weight 0.05", (stages(200, ", feature_weight: 0.05"),), "paper"),
     "kept": Row(
         "ours: 2 of 6 layers kept in softmax (1 and 2, by `probe`)",
         (stages(200), "student.softmax_layers=[1,2]"),
