@@ -34,6 +34,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from benchmarks.provenance import provenance
 from litconvert.conditions import Conditioner
 from litconvert.engine import Engine, bf16_in_hardware, make_accelerator
 from litconvert.latents import Bucket, LatentDataset
@@ -284,7 +285,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "threads": arguments.threads,
         "precision": "bf16 autocast" if bf16_in_hardware() else "float32",
-        "torch": torch.__version__,
+        **provenance(),
         "sizes": [],
     }
     for size in GPU_SIZES if device.type == "cuda" else CPU_SIZES:
@@ -298,9 +299,9 @@ def main() -> None:
         measured["load"] = [round(before, 1), round(os.getloadavg()[0], 1)]
         print(json.dumps(measured), flush=True)
         result["sizes"].append(measured)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    name = "step_time.json" if device.type == "cpu" else f"step_time-{device.type}.json"
-    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
+        name = "step_time.json" if device.type == "cpu" else f"step_time-{device.type}.json"
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
