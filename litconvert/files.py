@@ -150,7 +150,8 @@ def held(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / LOCK, timeout=HANDOVER_SECONDS)
+    # The fallback for file systems without locks is a file's being there: it would outlive a killed process.
+    lock = FileLock(folder / LOCK, timeout=HANDOVER_SECONDS, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:
@@ -158,7 +159,7 @@ def held(folder: Path) -> Iterator[None]:
             f"another process is at work in {folder}; wait for it or end it, then run the same command again"
         ) from error
     except (NotImplementedError, OSError):
-        pass
+        pass  # no locks here, or no place for one: whoever writes next says what is wrong with it
     try:
         yield
     finally:

@@ -119,11 +119,14 @@ def test_an_attention_matrix_that_the_kernel_does_not_make_is_not_counted() -> N
     assert estimate.memory["teacher weights"] == 0
 
 
-def test_counting_leaves_the_model_usable() -> None:
-    config = pico("linear", sample_size=12)
-    estimate_stage(recipe_of(hybrid()), config, pico("softmax", sample_size=12), 0, device=CPU)
+@pytest.mark.parametrize(("size", "device"), [(12, "cpu"), (20, "cpu:0")])
+def test_counting_leaves_the_model_usable(size: int, device: str) -> None:
+    """Also on a device that tensors name otherwise than who asks for it: "cpu:0" is "cpu" to them, "cuda" "cuda:0"."""
+    config = pico("linear", sample_size=size)
+    teacher = pico("softmax", sample_size=size)
+    estimate_stage(recipe_of(hybrid()), config, teacher, 0, device=torch.device(device))
     model = LiTTransformer2DModel(**config)
-    sample = model(torch.zeros(1, 1, 12, 12), torch.zeros(1), torch.zeros(1, dtype=torch.int64)).sample
+    sample = model(torch.zeros(1, 1, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64)).sample
     assert type(sample) is torch.Tensor  # not one without data
 
 
