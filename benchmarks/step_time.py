@@ -36,7 +36,8 @@ from torch import Tensor, nn
 
 from benchmarks.provenance import provenance
 from litconvert.conditions import Conditioner
-from litconvert.engine import Engine, bf16_in_hardware, make_accelerator
+from litconvert.device import bf16_in_hardware
+from litconvert.engine import Engine
 from litconvert.latents import Bucket, LatentDataset
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.objectives import DDPM
@@ -170,7 +171,7 @@ def random_latents(size: Size) -> LatentDataset:
 
 def run_litconvert(size: Size, folder: Path, on_step: Callable[[StepReport], None]) -> None:
     """litconvert's own trainer, until `on_step` raises Measured."""
-    engine = Engine(make_accelerator("auto"))
+    engine = Engine("auto")
     stage = STAGE.model_copy(update={"batch_size": size.batch})
     recipe = Recipe(distill=Distill(stages=(stage,), checkpoint_every=STAGE.steps))
     student = random_weights(LiTTransformer2DModel(**model_config(size, "linear")))

@@ -46,6 +46,9 @@ HeadsOption = Annotated[
 SizeOption = Annotated[
     int | None, typer.Option("--sample-size", help="Side of the latent, where the source does not tell.")
 ]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cuda, mps (a Mac's GPU), cpu or auto (LITCONVERT_DEVICE).")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Of fresh weights and of every draw (seed).")]
 
 
@@ -680,15 +683,19 @@ def demo(
 
 
 @app.command()
-def env(as_json: JsonOption = False) -> None:
+def env(as_json: JsonOption = False, device: DeviceOption = None) -> None:
     """Versions and devices, for bug reports."""
-    import torch
-
-    from litconvert.engine import bf16_in_hardware
+    from litconvert.device import bf16_in_hardware, choose_device, default_device, describe_devices, overrides
     from litconvert.model_directory import versions
 
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or ["cpu"]
-    facts = {**versions(), "devices": ", ".join(devices), "bf16 in hardware": bf16_in_hardware()}
+    choose_device(device)
+    facts = {
+        **versions(),
+        "devices": describe_devices(),
+        "device used": default_device().type,
+        "bf16 in hardware": bf16_in_hardware(),
+        **overrides(),
+    }
     console.data(facts) if as_json else console.table(("", ""), list(facts.items()))
 
 

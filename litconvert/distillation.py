@@ -14,11 +14,12 @@ from litconvert.attention_layers import linear_layers
 from litconvert.checkpoints import TensorInfo
 from litconvert.conditions import Conditioner, Encode
 from litconvert.conversion import DTYPES, plan_conversion
-from litconvert.engine import Engine, launched_processes, make_accelerator, sharding_asked
+from litconvert.engine import Engine
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.estimate import StageEstimate, estimate_stages, micro_batch_of
 from litconvert.files import digest_of, held, read_json, require_space, whole_directory
 from litconvert.latents import LatentDataset, open_latents
+from litconvert.launch import launched_processes, sharding_asked
 from litconvert.model_directory import (
     FORMAT_VERSION,
     read_provenance,
@@ -329,7 +330,7 @@ def distill(
     for index, stage in enumerate(settings.distill.stages):
         trained_names(config, names, stage, f"distill.stages.{index}")
 
-    engine = Engine(make_accelerator(settings.distill.mixed_precision, settings.distill.trackers, out))
+    engine = Engine(settings.distill.mixed_precision)
     folder = data or settings.data.path
     if folder is None:
         # Beside the run, not in it: the run's own digest is known only once the data is drawn.

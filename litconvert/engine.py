@@ -1,22 +1,21 @@
-"""The processes of a run: launching, wrapping a module for them, and checkpoints that any number of them can resume.
+"""The processes of a run: wrapping a module for them, its precision, and checkpoints that any number of them can resume.
 
-accelerate launches, forms the group, chooses device and precision, and reduces. Data parallelism is its DDP. Sharded
-states (`accelerate launch --use_fsdp --fsdp_version 2`) are PyTorch's `fully_shard`, called here directly: accelerate
-ignores FSDP on a CPU, and so the code that runs there is the code that runs on GPUs.
+accelerate launches and forms the group (`launch`). Precision is asked of each engine, not of accelerate, which keeps one
+for as long as Python runs: so any number of runs, in any precision, can follow one another in a notebook. Data
+parallelism is PyTorch's DDP. Sharded states (`accelerate launch --use_fsdp --fsdp_version 2`) are its `fully_shard`,
+called here directly: accelerate ignores FSDP on a CPU, and so the code that runs there is the code that runs on GPUs.
 """
 
+import gc
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -26,75 +25,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from litconvert.device import has_gpu
-from litconvert.errors import LitconvertError, UsageError
+from litconvert.device import uses_bf16
+from litconvert.errors import LitconvertError
 from litconvert.files import read_json
+from litconvert.launch import device_of, join_group, refuse_launcher_settings, sharding_asked
 
 SCALARS = "scalars.json"
-
-
-def bf16_in_hardware() -> bool:
-    """Whether bf16 autocast is faster than float32 here: a GPU with bf16, or a CPU with AVX512-BF16 or AMX."""
-    if has_gpu():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def uses_bf16(mixed_precision: str) -> bool:
-    """What a recipe's distill.mixed_precision comes to on this device."""
-    return mixed_precision == "bf16" or (mixed_precision == "auto" and bf16_in_hardware())
-
-
-def launched_processes() -> int:
-    """How many processes a launcher started, this one among them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def sharding_asked() -> bool:
-    """Whether `accelerate launch --use_fsdp`, or who launches without it, asks for split states."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
-
-
-def refuse_ungrouped(processes: int) -> None:
-    """Raise UsageError when this process was launched as one of several but its group is not of so many."""
-    if launched_processes() != processes:
-        raise UsageError(
-            f"this is one of {launched_processes()} launched processes, but they are in no process group, so each "
-            "would do all of the work and overwrite the others; launch with `accelerate launch -m litconvert ...`"
-        )
-
-
-def make_accelerator(mixed_precision: str, trackers: tuple[str, ...] = (), folder: Path | None = None) -> Accelerator:
-    """accelerate's own engine.
-
-    Raises UsageError when this process was launched as one of several but is in no group, for DeepSpeed, and when this
-    Python process has used accelerate in another precision.
-    """
-    precision = "bf16" if uses_bf16(mixed_precision) else "no"
-    try:
-        accelerator = Accelerator(
-            cpu=not has_gpu(),
-            mixed_precision=precision,
-            # The main process draws samples and scores while the others wait: longer than the ten minutes NCCL allows.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-            log_with=list(trackers) or None,
-            project_dir=None if folder is None else str(folder),
-        )
-    except ValueError as error:
-        if "already been initialized" not in str(error):
-            raise
-        raise UsageError(
-            f"accelerate was set up for another precision or device in this Python process, and keeps it for life; "
-            f"start a new one for distill.mixed_precision={mixed_precision}"
-        ) from error
-    refuse_ungrouped(accelerator.num_processes)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UsageError(
-            "DeepSpeed keeps its states in a format of its own, which no other number of processes could resume; "
-            "shard them with `accelerate launch --use_fsdp --fsdp_version 2` instead"
-        )
-    return accelerator
 
 
 @contextmanager
@@ -119,80 +57,124 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def sum_in_float32(device: torch.device) -> None:
+    """On CUDA, products of bf16 matrices add up in float32: by default a sum that is split may be rounded on the way."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 class Engine:
-    """A group of processes that train one module.
+    """A group of processes that train one module, in one precision.
+
+    Args:
+        mixed_precision: a recipe's distill.mixed_precision, `auto`, `no` or `bf16`.
 
     Attributes:
-        accelerator: accelerate's.
+        device: this process's.
+        processes, process: how many there are, and which this is.
+        bf16: the forward pass is in bf16 autocast.
         sharded: weights, gradients, optimiser states and EMA are split over the processes.
+
+    Raises UsageError when this process was launched as one of several but is in no group, and for what the launcher was
+    told and is not carried out.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.sharded = sharding_asked() and accelerator.num_processes > 1
-
-    @property
-    def device(self) -> torch.device:
-        return cast(torch.device, self.accelerator.device)
-
-    @property
-    def processes(self) -> int:
-        return int(self.accelerator.num_processes)
-
-    @property
-    def process(self) -> int:
-        return int(self.accelerator.process_index)
+    def __init__(self, mixed_precision: str = "auto") -> None:
+        refuse_launcher_settings(mixed_precision)
+        self._group = join_group()
+        self.device = device_of(self._group)
+        self.processes = int(self._group.num_processes)
+        self.process = int(self._group.process_index)
+        self.bf16 = uses_bf16(mixed_precision)
+        self.sharded = sharding_asked() and self.processes > 1
+        self._trained_units: list[FSDPModule] = []
+        sum_in_float32(self.device)
 
     @property
     def is_main(self) -> bool:
-        return bool(self.accelerator.is_main_process)
+        return self.process == 0
 
     def wait(self) -> None:
         """Until every process is here."""
         with self.group_failures():
-            self.accelerator.wait_for_everyone()
+            self._group.wait_for_everyone()
 
     def describe(self) -> str:
         """Device, precision and processes, for people."""
-        precision = "float32" if self.accelerator.mixed_precision == "no" else "bf16 autocast"
+        precision = "bf16 autocast" if self.bf16 else "float32"
         split = "" if self.processes == 1 else ", states sharded" if self.sharded else ", data parallel"
         return f"device {self.device.type}, {precision}, {self.processes} process(es){split}"
 
-    def shard(self, module: nn.Module, parts: Iterator[nn.Module]) -> None:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Around what is computed in the engine's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def shard(self, module: nn.Module, parts: Iterator[nn.Module]) -> list[FSDPModule]:
         """Split a module's weights over the processes; each of `parts` is gathered by itself when it is needed.
 
-        With bf16 autocast they are gathered as bf16, half the bytes: autocast would otherwise keep a bf16 copy of every
+        Returns the units of which one or more weights are trained. With bf16 autocast they are gathered as bf16, half the bytes: autocast would otherwise keep a bf16 copy of every
         gathered weight until the forward pass ends. Gradients are still summed in float32. Inputs are left as they are:
         timesteps would lose their digits.
         """
         mesh = init_device_mesh(self.device.type, (self.processes,))
         policy = MixedPrecisionPolicy()
-        if self.accelerator.mixed_precision == "bf16":
+        if self.bf16:
             policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for part in parts:
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # Nothing here changes an output in place, which is what torch warns of in every unit that returns a view.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
+        trained, taken = [], set[nn.Parameter]()
+        for unit in (*parts, module):
+            own = set(unit.parameters()) - taken  # inner units come first
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            if any(parameter.requires_grad for parameter in own):
+                trained.append(cast(FSDPModule, unit))
+            taken = set(unit.parameters()) | taken
+        return trained
 
     def wrap(self, module: nn.Module, parts: Callable[[], Iterator[nn.Module]]) -> nn.Module:
         """The module as the processes train it together. Its parameters are to be asked for after this."""
-        self.accelerator.free_memory()  # it keeps what it wrapped for an earlier stage, with its gradients' buffers
         if self.sharded:
-            self.shard(module, parts())
+            self._trained_units = self.shard(module, parts())
             return module
         if self.processes > 1:
-            return cast(nn.Module, self.accelerator.prepare_model(module))
+            gc.collect()  # an earlier stage's wrapper and its buffers of gradients hang in a cycle
+            return DistributedDataParallel(module, [self.device] if self.device.type == "cuda" else None)
         return module
 
     def accumulate(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Around a part of a step: gradients are exchanged in the last one only."""
+        """Around a part of a step: gradients are exchanged in the last one only. The module is what was wrapped last."""
         if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(last)
+            # Trained units alone: without synchronisation torch looks at what a unit gathered, and one of frozen weights
+            # may never be gathered at all.
+            for unit in self._trained_units:
+                unit.set_requires_gradient_sync(last, recurse=False)
             return nullcontext()
-        return nullcontext() if last else cast(AbstractContextManager[Any], self.accelerator.no_sync(module))
+        is_parallel = isinstance(module, DistributedDataParallel)
+        return module.no_sync() if is_parallel and not last else nullcontext()
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes."""
-        return cast(Tensor, self.accelerator.reduce(values, "mean"))
+        if self.processes > 1:
+            dist.all_reduce(values)
+        return values / self.processes
+
+    def from_main(self, value: Any) -> Any:
+        """What the main process has, plain data, on every process; each must ask."""
+        if self.processes == 1:
+            return value
+        box = [value]
+        with self.group_failures():
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """What each process has, plain data, in their order, on every process; each must ask."""
+        if self.processes == 1:
+            return [value]
+        values = [None] * self.processes
+        with self.group_failures():
+            dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def group_failures(self) -> Iterator[None]:
@@ -209,7 +191,7 @@ class Engine:
                 "timeout",
             )
             if self.processes > 1 and (
-                isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in lost)
+                isinstance(error, dist.DistError) or any(word in str(error).lower() for word in lost)
             ):
                 raise LitconvertError(
                     f"process {self.process} of {self.processes} lost another one in the middle of a step; look for "

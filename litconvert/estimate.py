@@ -11,8 +11,7 @@ import psutil
 import torch
 
 from litconvert.block_times import step_seconds
-from litconvert.device import default_device, has_gpu
-from litconvert.engine import uses_bf16
+from litconvert.device import default_device, has_gpu, uses_bf16
 from litconvert.errors import UsageError
 from litconvert.live_memory import step_memory
 from litconvert.optimization import trained_names

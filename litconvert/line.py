@@ -13,11 +13,11 @@ from PIL import Image
 from litconvert import console
 from litconvert.conversion import ConversionPlan, carry_out, plan_conversion, with_source
 from litconvert.distillation import check_model, distill
-from litconvert.engine import launched_processes
 from litconvert.errors import UsageError
 from litconvert.estimate import StageEstimate
 from litconvert.evaluation import evaluate, evaluation_passes, reference_samples
 from litconvert.files import digest_of, read_json, write_whole
+from litconvert.launch import launched_processes
 from litconvert.live import duration, training_display
 from litconvert.recipe import Recipe
 from litconvert.recipe_files import resolve

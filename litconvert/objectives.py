@@ -67,9 +67,9 @@ class DDPM:
 
     def _at(self, name: str, timestep: Tensor) -> Tensor:
         """A schedule's values at each timestep, (N, 1, 1, 1) float32."""
-        # Kept where it is asked for: each copy to a GPU would wait for it.
-        table = self._tables[name] = self._tables[name].to(timestep.device)
-        return table[timestep].float().view(-1, 1, 1, 1)
+        # Kept where it is asked for: each copy to a GPU would wait for it. A Mac's GPU has no float64.
+        table = self._tables[name] = self._tables[name].float().to(timestep.device)
+        return table[timestep].view(-1, 1, 1, 1)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """x_t of x_0 (N, C, H, W) and noise of the same shape at timestep (N,)."""

@@ -52,7 +52,7 @@ class Observer(AbstractContextManager["Observer"]):
         self.data, self.conditioner = data, conditioner
         self.recipe, self.run = recipe, run
         self.sheet = SampleSheet(recipe, model.config, run.samples) if engine.is_main else None
-        self.trackers = Trackers(engine.accelerator, run, recipe, on_note)
+        self.trackers = Trackers(run, recipe, on_note, is_main=engine.is_main)
         publish = recipe.publish
         self.backup: Backup | None = None
         if engine.is_main and publish.backup_every is not None and publish.repo_id is not None:

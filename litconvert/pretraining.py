@@ -15,7 +15,7 @@ from litconvert.distillation import (
     run_inputs,
     trained_record,
 )
-from litconvert.engine import Engine, make_accelerator
+from litconvert.engine import Engine
 from litconvert.errors import UsageError
 from litconvert.files import digest_of
 from litconvert.latents import open_latents
@@ -77,7 +77,7 @@ def train(
             "training from nothing needs data: encode some with `litconvert latents encode`, and give it with --data"
         )
     refuse_inputs_in(out, folder)
-    engine = Engine(make_accelerator(settings.distill.mixed_precision, settings.distill.trackers, out))
+    engine = Engine(settings.distill.mixed_precision)
     dataset = open_latents(folder)
     check_data(config, dataset, settings)
     inputs = run_inputs({"scratch": config}, {}, dataset, settings)

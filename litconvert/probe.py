@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from litconvert.conditions import Conditioner
-from litconvert.device import default_device
+from litconvert.device import default_device, uses_bf16
 from litconvert.distillation import check_data, load_encode, resolve_run
 from litconvert.draws import NO_STAGE, Draws
-from litconvert.engine import uses_bf16
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import whole_file
 from litconvert.latents import LatentDataset, open_latents

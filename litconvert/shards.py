@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from litconvert.device import has_gpu
-from litconvert.engine import refuse_ungrouped
 from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.files import held, read_json, require_space, whole_directory, write_whole
 from litconvert.latents import RECORD, Condition, features_of, quiet_datasets, record_text
@@ -34,11 +32,10 @@ def launched_group() -> Group:
 
     Raises UsageError when this process was launched as one of several but is in no group.
     """
-    from accelerate import PartialState
+    from litconvert.launch import device_of, join_group
 
-    state = PartialState(cpu=not has_gpu())
-    refuse_ungrouped(state.num_processes)
-    return Group(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
+    state = join_group()
+    return Group(state.process_index, state.num_processes, device_of(state), state.wait_for_everyone)
 
 
 def is_finished(out: Path, digest: str, *, force: bool, remake: bool = False) -> bool:

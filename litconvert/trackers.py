@@ -6,9 +6,8 @@ import json
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
-
-from accelerate import Accelerator
 
 from litconvert.errors import UsageError
 from litconvert.files import read_json, write_whole
@@ -29,24 +28,40 @@ def tracker_packages(names: Sequence[str]) -> None:
             )
 
 
+def start_tracker(name: str, folder: Path, options: Mapping[str, Any]) -> Any:
+    """accelerate's tracker of a name, begun.
+
+    Args:
+        folder: for those that write files.
+        options: of its package.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    place = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
+    tracker = kind(PROJECT, **place, **options)
+    tracker.start()
+    return tracker
+
+
 class Trackers:
     """Where a run's metrics go besides metrics.csv. A run that goes on is the same one there, with every step once.
 
     On all processes; only the main one writes. A tracker that fails is given up with a note, and training goes on.
 
     Args:
-        accelerator: made with `log_with` naming the recipe's trackers and with a `project_dir`.
         run: read for where it stands, so before `truncate_metrics`.
         recipe: kept by those trackers that keep a config.
         on_note: told of a tracker that failed.
+        is_main: this is the main process.
     """
 
     def __init__(
-        self, accelerator: Accelerator, run: RunDirectory, recipe: Recipe, on_note: Callable[[str], None]
+        self, run: RunDirectory, recipe: Recipe, on_note: Callable[[str], None], *, is_main: bool = True
     ) -> None:
         self.on_note, self.trackers = on_note, list[Any]()
         self.given: dict[str, int] = {}
-        if not recipe.distill.trackers or not accelerator.is_main_process:
+        if not recipe.distill.trackers or not is_main:
             return
         record = run.path / RECORD
         if not record.is_file():
@@ -58,7 +73,6 @@ class Trackers:
         # trackio would keep a step that is logged again twice, so what it has been given is left out.
         self.given = {"trackio": run.last_step()}
         config = recipe.model_dump(mode="json")
-        accelerator.project_configuration.logging_dir = str(run.path / "logs")
         options: dict[str, dict[str, Any]] = {
             # Steps from here on that an earlier process wrote are hidden.
             "tensorboard": {"purge_step": step + 1},
@@ -66,9 +80,9 @@ class Trackers:
             "wandb": {"id": name, "name": name, "resume": "allow", "dir": str(run.path), "config": config},
             "trackio": {"name": name, "resume": "allow", "config": config},
         }
-        with self._failures("the trackers"), _stdout_to_stderr():
-            accelerator.init_trackers(PROJECT, init_kwargs=options)
-            self.trackers = list(accelerator.trackers)
+        for tracker in recipe.distill.trackers:
+            with self._failures(tracker), _stdout_to_stderr():
+                self.trackers.append(start_tracker(tracker, run.path / "logs", options[tracker]))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step's metrics, by name."""

@@ -232,10 +232,10 @@ class Trainer:
             with self.engine.accumulate(stage.module, last=part == parts - 1):
                 batch = next(batches)
                 condition = self.conditioner(batch)  # T5 in its own precision, as when it encodes a data set
-                with self.engine.accelerator.autocast():
+                with self.engine.autocast():
                     terms = self._terms(stage, batch, condition)
                 loss = torch.stack(list(terms.values())).sum() / parts
-                self.engine.accelerator.backward(loss)
+                loss.backward()
             for name, term in {**terms, "loss": loss * parts}.items():
                 sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / parts
         norm = self._clip(stage)

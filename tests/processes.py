@@ -17,6 +17,7 @@ from types import TracebackType
 # number's end, answers with the exit code or `running`.
 _FORKER = """
 import json, os, sys
+import importlib
 import accelerate, datasets, diffusers, matplotlib.pyplot, torch, torch.distributed.checkpoint, torch.distributed.fsdp
 import litconvert.cli, litconvert.distillation, litconvert.line
 for line in sys.stdin:
@@ -38,7 +39,8 @@ for line in sys.stdin:
         sys.argv = ["litconvert", *order["arguments"]]
         code = 1
         try:
-            litconvert.cli.main()
+            module, _, function = order["call"].partition(":")
+            getattr(importlib.import_module(module), function)()
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -117,8 +119,19 @@ class Forker:
         self.process.stdin.flush()
         return self.process.stdout.readline().strip()
 
-    def launch(self, arguments: Sequence[str], log: Path, *, processes: int = 1, sharded: bool = False) -> Workers:
-        """`litconvert ARGUMENTS` in so many processes of one group, as `accelerate launch --cpu` sets them up."""
+    def launch(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        processes: int = 1,
+        sharded: bool = False,
+        call: str = "litconvert.cli:main",
+    ) -> Workers:
+        """`litconvert ARGUMENTS` in so many processes of one group, as `accelerate launch --cpu` sets them up.
+
+        `call` is another function than the command line's, which finds the arguments in sys.argv.
+        """
         environment = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": str(sharded).lower()}
         if processes > 1:
             with socket.socket() as probe:
@@ -128,7 +141,12 @@ class Forker:
         numbers = []
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            order = {"arguments": list(arguments), "environment": {**environment, **ranks}, "log": str(log)}
+            order = {
+                "arguments": list(arguments),
+                "environment": {**environment, **ranks},
+                "log": str(log),
+                "call": call,
+            }
             numbers.append(int(self.ask(order)))
         return Workers(self, numbers, log)
 

@@ -346,24 +346,6 @@ def test_a_teacher_that_cannot_see_the_same_input_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_launched_processes_in_no_group_are_refused(
-    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("litconvert.engine.Accelerator.num_processes", property(lambda self: 1))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("litconvert.engine.Accelerator.__init__", lambda self, **settings: None)
-    with pytest.raises(UsageError, match=r"no process group.*accelerate launch"):
-        litconvert.distill(pico_student, tmp_path / "run", data=data)
-
-
-def test_another_precision_in_the_same_python_process_is_refused(
-    tmp_path: Path, pico_student: Path, data: Path
-) -> None:
-    litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=["distill.mixed_precision=no"])
-    with pytest.raises(UsageError, match=r"another precision.*start a new one for distill.mixed_precision=bf16"):
-        litconvert.distill(pico_student, tmp_path / "half", data=data, overrides=["distill.mixed_precision=bf16"])
-
-
 def test_a_run_another_process_is_at_is_left_to_it(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

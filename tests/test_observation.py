@@ -13,7 +13,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 from rich.console import Console
@@ -410,8 +409,15 @@ class FakeTracker(GeneralTracker):  # type: ignore[misc]
         self.finished = True
 
 
-def engine_with(trackers: list[Any], folder: Path) -> Accelerator:
-    return Accelerator(cpu=True, mixed_precision="no", log_with=trackers, project_dir=str(folder))
+@pytest.fixture
+def start_fakes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have these trackers started, in the place of those of their names."""
+
+    def start(*fakes: FakeTracker) -> None:
+        by_name = {fake.name: fake for fake in fakes}
+        monkeypatch.setattr("litconvert.trackers.start_tracker", lambda name, folder, options: by_name[name])
+
+    return start
 
 
 def checkpoint(run: RunDirectory, step: int) -> None:
@@ -425,12 +431,15 @@ def test_a_tracker_whose_package_is_missing_is_refused_with_its_name(monkeypatch
         tracker_packages(("tensorboard", "wandb"))
 
 
-def test_a_tracker_that_keeps_every_row_is_given_each_step_once_over_resumes(run: RunDirectory) -> None:
+def test_a_tracker_that_keeps_every_row_is_given_each_step_once_over_resumes(
+    run: RunDirectory, start_fakes: Callable[..., None]
+) -> None:
     tracker = FakeTracker("trackio")
+    start_fakes(tracker)
     recipe = recipe_of({}, trackers=["trackio"])
 
     def session(first: int, last: int) -> None:
-        trackers = Trackers(engine_with([tracker], run.path), run, recipe, pytest.fail)
+        trackers = Trackers(run, recipe, pytest.fail)
         run.truncate_metrics(first - 1)
         for step in range(first, last + 1):
             train(run, step, step)
@@ -444,10 +453,13 @@ def test_a_tracker_that_keeps_every_row_is_given_each_step_once_over_resumes(run
     assert tracker.finished
 
 
-def test_a_tracker_that_fails_is_given_up_with_a_note_and_the_others_go_on(run: RunDirectory) -> None:
+def test_a_tracker_that_fails_is_given_up_with_a_note_and_the_others_go_on(
+    run: RunDirectory, start_fakes: Callable[..., None]
+) -> None:
     good, bad, notes = FakeTracker("tensorboard"), FakeTracker("wandb", fails=True), list[str]()
+    start_fakes(bad, good)
     recipe = recipe_of({}, trackers=["tensorboard", "wandb"])
-    trackers = Trackers(engine_with([bad, good], run.path), run, recipe, notes.append)
+    trackers = Trackers(run, recipe, notes.append)
     for step in (1, 2):
         trackers.log(step, STEP)
     assert good.steps == [1, 2]
@@ -463,7 +475,7 @@ def test_tensorboard_shows_each_step_once_over_resumes(run: RunDirectory) -> Non
     for first, last in ((1, 6), (5, 8)):
         if first > 1:
             checkpoint(run, first - 1)
-        trackers = Trackers(engine_with(["tensorboard"], run.path), run, recipe, pytest.fail)
+        trackers = Trackers(run, recipe, pytest.fail)
         for step in range(first, last + 1):
             trackers.log(step, {**STEP, "loss": 10.0 * first + step})
         trackers.finish()

@@ -4,6 +4,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import litconvert
 from litconvert.run_directory import RunDirectory
 from litconvert.synthesis import synthesize
+from tests.matrix import OBJECTIVES, WAYS, Way
 from tests.processes import Forker, patience
 
 STAGES = (
@@ -94,6 +97,38 @@ def test_split_weights_are_gathered_as_bf16_under_autocast(
     assert 1e-5 < float(((exact - two) / exact).abs().max()) < 5e-2
     # What is trained and kept stays float32.
     assert {value.dtype for value in weights(tmp_path / "two").values()} == {torch.float32}
+
+
+def test_every_way_to_train_has_the_losses_of_one_process(
+    tmp_path: Path, forker: Forker, pico_student: Path, data: Path
+) -> None:
+    """Data parallel or sharded, float32 or bf16, in one part or two, transfer or hybrid: one launch, sixteen runs."""
+    log = tmp_path / "log"
+    with patience(300):
+        workers = forker.launch(
+            [str(pico_student), str(data), str(tmp_path)], log, processes=2, call="tests.matrix:main"
+        )
+        codes = workers.wait()
+    assert codes == [0, 0], log.read_text()
+    alone = {
+        (precision, objective): losses(
+            litconvert.distill(
+                pico_student,
+                tmp_path / f"alone-{precision}-{objective}",
+                data=data,
+                overrides=Way(False, precision, 1, objective).overrides,
+            )
+        )
+        for precision, objective in product(("no", "bf16"), OBJECTIVES)
+    }
+    limits = {"no": 1e-4, "bf16": 2e-2}
+    for way in WAYS:
+        found, expected = losses(tmp_path / way.name), alone[way.precision, way.objective]
+        difference = float(((expected - found) / expected).abs().max())
+        assert difference < limits[way.precision], (way.name, difference)
+        # It is really computed in that precision.
+        exact = alone["no", way.objective]
+        assert way.precision == "no" or float(((exact - found) / exact).abs().max()) > 1e-5, way.name
 
 
 @pytest.mark.parametrize(
