@@ -34,8 +34,7 @@ def chosen_device() -> str | None:
         return "cpu" if is_set("ACCELERATE_USE_CPU") else None
     if name not in DEVICES:
         raise UsageError(f"--device {name} ({DEVICE_VARIABLE}): there are {', '.join(DEVICES)} and auto")
-    there = {"cuda": torch.cuda.is_available, "mps": has_mac_gpu, "cpu": lambda: True}
-    if not there[name]():
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not has_mac_gpu()):
         raise UsageError(
             f"--device {name} ({DEVICE_VARIABLE}): this machine has none that PyTorch {torch.__version__} can use; "
             "leave it out, or choose cpu"

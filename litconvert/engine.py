@@ -1,9 +1,9 @@
-"""The processes of a run: wrapping a module for them, its precision, and checkpoints that any number of them can resume.
+"""The processes of a run: their precision, wrapping a module for them, checkpoints that any number of them can resume.
 
-accelerate launches and forms the group (`launch`). Precision is asked of each engine, not of accelerate, which keeps one
-for as long as Python runs: so any number of runs, in any precision, can follow one another in a notebook. Data
-parallelism is PyTorch's DDP. Sharded states (`accelerate launch --use_fsdp --fsdp_version 2`) are its `fully_shard`,
-called here directly: accelerate ignores FSDP on a CPU, and so the code that runs there is the code that runs on GPUs.
+accelerate launches and forms the group (`launch`). Precision is the engine's own: accelerate keeps one for as long as
+Python runs, and here any number of runs, in any precision, may follow one another. Data parallelism is PyTorch's DDP.
+Sharded states (`accelerate launch --use_fsdp --fsdp_version 2`) are its `fully_shard`, called here directly: accelerate
+ignores FSDP on a CPU, and so the code that runs there is the code that runs on GPUs.
 """
 
 import gc
@@ -58,7 +58,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def sum_in_float32(device: torch.device) -> None:
-    """On CUDA, products of bf16 matrices add up in float32: by default a sum that is split may be rounded on the way."""
+    """On CUDA, have products of bf16 matrices add up in float32: by default parts of a sum may be rounded."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
@@ -112,9 +112,11 @@ class Engine:
     def shard(self, module: nn.Module, parts: Iterator[nn.Module]) -> list[FSDPModule]:
         """Split a module's weights over the processes; each of `parts` is gathered by itself when it is needed.
 
-        Returns the units of which one or more weights are trained. With bf16 autocast they are gathered as bf16, half the bytes: autocast would otherwise keep a bf16 copy of every
+        With bf16 autocast they are gathered as bf16, half the bytes: autocast would otherwise keep a bf16 copy of every
         gathered weight until the forward pass ends. Gradients are still summed in float32. Inputs are left as they are:
         timesteps would lose their digits.
+
+        Returns: the units that hold a weight that is trained.
         """
         mesh = init_device_mesh(self.device.type, (self.processes,))
         policy = MixedPrecisionPolicy()
@@ -142,15 +144,16 @@ class Engine:
         return module
 
     def accumulate(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Around a part of a step: gradients are exchanged in the last one only. The module is what was wrapped last."""
+        """Around a part of a step of what was wrapped last: gradients are exchanged in the last part only."""
         if isinstance(module, FSDPModule):
-            # Trained units alone: without synchronisation torch looks at what a unit gathered, and one of frozen weights
-            # may never be gathered at all.
+            # Trained units alone: without synchronisation torch looks at what a unit gathered, and one of frozen
+            # weights may never be gathered at all.
             for unit in self._trained_units:
                 unit.set_requires_gradient_sync(last, recurse=False)
             return nullcontext()
-        is_parallel = isinstance(module, DistributedDataParallel)
-        return module.no_sync() if is_parallel and not last else nullcontext()
+        if isinstance(module, DistributedDataParallel) and not last:
+            return cast(AbstractContextManager[Any], module.no_sync())
+        return nullcontext()
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes."""

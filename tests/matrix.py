@@ -1,4 +1,4 @@
-"""Every way to train, one run after the other in one launch: `tests/test_processes.py` has two processes call `main`."""
+"""Every way to train, one run after the other in one launch: `test_processes` has two processes call `main`."""
 
 import os
 import sys

@@ -131,7 +131,7 @@ def test_a_device_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.default_device().type == "cpu"
     device.choose_device("auto")
     assert device.default_device().type == "cuda"
-    with pytest.raises(UsageError, match="--device gpu .*there are cuda, mps, cpu and auto"):
+    with pytest.raises(UsageError, match=r"--device gpu .*there are cuda, mps, cpu and auto"):
         device.choose_device("gpu")
     with pytest.raises(UsageError, match=r"--device mps .*this machine has none"):
         device.choose_device("mps")
