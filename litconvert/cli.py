@@ -279,7 +279,15 @@ def latents_synthesize(
     console.be_quiet(quiet or not _is_first())
     with console.progress("draw") as show:
         given = _overrides(sets, num_attention_heads)
-        synthesize(source, out, recipe, given, force=force, on_progress=lambda done, total: show(done, total, ""))
+        synthesize(
+            source,
+            out,
+            recipe,
+            given,
+            force=force,
+            on_progress=lambda done, total: show(done, total, ""),
+            on_note=console.note,
+        )
     if _is_first():
         console.line(str(out))
 
@@ -331,7 +339,17 @@ def latents_encode(
     given += [f"source.vae.path={vae}"] if vae else []
     given += ["data.flip=true"] if flip else []
     with console.progress("encode") as show:
-        encode_images(images, out, recipe, given, source=source, force=force, skip_broken=skip_broken, on_progress=show)
+        encode_images(
+            images,
+            out,
+            recipe,
+            given,
+            source=source,
+            force=force,
+            skip_broken=skip_broken,
+            on_progress=show,
+            on_note=console.note,
+        )
     if remark := classes_remark(read_json(out / RECORD)):
         console.note(f"note: {remark}")
     if _is_first():

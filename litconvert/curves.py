@@ -126,7 +126,7 @@ def _curve(
     panel: Any, steps: NDArray[np.float64], values: NDArray[np.float64], name: str, colour: str, *, bold: bool
 ) -> None:
     """A curve with its last value in the legend; a long one as a running median over its faint values."""
-    there = values > 0  # a log axis shows no other; NaN is none either
+    there = (values > 0) & np.isfinite(values)  # a log axis shows no other
     steps, values = steps[there], values[there]
     if not len(values):
         return

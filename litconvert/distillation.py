@@ -49,6 +49,7 @@ EXECUTION = {
     "keep_checkpoints",
     "sample_every",
     "trackers",
+    "max_skipped_steps",
     "teacher",  # its weights' digest counts, not where they are
 }
 # Of a student's source: where its files are now, and what decodes and encodes beside it.
@@ -335,7 +336,7 @@ def distill(
     if folder is None:
         # Beside the run, not in it: the run's own digest is known only once the data is drawn.
         folder = out.parent / f"{out.name}-latents"
-        synthesize_resolved(resolved, Path(folder), force, on_draw)
+        synthesize_resolved(resolved, Path(folder), force, on_draw, on_note)
     dataset = open_latents(folder)
     check_data(config, dataset, settings)
 
@@ -478,7 +479,7 @@ def fit_and_write(
         on_note("the teacher is split over the processes: it is not drawn, nor is the error by timestep measured")
     shown = None if split else teachers.teacher
     with (
-        held(run.path) if engine.is_main else nullcontext(),
+        held(run.path, on_note) if engine.is_main else nullcontext(),
         Observer(engine, model, shown, data, conditioner, recipe, run, on_note) as observer,
     ):
 
@@ -497,8 +498,9 @@ def fit_and_write(
             fresh=fresh,
             on_step=report,
             on_observe=observer.observe,
+            on_note=on_note if engine.is_main else lambda note: None,
         )
-        if run.latest_checkpoint() is None:
+        if engine.from_main(engine.is_main and run.latest_checkpoint() is None):
             observer.before()
         state = trainer.fit()
         observer.after(trainer.total_steps, state)

@@ -63,6 +63,7 @@ def encode_images(
     force: bool = False,
     skip_broken: bool = False,
     on_progress: Callable[[int, int, str], None] = lambda done, total, remark: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Path:
     """Make a data set of images. Every launched process must call it; each encodes its share.
 
@@ -76,13 +77,14 @@ def encode_images(
             replaced by another of the same size is not noticed, and needs this too.
         skip_broken: leave out images that cannot be read, and count them in the record; otherwise they are refused.
         on_progress: called in the first process, with the parts it has done, those it will have, and a remark.
+        on_note: told in the first process what to know.
 
     Returns: the dataset folder.
 
     Raises UsageError for images and a model that do not fit, LitconvertError for a broken image.
     """
     resolved = resolve_for(recipe, overrides, source)
-    return encode_resolved(str(images), Path(out), resolved, force, skip_broken, on_progress)
+    return encode_resolved(str(images), Path(out), resolved, force, skip_broken, on_progress, on_note)
 
 
 def encode_resolved(
@@ -92,6 +94,7 @@ def encode_resolved(
     force: bool = False,
     skip_broken: bool = False,
     on_progress: Callable[[int, int, str], None] = lambda done, total, remark: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Path:
     """`encode_images` for a recipe that is resolved already."""
     recipe = resolved.recipe
@@ -115,7 +118,7 @@ def encode_resolved(
     digest = encoding_digest(recipe, target, found, condition, skip_broken)
     if is_finished(out, digest, force=force, remake=force):
         return out
-    assembly = Assembly(out, digest, found.parts, launched_group())
+    assembly = Assembly(out, digest, found.parts, launched_group(), on_note)
     with written(out):
         networks = Networks(recipe, target, condition, assembly.group.device)
     with written(out), assembly.begun():

@@ -1,11 +1,12 @@
 """Files that appear whole or not at all, and the digests that say what they were made from."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,16 @@ def _sync(folder: Path, *, recurse: bool = True) -> None:
             os.close(descriptor)
 
 
+# What a file system that has no locks answers: not there, no locks left or reachable (NFS without its daemon), or not
+# possible for this kind of file.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+
+
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, on_note: Callable[[str], None] = lambda note: None) -> Iterator[None]:
     """Keep a folder to this process while the block runs; the system lets go of it however the process ends.
 
-    A predecessor that is ending has a few seconds. A file system without locks lets everyone in.
+    A predecessor that is ending has a few seconds. A file system without locks lets everyone in, and `on_note` is told.
 
     Raises LitconvertError when another process keeps it.
     """
@@ -158,8 +164,13 @@ def held(folder: Path) -> Iterator[None]:
         raise LitconvertError(
             f"another process is at work in {folder}; wait for it or end it, then run the same command again"
         ) from error
-    except (NotImplementedError, OSError):
-        pass  # no locks here, or no place for one: whoever writes next says what is wrong with it
+    except (NotImplementedError, OSError) as error:
+        # Where there is no place for a lock, whoever writes next says what is wrong with it.
+        if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
+            on_note(
+                f"{folder} is on a file system without locks: nothing keeps a second command from working in it at the "
+                "same time, so start only one"
+            )
     try:
         yield
     finally:

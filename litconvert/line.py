@@ -57,7 +57,11 @@ def run_line(
     data = settings.data.path
     if data is None:
         with console.progress("teacher draws the training set") as show:
-            data = str(synthesize_resolved(resolved, out / "latents", force, lambda done, all_: show(done, all_, "")))
+            data = str(
+                synthesize_resolved(
+                    resolved, out / "latents", force, lambda done, all_: show(done, all_, ""), console.note
+                )
+            )
     run = distill_with_progress(student, out / "distilled", recipe, None, data, overrides, force)
     scores = None
     if settings.evaluate.features is not None:

@@ -305,6 +305,8 @@ class Distill(Section):
     noise_set: Positive | None = None
     """Each sample meets so many noises and timesteps in turn, so that the teacher's outputs are kept on disk and
     computed once; None: noise is always new and the teacher always computes."""
+    max_skipped_steps: NonNegative = 0
+    """Steps of the run that may be left out because a loss or gradient is NaN or infinite; one more, and it stops."""
     checkpoint_every: Positive = 1000
     keep_checkpoints: Positive = 2
     sample_every: Positive | None = None

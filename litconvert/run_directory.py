@@ -31,6 +31,7 @@ COLUMNS = (
     "gradient_norm",
     "learning_rate",
     "ema_decay",
+    "skipped_steps",
     "seconds",
     "images_per_second",
     "memory_bytes",
@@ -44,11 +45,12 @@ RECORD = "run.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: the stage, the steps done in it, and the steps done in all."""
+    """Where a run is: the stage, the steps done in it, the steps done in all, and those of them that were skipped."""
 
     stage: int = 0
     step: int = 0
     global_step: int = 0
+    skipped_steps: int = 0
 
 
 def _remove(run: Path) -> None:

@@ -113,12 +113,14 @@ class Assembly:
         digest: of what determines it.
         shards: how many; shard i is that of process i modulo their number.
         group: the processes.
+        on_note: told where the file system has no locks.
     """
 
     out: Path
     digest: str
     shards: int
     group: Group
+    on_note: Callable[[str], None] = lambda note: None
 
     @property
     def folder(self) -> Path:
@@ -147,7 +149,7 @@ class Assembly:
                 f"process {self.group.process} does not see {self.folder}, which process 0 made; write to a file "
                 "system that all nodes share"
             )
-        with held(self.folder) if self.group.process == 0 else nullcontext():
+        with held(self.folder, self.on_note) if self.group.process == 0 else nullcontext():
             yield
 
     def once(self, path: Path, make: Callable[[], None]) -> None:

@@ -48,6 +48,7 @@ def synthesize(
     *,
     force: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Path:
     """Let the teacher draw the training set. Every launched process must call it; each draws its share.
 
@@ -58,10 +59,11 @@ def synthesize(
             what the source is, or else the defaults.
         force: replace an `out` that was made from other inputs.
         on_progress: called in the first process, with the samples it has drawn and those it will have.
+        on_note: told in the first process what to know.
 
     Returns: the dataset folder.
     """
-    return synthesize_resolved(resolve_for(recipe, overrides, source), Path(out), force, on_progress)
+    return synthesize_resolved(resolve_for(recipe, overrides, source), Path(out), force, on_progress, on_note)
 
 
 def synthesize_resolved(
@@ -69,6 +71,7 @@ def synthesize_resolved(
     out: Path,
     force: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Path:
     """`synthesize` for a recipe that is resolved already."""
     recipe = resolved.recipe
@@ -91,7 +94,7 @@ def synthesize_resolved(
         return out
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
     require_space(out.parent, 2 * 4 * settings.num_samples * int(torch.Size(shape).numel()))
-    assembly = Assembly(out, digest, -(-settings.num_samples // settings.shard_size), launched_group())
+    assembly = Assembly(out, digest, -(-settings.num_samples // settings.shard_size), launched_group(), on_note)
     with written(out), assembly.begun():
         stored = None
         if prompts:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from litconvert.conditions import Conditioner
 from litconvert.draws import Batch, Draws
@@ -68,6 +69,12 @@ class _Stage:
     average: MovingAverage
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether this process's part of a tensor holds neither NaN nor infinity."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(torch.isfinite(local).all())
+
+
 class Trainer:
     """One run: the models, the data, and where it stands.
 
@@ -82,6 +89,7 @@ class Trainer:
         fresh: names of the student's tensors that were not inherited.
         on_step: called on the main process after each step.
         on_observe: called on every process when samples are due, with the step and the EMA's whole state.
+        on_note: told on the main process of steps that are skipped.
     """
 
     def __init__(
@@ -97,6 +105,7 @@ class Trainer:
         fresh: frozenset[str] = frozenset(),
         on_step: Callable[[StepReport], None] = lambda report: None,
         on_observe: Callable[[int, Mapping[str, Tensor]], None] = lambda step, state: None,
+        on_note: Callable[[str], None] = lambda note: None,
     ) -> None:
         self.engine = engine
         self.student = student.to(engine.device).train()
@@ -108,6 +117,8 @@ class Trainer:
         self.fresh = fresh
         self.on_step = on_step
         self.on_observe = on_observe
+        self.on_note = on_note
+        self.skipped_steps = 0
         self.diffusion = make_diffusion(student.config, recipe.diffusion.num_timesteps)
         self.stop_signal: int | None = None
         self.stopped_at = 0.0
@@ -123,8 +134,10 @@ class Trainer:
 
         Raises Interrupted after a signal, and LitconvertError when it cannot go on.
         """
-        resumed = self.run.latest_checkpoint()
+        # One process decides: on a shared file system the others may see an older state of the folder.
+        resumed = self.engine.from_main(self.run.latest_checkpoint() if self.engine.is_main else None)
         progress = resumed[1] if resumed else Progress()
+        self.skipped_steps = progress.skipped_steps
         if self.engine.is_main:
             self.run.truncate_metrics(progress.global_step)
         result: dict[str, Tensor] = {}
@@ -167,12 +180,12 @@ class Trainer:
         for step in range(first, settings.steps):
             began = time.perf_counter()
             rate = stage.rate.set(step)
-            metrics = self._step(stage, batches, done + step)
+            metrics = self._step(stage, batches)
             stop = metrics.pop("stop") > 0
             metrics["learning_rate"] = rate
-            metrics["ema_decay"] = stage.average.update(step)
+            metrics |= self._update(stage, step, done + step + 1, metrics)
             metrics["seconds"] = time.perf_counter() - began
-            progress = Progress(index, step + 1, done + step + 1)
+            progress = Progress(index, step + 1, done + step + 1, self.skipped_steps)
             metrics |= throughput.update(metrics["seconds"], self.total_steps - progress.global_step)
             self._report(settings, progress, metrics)
             self._checkpoint(stage, progress, stop=stop)
@@ -223,8 +236,9 @@ class Trainer:
             MovingAverage(parameters, settings.ema_decay),
         )
 
-    def _step(self, stage: _Stage, batches: Iterator[Batch], global_step: int) -> dict[str, float]:
-        """One optimiser step: its loss terms, their sum and the gradient norm, averaged over processes."""
+    def _step(self, stage: _Stage, batches: Iterator[Batch]) -> dict[str, float]:
+        """The gradients of one step: its loss terms, their sum and the gradient norm, averaged over processes, and
+        whether all of that is `finite`, which is decided on the device and the same on all processes."""
         parts = self.recipe.distill.gradient_accumulation_steps
         stage.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
@@ -240,13 +254,21 @@ class Trainer:
                 sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / parts
         norm = self._clip(stage)
         stop = torch.tensor(float(self.stop_signal is not None), device=self.engine.device)
-        names = [*sums, "gradient_norm", "stop"]
-        values = self.engine.mean(torch.stack([*sums.values(), norm, stop]).float()).tolist()
-        metrics = dict(zip(names, values, strict=True))
-        if not all(value == value and abs(value) != float("inf") for value in metrics.values()):
-            self._refuse_nan(global_step + 1, metrics)
+        # The norm is NaN or infinite where any gradient is, and the means where those of any process are.
+        means = self.engine.mean(torch.stack([*sums.values(), norm, stop]).float())
+        values = torch.cat([means, means.isfinite().all().float().view(1)]).tolist()
+        return dict(zip([*sums, "gradient_norm", "stop", "finite"], values, strict=True))
+
+    def _update(self, stage: _Stage, step: int, global_step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Move the weights and their average by the gradients, or leave the step out where these are not finite.
+
+        Raises LitconvertError when more steps would be left out than the recipe allows.
+        """
+        if not metrics.pop("finite"):
+            self._skip(global_step, metrics)
+            return {"skipped_steps": self.skipped_steps}
         stage.optimizer.step()
-        return metrics
+        return {"ema_decay": stage.average.update(step), "skipped_steps": self.skipped_steps}
 
     def _clip(self, stage: _Stage) -> Tensor:
         """The norm of all gradients, which are scaled down to the stage's limit where it has one."""
@@ -285,31 +307,52 @@ class Trainer:
             for layer, output in zip(self.teachers.layers, outputs, strict=True):
                 self.watched[f"the {who}'s attention output of layer {layer}"] = output
 
-    def _refuse_nan(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Stop before the optimiser spreads a NaN, naming the step and the first tensor that holds one."""
+    def _skip(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Leave a step out, whose gradients an optimiser would spread; every process is here.
+
+        Raises LitconvertError, which names the step and the first tensor with a NaN, when no more may be left out.
+        """
+        name = self._first_bad(metrics)
+        bound = self.recipe.distill.max_skipped_steps
+        if self.skipped_steps < bound:
+            self.skipped_steps += 1
+            self.on_note(
+                f"step {step}: {name} holds NaN or infinite values; nothing was updated, and the run goes on (skipped "
+                f"{self.skipped_steps} of at most {bound} steps)"
+            )
+            return
+        latest = self.run.latest_checkpoint()
+        kept = f"The checkpoint of step {latest[1].global_step} is kept" if latest else "No checkpoint was due yet"
+        advice = (
+            f"Leave such steps out (--set distill.max_skipped_steps={max(10, 2 * bound)}, and the same command again), "
+            "or set another learning_rate, max_grad_norm or distill.mixed_precision=no: since these are part of a run, "
+            "give it another directory"
+        )
+        if name.startswith("the data"):
+            advice = "Draw the data again, or look at where it comes from"
+        skipped = (
+            f" {bound} steps were skipped before it, as many as distill.max_skipped_steps allows." if bound else ""
+        )
+        raise LitconvertError(
+            f"step {step}: {name} holds NaN or infinite values; nothing was updated.{skipped} {kept}. {advice}"
+        )
+
+    def _first_bad(self, metrics: Mapping[str, float]) -> str:
+        """The first tensor of the step that is not finite: an output on any process, or else a gradient."""
+        terms = {f"the loss term {name}": torch.tensor(value) for name, value in metrics.items()}
         gradients = {
             f"the gradient of {name}": parameter.grad
             for name, parameter in self.student.named_parameters()
             if parameter.grad is not None
         }
-        terms = {f"the loss term {name}": torch.tensor(value) for name, value in metrics.items()}
-        for name, tensor in {**self.watched, **gradients, **terms}.items():
-            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            if not torch.isfinite(local).all():
-                latest = self.run.latest_checkpoint()
-                kept = (
-                    f"The checkpoint of step {latest[1].global_step} is kept" if latest else "No checkpoint was due yet"
-                )
-                advice = (
-                    "Lower learning_rate, set max_grad_norm, or run with distill.mixed_precision=no; since these are "
-                    "part of a run, give it another directory"
-                )
-                if name == "the data":
-                    advice = "Draw the data again, or look at where it comes from"
-                raise LitconvertError(
-                    f"step {step}: {name} holds NaN or infinite values; nothing was updated. {kept}. {advice}"
-                )
-        raise LitconvertError(f"step {step}: another process met NaN or infinite values; its message names the tensor")
+        # Gradients are exchanged already: where they are NaN on one process, they are on all.
+        groups = (self.watched, gradients, terms)
+        found = [next((name for name, tensor in group.items() if not _is_finite(tensor)), None) for group in groups]
+        for names in zip(*self.engine.from_all(found), strict=True):
+            for process, name in enumerate(names):
+                if name is not None:
+                    return name if self.engine.processes == 1 else f"{name} (on process {process})"
+        return "a gradient of an earlier part of the step"
 
     def _report(self, settings: AnyStage, progress: Progress, metrics: dict[str, float]) -> None:
         if not self.engine.is_main:

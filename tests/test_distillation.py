@@ -1,12 +1,14 @@
 """Distillation: what the two networks see, what a run leaves behind, and that it resumes exactly."""
 
+import errno
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import litconvert
+from litconvert.draws import Batch, Draws
+from litconvert.engine import Engine
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.latents import LatentDataset, Samples, open_latents, write_latents
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.run_directory import RunDirectory
+from litconvert.synthesis import synthesize
 from litconvert.trainer import Interrupted, StepReport
 from tests.conftest import dit_state
 from tests.processes import kept_by_another_process
@@ -310,7 +315,7 @@ def test_nan_stops_the_run_with_the_step_and_the_tensor_named(
 
 def test_an_exploding_gradient_is_named(tmp_path: Path, pico_student: Path, data: Path) -> None:
     stages = "distill.stages=[{objective: hybrid, steps: 9, batch_size: 4, learning_rate: 1.0e+30}]"
-    with pytest.raises(LitconvertError, match=r"step \d: .* holds NaN or infinite values.*Lower learning_rate"):
+    with pytest.raises(LitconvertError, match=r"step \d: .* holds NaN or infinite values.*another learning_rate"):
         litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[stages])
 
 
@@ -396,3 +401,104 @@ def test_a_hand_made_data_set_of_the_right_columns_is_read(tmp_path: Path) -> No
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match="not a complete data set"):
         open_latents(tmp_path)
+
+
+# Steps that are left out.
+
+LONG = "distill.stages=[{objective: hybrid, steps: 9, batch_size: 4, learning_rate: 1.0e-3}]"
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Data that is NaN at these steps, counted from 1, whichever process or run reads it."""
+    batch = Draws.batch
+
+    def poisoned(self: Draws, step: int, positions: Sequence[int]) -> Batch:
+        drawn = batch(self, step, positions)
+        if self.stage < 0 or step + 1 not in steps:
+            return drawn
+        clean = drawn.samples.clean.clone()
+        clean[0, 0, 0, 0] = float("nan")
+        return replace(drawn, samples=drawn.samples._replace(clean=clean))
+
+    monkeypatch.setattr(Draws, "batch", poisoned)
+
+
+def test_a_step_that_is_nan_can_be_skipped(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 1, 4)
+    notes: list[str] = []
+    run = litconvert.distill(
+        pico_student,
+        tmp_path / "run",
+        data=data,
+        overrides=[LONG, "distill.max_skipped_steps=2"],
+        on_note=notes.append,
+    )
+    rows = RunDirectory(run).read_metrics()
+    assert [row["skipped_steps"] for row in rows] == ["1", "1", "1", "2", "2", "2", "2", "2", "2"]
+    assert [row["loss"] == "nan" for row in rows] == [index in (0, 3) for index in range(9)]
+    assert [row["ema_decay"] == "" for row in rows] == [index in (0, 3) for index in range(9)]
+    skipped = [note for note in notes if "nothing was updated" in note]
+    assert skipped[0].startswith("step 1: the data holds NaN")
+    assert "(skipped 2 of at most 2 steps)" in skipped[1]
+
+
+def test_a_skipped_step_updates_nothing(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optimiser, weights and average are after step 4 what they were after step 3."""
+    poison(monkeypatch, 4)
+    sets = [LONG, "distill.max_skipped_steps=1", "distill.checkpoint_every=1", "distill.keep_checkpoints=9"]
+    run = litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets)
+    before, after, next_one = (_state(run, step) for step in (3, 4, 5))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not all(torch.equal(value, next_one[name]) for name, value in before.items())
+
+
+def _state(run: Path, step: int) -> dict[str, Tensor]:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    engine = Engine("no")
+    stored, _ = engine.stored(folder)
+    state = {name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in stored.items()}
+    engine.load(folder, state)
+    return state
+
+
+def test_one_more_than_the_bound_stops_the_run_and_names_the_tensor(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 2, 4, 7)
+    sets = [LONG, "distill.max_skipped_steps=2", "distill.checkpoint_every=3"]
+    refusal = r"step 7: the data holds NaN.*2 steps were skipped before it.*checkpoint of step 6 is kept"
+    with pytest.raises(LitconvertError, match=refusal):
+        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets)
+    # The count is the run's, not the process's; and the bound may be raised for the same run.
+    with pytest.raises(LitconvertError, match=refusal):
+        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets)
+    litconvert.distill(
+        pico_student, tmp_path / "run", data=data, overrides=[LONG, "distill.max_skipped_steps=3", sets[2]]
+    )
+    rows = RunDirectory(tmp_path / "run").read_metrics()
+    assert [int(row["step"]) for row in rows] == list(range(1, 10))
+    assert [row["skipped_steps"] for row in rows] == ["0", "1", "1", "2", "2", "2", "3", "3", "3"]
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    litconvert.distill(pico_student, tmp_path / "run", data=data, on_note=notes.append)
+    assert not any("without locks" in note for note in notes)
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    litconvert.distill(pico_student, tmp_path / "other", data=data, on_note=notes.append)
+    assert any(f"{tmp_path / 'other'} is on a file system without locks" in note for note in notes)
+    assert (tmp_path / "other" / "model").is_dir()
+    pairs = [tmp_path / "drawn", tmp_path / "pico.pt", tmp_path / "pico.yaml"]
+    notes.clear()
+    synthesize(pairs[1], pairs[0], str(pairs[2]), on_note=notes.append)
+    assert any("without locks" in note for note in notes)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import litconvert
+from litconvert.latents import write_latents
 from litconvert.run_directory import RunDirectory
 from litconvert.synthesis import synthesize
 from tests.matrix import OBJECTIVES, WAYS, Way
@@ -129,6 +130,28 @@ def test_every_way_to_train_has_the_losses_of_one_process(
         # It is really computed in that precision.
         exact = alone["no", way.objective]
         assert way.precision == "no" or float(((exact - found) / exact).abs().max()) > 1e-5, way.name
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["data-parallel", "sharded"])
+def test_processes_skip_the_same_steps(tmp_path: Path, forker: Forker, pico_student: Path, sharded: bool) -> None:
+    """One sample of sixteen is NaN: one process of two sees it, in one step of every two."""
+    latents = torch.rand((16, 1, 8, 8), generator=torch.Generator().manual_seed(7)) * 2 - 1
+    latents[3] = float("nan")
+    bad = write_latents(latents, torch.arange(16) % 4, tmp_path / "bad", "random")
+    stages = "distill.stages=[{objective: hybrid, steps: 6, batch_size: 8, learning_rate: 1.0e-3, max_grad_norm: 1.0}]"
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run, processes in zip(runs, (1, 2), strict=True):
+        arguments = [
+            one for one in distill(pico_student, run, bad, stages, "distill.max_skipped_steps=3") if one != "-q"
+        ]
+        run_to_end(forker, arguments, tmp_path / f"{run.name}.log", processes=processes, sharded=sharded and processes == 2)
+    log = (tmp_path / "two.log").read_text()
+    assert log.count("the data (on process ") == 3, log
+    one, two = (RunDirectory(run).read_metrics() for run in runs)
+    assert [row["skipped_steps"] for row in one] == [row["skipped_steps"] for row in two]
+    assert one[-1]["skipped_steps"] == "3"
+    for mine, theirs in zip(one, two, strict=True):
+        assert float(mine["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize(
