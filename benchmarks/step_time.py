@@ -177,7 +177,7 @@ def run_litconvert(size: Size, folder: Path, on_step: Callable[[StepReport], Non
     student = random_weights(LiTTransformer2DModel(**model_config(size, "linear")))
     teacher = random_weights(LiTTransformer2DModel(**model_config(size, "softmax")))
     run = RunDirectory(folder / "run")
-    run.start("random", recipe.to_yaml(), force=False)
+    run.start({"digest": "random"}, recipe.to_yaml())
     trainer = Trainer(
         engine,
         student,

@@ -163,6 +163,27 @@ def _samples_section(pictures: Sequence[str]) -> str:
     return "\n\n".join(["## Pictures", *shown]) if shown else ""
 
 
+def _steps(distillation: Mapping[str, Any], weights: str | None) -> str | None:
+    """`8 steps`; of a checkpoint in the middle of a run what it is, too."""
+    steps, planned = distillation.get("steps"), distillation.get("planned_steps")
+    if not steps:
+        return None
+    if planned is None:
+        return f"{steps:,} steps"
+    kind = "raw weights" if weights == "model" else "moving average"
+    return f"{steps:,} of {planned:,} steps: a checkpoint in the middle of a run, its {kind}"
+
+
+def _start(start: Mapping[str, Any] | None) -> str | None:
+    """The run whose weights this one started from, and those before it."""
+    if not start:
+        return None
+    name = f"`{str(start['path']).rpartition('@')[0] or start['path']}`"
+    text = f"run {name} at step {start['step']:,} (SHA-256 {start['sha256'][:12]})"
+    before = _start(start.get("lineage", {}).get("start"))
+    return f"{text}, which started from {before}" if before else text
+
+
 def _lineage(provenance: Mapping[str, Any]) -> str:
     source, distillation = provenance["source"], provenance.get("distillation") or {}
     teacher = distillation.get("teacher") or {}
@@ -177,7 +198,8 @@ def _lineage(provenance: Mapping[str, Any]) -> str:
         "Teacher": _source_name(teacher.get("path") or source.get("path")) if distillation else None,
         "SHA-256 of the teacher": teacher.get("sha256"),
         "Licence of the teacher": teacher_terms.get("name") or teacher_terms.get("id"),
-        "Distilled for": f"{distillation['steps']:,} steps" if distillation.get("steps") else None,
+        "Distilled for": _steps(distillation, provenance.get("set")),
+        "Started from": _start(distillation.get("start")),
         "Seed": provenance.get("seed"),
         "Made with": ", ".join(f"{package} {number}" for package, number in provenance.get("versions", {}).items()),
     }

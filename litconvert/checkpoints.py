@@ -31,6 +31,8 @@ from litconvert.pickles import (
     refuse_choice,
 )
 
+# What torch's distributed checkpoints have, those of runs among them.
+RUN_INDEX = ".metadata"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
@@ -195,6 +197,8 @@ def open_checkpoint(
 
         return open_hub_checkpoint(source, name, revision or at or None, file, weights)
     config = None
+    if path.is_dir() and (path / RUN_INDEX).is_file():
+        return _open_run_checkpoint(source, path, weights)
     if path.is_dir():
         files, config = _files_of_folder(path, file)
     else:
@@ -230,6 +234,22 @@ def open_files(
     if not stored.tensors:
         raise LitconvertError(f"{source}: holds no tensors")
     return Checkpoint(source, config, stored.tensors, chosen, sets, revision, 0, lambda: stored)
+
+
+def _open_run_checkpoint(source: str, folder: Path, weights: str) -> Checkpoint:
+    """A checkpoint that a run of `distill` or `train` wrote."""
+    from litconvert.run_checkpoints import SETS, open_run_checkpoint, weight_files  # most of a second
+
+    if not (folder / "config.json").is_file():
+        raise LitconvertError(
+            f"{source}: a checkpoint of litconvert 0.1's first runs, which do not say what model they hold; run the "
+            "same `litconvert distill` again: it goes on, and its next checkpoint is one that can be used"
+        )
+    found, read, chosen = open_run_checkpoint(folder, weights)
+    tensors = {name: TensorInfo(shape, dtype) for name, (shape, dtype) in found.items()}
+    stored = Stored(weight_files(folder), tensors, read, lambda name: None)
+    config = read_json(folder / "config.json")
+    return Checkpoint(source, config, tensors, chosen, SETS, None, 0, lambda: stored)
 
 
 def _files_of_folder(folder: Path, file: str | None) -> tuple[list[Path], dict[str, Any] | None]:

@@ -49,6 +49,9 @@ SizeOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cuda, mps (a Mac's GPU), cpu or auto (LITCONVERT_DEVICE).")
 ]
+RawOption = Annotated[
+    bool, typer.Option("--raw", help="Of a checkpoint of a run: its raw weights, not their moving average.")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Of fresh weights and of every draw (seed).")]
 
 
@@ -397,18 +400,27 @@ def distill(
     data: Annotated[
         Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's, or else the teacher draws it.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="RUN[@STEP]", help="Start from another run's weights (distill.start.path)."),
+    ] = None,
     seed: SeedOption = None,
+    device: DeviceOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Teach a student with its softmax teacher. Rerun to resume.
+    """Teach a student with its softmax teacher. Rerun to resume; with more steps (--set) to go on after the end.
 
     Example: litconvert distill lit-xl runs/lit-xl --recipe dit-xl-2-256 --data latents/
+
+    Example: litconvert distill lit-xl runs/second --from runs/lit-xl@20000 --set distill.stages.0.learning_rate=5e-5
     """
+    from litconvert.device import choose_device
     from litconvert.line import compare, distill_with_progress
 
     console.be_quiet(quiet or not _is_first())
-    run = distill_with_progress(student, out, recipe, teacher, data, _overrides(sets, seed=seed), force)
+    choose_device(device)
+    run = distill_with_progress(student, out, recipe, teacher, data, _overrides(sets, seed=seed), force, start)
     if _is_first():
         compare(run)
         console.line(str(run / "model"))
@@ -532,7 +544,9 @@ def train(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="Model or run directory, or any checkpoint litconvert reads.")],
+    model: Annotated[
+        str, typer.Argument(help="Run (RUN, RUN@STEP) or model directory, or any checkpoint litconvert reads.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG grid to write.")] = Path("samples.png"),
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="Draw this one too, on the same noise, above.")
@@ -570,11 +584,14 @@ def sample(
         Path | None, typer.Option("--latents", help="Write undecoded latents (safetensors) instead of a picture.")
     ] = None,
     num_attention_heads: HeadsOption = None,
+    raw: RawOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw samples.
+    """Draw samples. Of a run that is not finished, its latest checkpoint draws, or that of RUN@STEP.
 
     Example: litconvert sample runs/digits/distilled --teacher asset:dit-digits -o side-by-side.png
+
+    Example: litconvert sample runs/lit-xl@20000
     """
     from litconvert.sampling import sample_to_files
 
@@ -603,7 +620,9 @@ def sample(
             npz=npz,
             latents=latents,
             num_attention_heads=num_attention_heads,
+            weights="model" if raw else "auto",
             on_progress=lambda done, total: show(done, total, ""),
+            on_note=console.note,
         )
     for path in written:
         console.line(str(path))
@@ -611,8 +630,9 @@ def sample(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run directory of `distill`.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or RUN@STEP for a checkpoint of it.")],
     sets: SetOption = None,
+    raw: RawOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -623,11 +643,14 @@ def evaluate(
     """
     from litconvert.line import score_run
     from litconvert.recipe_files import resolve
+    from litconvert.run_directory import model_of
 
     console.be_quiet(quiet)
-    if not (run / "model").is_dir():
-        raise UsageError(f"{run}: not a finished run of `litconvert distill` (no model/ in it)")
-    scores = score_run(run, resolve(str(run), sets or []).recipe, force=force)
+    model = model_of(str(run))
+    if not (Path(model) / "litconvert.json").is_file():
+        raise UsageError(f"{run}: not a run of `litconvert distill`, nor a model that one wrote (no litconvert.json)")
+    weights = "model" if raw else "auto"
+    scores = score_run(model, resolve(model, sets or []).recipe, weights=weights, force=force)
     if as_json:
         console.data(scores)
     else:
@@ -636,13 +659,14 @@ def evaluate(
 
 @app.command()
 def push(
-    directory: Annotated[Path, typer.Argument(help="Model or run directory.")],
+    directory: Annotated[Path, typer.Argument(help="Model or run directory, or RUN@STEP for a checkpoint of it.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, owner/name.")],
     pipeline: Annotated[bool, typer.Option("--pipeline", help="Lay out a full diffusers pipeline.")] = False,
     text_encoder: Annotated[
         bool, typer.Option("--text-encoder", help="Put the recipe's T5 into the pipeline (19 GB for PixArt's).")
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    raw: RawOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up; no network.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -654,14 +678,19 @@ def push(
     from litconvert import publishing
 
     console.be_quiet(quiet)
+    weights = "model" if raw else "auto"
     if dry_run:
-        files = publishing.planned_files(directory, repo_id, pipeline=pipeline, text_encoder=text_encoder)
+        files = publishing.planned_files(
+            directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, weights=weights
+        )
         if as_json:
             console.data([{"path": path, "bytes": nbytes} for path, nbytes in files])
         else:
             console.table(("file", "bytes"), [(path, console.count(nbytes)) for path, nbytes in files], numbers=(1,))
         return
-    url = publishing.push(directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, private=private)
+    url = publishing.push(
+        directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, private=private, weights=weights
+    )
     console.data({"url": url}) if as_json else console.line(url)
 
 

@@ -17,11 +17,13 @@ from litconvert.checkpoints import Extent, TensorInfo
 from litconvert.errors import UsageError
 from litconvert.families.key_table import Origin
 from litconvert.files import digest_of, refuse_source, require_space, whole_directory, write_whole
+from litconvert.inputs import Inputs, given
 from litconvert.model_directory import FORMAT_VERSION, already_done, versions, write_model_directory
 from litconvert.packaged import recipe_of
 from litconvert.recipe import Recipe, Source
 from litconvert.recipe_files import ResolvedRecipe, read_recorded, resolve, resolve_data
-from litconvert.shapes import count_macs, count_parameters, is_pixel_space, model_tensors
+from litconvert.run_directory import model_of
+from litconvert.shapes import count_macs, count_parameters, given_config, is_pixel_space, model_tensors
 from litconvert.sources import OpenSource, describe, open_source
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -241,6 +243,8 @@ def plan(source: str | Path | None, recipe: str | None = None, overrides: Sequen
     if recipe is None:
         bare = with_source(resolve_data({}, overrides, "command line"), source)
         opened = open_source(bare.recipe.source, bare.recipe.inherit.weights)
+        if (own := _own_recipe(opened)) is not None:
+            return plan_conversion(opened, _going_on(own, bare.recipe, overrides), str(own))
         recipe = recipe_of(opened.reading.family, opened.reading.config)
         if recipe is None:
             return plan_conversion(opened, bare.recipe)
@@ -252,6 +256,30 @@ def plan(source: str | Path | None, recipe: str | None = None, overrides: Sequen
     resolved = with_source(resolve(recipe, overrides), source)
     opened = open_source(resolved.recipe.source, resolved.recipe.inherit.weights)
     return plan_conversion(opened, resolved.recipe, recipe)
+
+
+def _own_recipe(source: OpenSource) -> Path | None:
+    """The recipe recorded with one of our own linear models, None where there is none."""
+    if source.reading.family != "litconvert" or "linear" not in source.reading.config["attention"]:
+        return None
+    if source.checkpoint.download_bytes:  # of the Hub, not downloaded
+        return None
+    path = source.checkpoint.files[0].parent / "recipe.yaml"
+    return path if path.is_file() else None
+
+
+def _going_on(own: Path, bare: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe to go on with from a student of ours: its own, taught by who taught it."""
+    recorded = resolve(str(own), overrides).recipe
+    about = {name: getattr(recorded.source, name) for name in ("license", "vae", "text_encoder")}
+    teacher = recorded.distill.teacher or recorded.source
+    return recorded.model_copy(
+        update={
+            "source": bare.source.model_copy(update=about),
+            "inherit": bare.inherit,
+            "distill": recorded.distill.model_copy(update={"teacher": teacher, "start": None}),
+        }
+    )
 
 
 def with_source(resolved: ResolvedRecipe, source: str | Path | None) -> ResolvedRecipe:
@@ -292,22 +320,34 @@ def fresh_tensor(name: str, info: TensorInfo, seed: int, conv_size: int) -> Tens
     return nn.init.xavier_uniform_(tensor, generator=generator)
 
 
-def conversion_digest(plan: ConversionPlan, sha256: str) -> str:
-    """Digest of what determines the result."""
+def conversion_inputs(plan: ConversionPlan, sha256: str) -> Inputs:
+    """What determines the result."""
     recipe = plan.recipe
-    inputs = {
+    # The source section is recorded with the result, and read again by distill and push: the licence, the decoder, the
+    # hints. Its path is not: a source may be moved.
+    values = {
+        "file": {
+            "sha256": sha256,
+            "weights": plan.source.checkpoint.weights,
+            "config": given_config(plan.source.reading.config),
+        },
+        "source": given(recipe.source, exclude={"path"}),
+        "student": given(recipe.student),
+        "inherit": {"attention": list(recipe.inherit.attention)},
+        "seed": recipe.seed,
+    }
+    first = {
         "format": FORMAT_VERSION,
         "source": sha256,
         "weights": plan.source.checkpoint.weights,
         "source_config": plan.source.reading.config,
-        # Recorded with the result, and read again by distill and push: the licence, the decoder, the hints.
         "recorded": recipe.source.model_dump(mode="json", exclude={"path"}),
         "student": recipe.student.model_dump(mode="json"),
         "inherit": recipe.inherit.attention,
         "license": recipe.source.license.model_dump(mode="json"),
         "seed": recipe.seed,
     }
-    return digest_of(inputs)
+    return Inputs(values, digest_of(first))
 
 
 def convert(
@@ -343,10 +383,10 @@ def carry_out(
     with ThreadPoolExecutor(max_workers=1) as pool, _one_thread():
         hashing = pool.submit(checkpoint.sha256)
 
-        def digest() -> str:
-            return conversion_digest(plan, hashing.result())
+        def inputs() -> Inputs:
+            return conversion_inputs(plan, hashing.result())
 
-        if out.exists() and already_done(out, digest(), force=force):
+        if out.exists() and already_done(out, inputs(), force=force):
             # The weights are those of these inputs; what comes after them in the recipe may have changed.
             recorded = read_recorded(out / "recipe.yaml").model_copy(update={"source": recipe.source})
             if recorded != recipe:
@@ -373,7 +413,7 @@ def carry_out(
                 tensors=tensors,
                 produce=produce,
                 recipe=recipe,
-                provenance=lambda: _provenance(plan, recipe, digest(), hashing.result()),
+                provenance=lambda: _provenance(plan, recipe, inputs()),
                 on_tensor=on_tensor,
             )
     return out
@@ -397,15 +437,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _provenance(plan: ConversionPlan, recipe: Recipe, digest: str, sha256: str) -> dict[str, Any]:
+def _provenance(plan: ConversionPlan, recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     """litconvert.json of a converted student."""
     return {
         "format": FORMAT_VERSION,
-        "digest": digest,
+        **inputs.record,
         "source": {
             "path": recipe.source.path,
             "revision": plan.source.checkpoint.revision,
-            "sha256": sha256,
+            "sha256": inputs.values["file"]["sha256"],
             "family": plan.source.reading.family,
             "layout": plan.source.reading.layout,
             "weights": plan.source.checkpoint.weights,
@@ -425,9 +465,13 @@ def _unread(plan: ConversionPlan) -> Iterator[str]:
 
 
 def _with_absolute_sources(recipe: Recipe) -> Recipe:
-    """Local paths made absolute, so that teachers, decoder and text encoder are found from any folder."""
+    """Local paths made absolute, so that teachers, decoder and text encoder are found from any folder.
+
+    A run (RUN, RUN@STEP) becomes the model that it stands for now.
+    """
 
     def resolved(path: str) -> str:
+        path = model_of(path)
         return str(Path(path).resolve()) if os.path.exists(path) else path
 
     def absolute(source: Source) -> Source:

@@ -25,33 +25,23 @@ from litconvert.model_directory import (
     read_provenance,
     refuse_changed_source,
     versions,
+    write_description,
     write_model_directory,
 )
 from litconvert.modeling_lit import CaptionConditioning, LiTTransformer2DModel
 from litconvert.observer import Observer
 from litconvert.optimization import trained_names
-from litconvert.recipe import AttentionTransfer, FlowMatching, Recipe, Source
+from litconvert.recipe import AttentionTransfer, FlowMatching, Recipe, Source, Start
 from litconvert.recipe_files import ResolvedRecipe, read_recorded, resolve
-from litconvert.run_directory import RECORD, RunDirectory
-from litconvert.sources import OpenSource, open_source, read_model
+from litconvert.run_directory import RECORD, Progress, RunDirectory
+from litconvert.run_inputs import File, RunInputs, go_on
+from litconvert.sources import open_source, read_model
 from litconvert.synthesis import synthesize_resolved
 from litconvert.teaching import Teachers, open_outputs, teacher_weights
 from litconvert.trackers import tracker_packages
 from litconvert.trainer import StepReport, Trainer
+from litconvert.warm_start import open_start
 
-# How a run is computed, not what: a run may go on with other values.
-EXECUTION = {
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "compile",
-    "teacher_placement",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "sample_every",
-    "trackers",
-    "max_skipped_steps",
-    "teacher",  # its weights' digest counts, not where they are
-}
 # Of a student's source: where its files are now, and what decodes and encodes beside it.
 MOVABLE = ("path", "vae", "text_encoder", "license")
 
@@ -219,30 +209,6 @@ def load_encode(recipe: Recipe, tokens: int, device: torch.device) -> Encode:
     return partial(encode_texts, tokenizer, encoder.to(device), tokens=tokens)
 
 
-def run_inputs(
-    student: Mapping[str, Any], sources: Mapping[str, OpenSource | None], data: LatentDataset, recipe: Recipe
-) -> dict[str, Any]:
-    """What determines a run's result."""
-    return {
-        "student": student,
-        # What hints make of a file is in its config.
-        "sources": {
-            name: None
-            if source is None
-            else (source.checkpoint.sha256(), source.checkpoint.weights, source.reading.config)
-            for name, source in sources.items()
-        },
-        "data": data.digest,
-        "text_encoder": recipe.source.text_encoder.model_dump()
-        if data.condition == "text" and recipe.source.text_encoder
-        else None,
-        "flip": recipe.data.flip,
-        "distill": recipe.distill.model_dump(mode="json", exclude=EXECUTION),
-        "timesteps": recipe.diffusion.num_timesteps,
-        "seed": recipe.seed,
-    }
-
-
 def _value(dump: Any, key: str) -> Any:
     """What a dotted key stands for in a dumped recipe; None where there is no such thing."""
     for part in key.split("."):
@@ -256,7 +222,7 @@ def _value(dump: Any, key: str) -> Any:
 
 
 def resolve_run(
-    student: Path, recipe: str | None, overrides: Sequence[str], teacher: str | None
+    student: Path, recipe: str | None, overrides: Sequence[str], teacher: str | None, start: str | None = None
 ) -> tuple[ResolvedRecipe, Recipe]:
     """The run's recipe, with the source that the student was converted from; and the student's own recipe."""
     recorded = read_recorded(student / "recipe.yaml")
@@ -273,10 +239,14 @@ def resolve_run(
             if asked != made:
                 raise UsageError(f"{key} is {made} in {student}; to have {asked}, convert the source again with it")
     update["source"] = recorded.source.model_copy(update=moved)
+    distill = resolved.recipe.distill
     if teacher is not None:
-        base = resolved.recipe.distill.teacher or Source(license=recorded.source.license)
-        distill = resolved.recipe.distill.model_copy(update={"teacher": base.model_copy(update={"path": teacher})})
-        update["distill"] = distill
+        base = distill.teacher or Source(license=recorded.source.license)
+        distill = distill.model_copy(update={"teacher": base.model_copy(update={"path": teacher})})
+    if start is not None:
+        base_start = distill.start or Start()
+        distill = distill.model_copy(update={"start": base_start.model_copy(update={"path": start})})
+    update["distill"] = distill
     merged = resolved.recipe.model_copy(update=update)
     return ResolvedRecipe(resolved.name, merged, resolved.origins), recorded
 
@@ -288,6 +258,7 @@ def distill(
     *,
     teacher: str | None = None,
     data: str | Path | None = None,
+    start: str | None = None,
     overrides: Sequence[str] = (),
     force: bool = False,
     on_estimates: Callable[[Sequence[StageEstimate]], None] | None = None,
@@ -303,7 +274,9 @@ def distill(
         recipe: name or path; None: the one recorded in the student.
         teacher: another checkpoint for the stages after attention transfer; None: the recipe's, or else the source.
         data: dataset folder; None: the recipe's, or else the teacher draws it into a folder `out`-latents.
-        overrides: `key=value`, over the recipe.
+        start: RUN or RUN@STEP, another run whose weights are trained on with a new optimiser; None: the recipe's, or
+            else the student's own.
+        overrides: `key=value`, over the recipe. Stages of a run that is there may be given more steps.
         force: replace a run of other inputs.
         on_estimates: where it is given, called on the main process with what each stage will take, before models are
             read; what they took is in usage.json afterwards.
@@ -316,20 +289,25 @@ def distill(
     student, out = Path(student), Path(out)
     provenance = read_provenance(student)
     refuse_inputs_in(out, student, data)
-    resolved, recorded = resolve_run(student, recipe, overrides, teacher)
+    resolved, recorded = resolve_run(student, recipe, overrides, teacher, start)
     settings = resolved.recipe
+    run = RunDirectory(out)
     tracker_packages(settings.distill.trackers)
     student_source = open_source(Source(path=str(student)))
     config = student_source.reading.config
     check_model(config, settings)
     source = open_source(settings.source, settings.inherit.weights)
-    refuse_changed_source(student, provenance, settings.source.path, source.checkpoint)
     teacher_source = open_source(settings.distill.teacher) if settings.distill.teacher else source
+    source_file = File.of(source)
+    refuse_changed_source(student, provenance, settings.source.path, source_file.sha256)
     check_teacher(config, teacher_source.reading.config, settings)
     check_source(config, source.reading.config, settings, is_teacher=teacher_source is source)
     names = list(student_source.reading.origins)
     for index, stage in enumerate(settings.distill.stages):
         trained_names(config, names, stage, f"distill.stages.{index}")
+    asked = settings.distill.start
+    warm = None if asked is None else open_start(asked, run, config, again=force)
+    refuse_inputs_in(out, None if warm is None else warm.run)
 
     engine = Engine(settings.distill.mixed_precision)
     folder = data or settings.data.path
@@ -340,11 +318,16 @@ def distill(
     dataset = open_latents(folder)
     check_data(config, dataset, settings)
 
-    inputs = run_inputs(
-        {"sha256": student_source.checkpoint.sha256()}, {"source": source, "teacher": teacher_source}, dataset, settings
+    teacher_file = source_file if teacher_source is source else File.of(teacher_source)
+    wanted = RunInputs(
+        student={"sha256": student_source.checkpoint.sha256()},
+        files={"source": source_file, "teacher": teacher_file},
+        data=dataset.digest,
+        texts=dataset.condition == "text",
+        recipe=settings,
+        start=None if warm is None else warm.inputs,
     )
-    run = begin(engine, out, inputs, settings, force=force)
-    if run is None:
+    if begin(engine, run, wanted, {} if warm is None else {"start": warm.record}, force=force, on_note=on_note):
         return out
     if on_estimates is not None and engine.is_main:
         # Before the models are read: what this process takes now counts as its libraries.
@@ -363,6 +346,8 @@ def distill(
     stages = settings.distill.stages
     needs_source = any(isinstance(stage, AttentionTransfer) for stage in stages)
     model = read_model(student_source, torch.float32)
+    if warm is not None:
+        warm.give(model)
     teacher_model = read_model(teacher_source, torch.float32)
     source_model = (
         None if not needs_source else teacher_model if teacher_source is source else read_model(source, torch.float32)
@@ -383,17 +368,18 @@ def distill(
         run,
         fresh=frozenset(entry.target for entry in entries if entry.fate == "fresh" and entry.target),
         dtypes={name: info.dtype for name, info in student_source.checkpoint.tensors.items()},
-        record=lambda: {
+        record={
             **provenance,
-            "digest": digest_of(inputs),
+            **wanted.inputs.record,
             "distillation": {
                 **trained_record(settings, dataset),
                 "teacher": {
                     "path": teacher_source.checkpoint.source,
-                    "weights": teacher_source.checkpoint.weights,
-                    "sha256": teacher_source.checkpoint.sha256(),
+                    "weights": teacher_file.weights,
+                    "sha256": teacher_file.sha256,
                     "license": (settings.distill.teacher or settings.source).license.model_dump(),
                 },
+                **({} if warm is None else {"start": warm.record}),
             },
         },
         on_step=on_step,
@@ -409,19 +395,32 @@ def refuse_inputs_in(out: Path, *inputs: str | Path | None) -> None:
         raise UsageError(f"{out} holds {held[0]}, which the run reads; write the run beside it")
 
 
-def begin(engine: Engine, out: Path, inputs: Mapping[str, Any], recipe: Recipe, *, force: bool) -> RunDirectory | None:
-    """The run directory of these inputs, begun or to go on with; None when it is finished."""
-    run, digest = RunDirectory(out), digest_of(inputs)
+def begin(
+    engine: Engine,
+    run: RunDirectory,
+    wanted: RunInputs,
+    more: Mapping[str, Any],
+    *,
+    force: bool,
+    on_note: Callable[[str], None],
+) -> bool:
+    """Begin a run, or have the one that is there go on; returns whether it is finished already.
+
+    Args:
+        more: what its record holds beside the inputs.
+    """
+    finished = False
     if engine.is_main:
-        run.start(digest, recipe.to_yaml(), force=force)
+        for note in go_on(run, wanted, more, force=force):
+            on_note(note)
+        finished = run.model.is_dir() and wanted.inputs.made(read_json(run.model / "litconvert.json"))
     engine.wait()
-    if not (out / RECORD).is_file():
+    if not (run.path / RECORD).is_file():
         raise LitconvertError(
-            f"process {engine.process} does not see {out}, which the first has begun: all nodes need one shared "
+            f"process {engine.process} does not see {run.path}, which the first has begun: all nodes need one shared "
             "file system for the run directory"
         )
-    finished = run.model.is_dir() and read_json(run.model / "litconvert.json").get("digest") == digest
-    return None if finished else run
+    return bool(engine.from_main(finished))
 
 
 def trained_record(recipe: Recipe, data: LatentDataset) -> dict[str, Any]:
@@ -432,6 +431,16 @@ def trained_record(recipe: Recipe, data: LatentDataset) -> dict[str, Any]:
         "data": {"samples": len(data), "digest": data.digest},
         "seed": recipe.seed,
     }
+
+
+def checkpoint_record(record: Mapping[str, Any], progress: Progress, total_steps: int) -> dict[str, Any]:
+    """litconvert.json of a checkpoint in the middle of a run, from that of the run's result."""
+    key = "distillation" if "distillation" in record else "training"
+    trained = {**record[key], "steps": progress.global_step, "planned_steps": total_steps}
+    digest = digest_of([record["digest"], progress.global_step])
+    # Of its own: what the result's record says of inputs and digest is not of this model.
+    rest = {name: value for name, value in record.items() if name not in ("inputs", "defaults")}
+    return {"metrics": {}, **rest, "digest": digest, key: trained, "format": FORMAT_VERSION, "versions": versions()}
 
 
 def fit_and_write(
@@ -445,7 +454,7 @@ def fit_and_write(
     *,
     fresh: frozenset[str],
     dtypes: Mapping[str, torch.dtype],
-    record: Callable[[], Mapping[str, Any]],
+    record: Mapping[str, Any],
     on_step: Callable[[StepReport], None],
     on_note: Callable[[str], None],
 ) -> None:
@@ -455,7 +464,7 @@ def fit_and_write(
         config: the model's, as it is written.
         fresh: names of tensors that were not inherited.
         dtypes: of the written tensors, where the recipe names none.
-        record: litconvert.json of the result.
+        record: litconvert.json of the result, and but for the steps that of each checkpoint.
     """
     if engine.is_main:
         # Model, EMA and two Adam moments in float32, once for each kept checkpoint and one in the making; the result.
@@ -487,6 +496,10 @@ def fit_and_write(
             observer.log(step)
             on_step(step)
 
+        def describe(folder: Path, progress: Progress) -> None:
+            provenance = checkpoint_record(record, progress, trainer.total_steps)
+            write_description(folder, config=config, recipe=_of_result(recipe), provenance=provenance)
+
         trainer = Trainer(
             engine,
             model,
@@ -499,6 +512,7 @@ def fit_and_write(
             on_step=report,
             on_observe=observer.observe,
             on_note=on_note if engine.is_main else lambda note: None,
+            describe=describe,
         )
         if engine.from_main(engine.is_main and run.latest_checkpoint() is None):
             observer.before()
@@ -507,8 +521,13 @@ def fit_and_write(
         if engine.is_main:
             run.plot_curves()
             run.plot_timestep_errors()
-            _write_result(run, config, state, recipe, dtypes, record())
+            _write_result(run, config, state, recipe, dtypes, record)
     engine.wait()
+
+
+def _of_result(recipe: Recipe) -> Recipe:
+    """The recipe as a model carries it: whoever trains that model on starts from it, not from where it started."""
+    return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"start": None})})
 
 
 def _write_result(
@@ -532,6 +551,6 @@ def _write_result(
             config=config,
             tensors=tensors,
             produce=lambda name: state[name].cpu(),
-            recipe=recipe,
+            recipe=_of_result(recipe),
             provenance=lambda: whole_record,
         )

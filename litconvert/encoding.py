@@ -20,6 +20,7 @@ from litconvert.cropping import read_image
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import digest_of, read_json
 from litconvert.image_sources import BrokenSample, ImageSample, ImageSource, open_images
+from litconvert.inputs import Inputs, given
 from litconvert.latents import NULL_CAPTION, Condition
 from litconvert.recipe import Recipe
 from litconvert.recipe_files import ResolvedRecipe
@@ -115,10 +116,10 @@ def encode_resolved(
     found = open_images(images, settings, captions=condition != "class")
     if condition == "class" and found.classes is not None and len(found.classes) > (target.num_classes or 0):
         raise UsageError(f"{images}: has {len(found.classes)} classes, the model has {target.num_classes}")
-    digest = encoding_digest(recipe, target, found, condition, skip_broken)
-    if is_finished(out, digest, force=force, remake=force):
+    inputs = encoding_inputs(recipe, target, found, condition, skip_broken)
+    if is_finished(out, inputs, force=force, remake=force):
         return out
-    assembly = Assembly(out, digest, found.parts, launched_group(), on_note)
+    assembly = Assembly(out, inputs, found.parts, launched_group(), on_note)
     with written(out):
         networks = Networks(recipe, target, condition, assembly.group.device)
     with written(out), assembly.begun():
@@ -152,22 +153,32 @@ def encode_resolved(
         return assembly.join(lambda shards: _facts(shards, recipe, condition) | classes, extra)
 
 
-def encoding_digest(
+def encoding_inputs(
     recipe: Recipe, target: Target, source: ImageSource, condition: Condition, skip_broken: bool
-) -> str:
-    """Digest of what determines the data; of the images their names and sizes. A batch size changes rounding alone."""
-    vae, text_encoder = recipe.source.vae, recipe.source.text_encoder
-    return digest_of(
-        {
-            "images": source.listing,
-            "encode": recipe.data.encode.model_dump(exclude={"batch_size"}),
-            "target": vars(target),
-            "vae": vae.model_dump() if vae else None,
+) -> Inputs:
+    """What determines the data; of the images their names and sizes. A batch size changes rounding alone."""
+    vae = recipe.source.vae
+    text_encoder = recipe.source.text_encoder if condition == "caption" else None
+    values = {
+        "images": digest_of(source.listing),
+        "target": vars(target),
+        "data": {
+            "encode": given(recipe.data.encode, exclude={"batch_size"}),
             "flip": recipe.data.flip and vae is not None,
-            "text_encoder": text_encoder.model_dump() if text_encoder and condition == "caption" else None,
-            "skip_broken": skip_broken,
-        }
-    )
+        },
+        "source": {"vae": given(vae), "text_encoder": given(text_encoder)},
+        "skip_broken": skip_broken,
+    }
+    first = {
+        "images": source.listing,
+        "encode": recipe.data.encode.model_dump(exclude={"batch_size"}),
+        "target": vars(target),
+        "vae": vae.model_dump() if vae else None,
+        "flip": recipe.data.flip and vae is not None,
+        "text_encoder": text_encoder.model_dump() if text_encoder else None,
+        "skip_broken": skip_broken,
+    }
+    return Inputs(values, digest_of(first))
 
 
 def _facts(shards: Sequence[Path], recipe: Recipe, condition: Condition) -> dict[str, Any]:

@@ -17,11 +17,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,25 +27,9 @@ from litconvert.device import uses_bf16
 from litconvert.errors import LitconvertError
 from litconvert.files import read_json
 from litconvert.launch import device_of, join_group, refuse_launcher_settings, sharding_asked
+from litconvert.run_checkpoints import CheckpointReader, read_tensors, write_tensors
 
 SCALARS = "scalars.json"
-
-
-@contextmanager
-def _alone_on_purpose() -> Iterator[None]:
-    """Without torch's warning that there is no process group: a run of one process has none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-@contextmanager
-def _own_failures() -> Iterator[None]:
-    """What went wrong in a process, in the place of torch's summary of it, which no `except Exception` catches."""
-    try:
-        yield
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from error
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -210,8 +190,7 @@ class Engine:
         tensors = {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}
         scalars = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
         self.wait()
-        with _alone_on_purpose(), _own_failures():
-            save(tensors, checkpoint_id=str(folder), no_dist=self.processes == 1)
+        write_tensors(folder, tensors, alone=self.processes == 1)
         if self.is_main:
             (folder / SCALARS).write_text(json.dumps(scalars) + "\n")
         self.wait()
@@ -219,17 +198,8 @@ class Engine:
     def load(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Read a state into tensors that are whole or sharded, whatever they were when it was written."""
         tensors = {name: value.detach() for name, value in state.items()}
-        try:
-            with _alone_on_purpose(), _own_failures():
-                load(tensors, checkpoint_id=str(folder), no_dist=self.processes == 1)
-        except Exception as error:  # torch reports a damaged file in many ways
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise LitconvertError(
-                f"{folder}: the checkpoint cannot be read ({reason}); remove it to go on from the one before"
-            ) from error
+        read_tensors(CheckpointReader(folder), tensors, alone=self.processes == 1)
 
     def stored(self, folder: Path) -> tuple[dict[str, TensorStorageMetadata], dict[str, int | float]]:
         """Shapes and dtypes of a saved state's tensors, and its numbers."""
-        found = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-        tensors = {name: value for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
-        return tensors, read_json(folder / SCALARS)
+        return CheckpointReader(folder).tensors(), read_json(folder / SCALARS)

@@ -290,9 +290,10 @@ def quiet_datasets() -> None:
     disable_progress_bars()
 
 
-def record_text(digest: str, samples: int, **facts: Any) -> str:
-    """The record: format, digest, samples, and kind, condition, scaling_factor, pixels, buckets where they matter."""
-    return json.dumps({"format": FORMAT_VERSION, "digest": digest, "samples": samples, **facts}, indent=2) + "\n"
+def record_text(made_from: Mapping[str, Any], samples: int, **facts: Any) -> str:
+    """The record: format, digest (and inputs), samples, and kind, condition, scaling_factor, pixels, buckets where they
+    matter."""
+    return json.dumps({"format": FORMAT_VERSION, **made_from, "samples": samples, **facts}, indent=2) + "\n"
 
 
 def write_latents(latents: Tensor, labels: Tensor, out: Path, digest: str) -> Path:
@@ -304,5 +305,5 @@ def write_latents(latents: Tensor, labels: Tensor, out: Path, digest: str) -> Pa
     features = features_of({"latent": (latents.shape[1:], "float32")}, "class")
     with whole_directory(out) as folder:
         Dataset.from_dict(columns, features=features).save_to_disk(str(folder))
-        write_whole(folder / RECORD, record_text(digest, len(labels), kind="latents", condition="class"))
+        write_whole(folder / RECORD, record_text({"digest": digest}, len(labels), kind="latents", condition="class"))
     return out

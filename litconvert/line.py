@@ -1,7 +1,7 @@
 """The whole line for one recipe: convert, latents, distil, sample, evaluate, push; what is done already is skipped."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from litconvert.errors import UsageError
 from litconvert.estimate import StageEstimate
 from litconvert.evaluation import evaluate, evaluation_passes, reference_samples
 from litconvert.files import digest_of, read_json, write_whole
+from litconvert.inputs import Inputs, given
 from litconvert.launch import launched_processes
 from litconvert.live import duration, training_display
-from litconvert.recipe import Recipe
+from litconvert.model_directory import read_provenance
+from litconvert.recipe import Recipe, Source
 from litconvert.recipe_files import resolve
-from litconvert.run_directory import RunDirectory
-from litconvert.sources import load, open_source, read_model
+from litconvert.run_directory import RunDirectory, model_of
+from litconvert.sources import open_source, open_teacher, read_model
 from litconvert.synthesis import synthesize_resolved
 
 
@@ -83,6 +85,7 @@ def distill_with_progress(
     data: str | Path | None,
     overrides: Sequence[str],
     force: bool,
+    start: str | None = None,
 ) -> Path:
     """`distill`, seen while it runs."""
     estimates: list[StageEstimate] = []
@@ -101,6 +104,7 @@ def distill_with_progress(
             recipe,
             teacher=teacher,
             data=data,
+            start=start,
             overrides=overrides,
             force=force,
             on_estimates=None if console.is_quiet() else on_estimates,
@@ -121,19 +125,32 @@ def _taken(peak_bytes: float, seconds: float) -> str:
     return f"{console.size(int(peak_bytes))} and {duration(seconds) if seconds >= 60 else f'{seconds:.3g} s'}"
 
 
-def score_run(run: Path, recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
-    """Metrics of a run's model and of the teacher against itself; kept in evaluation.json and in the model's record."""
-    record = read_json(run / "model" / "litconvert.json")
-    digest = digest_of({"model": record["digest"], "evaluate": recipe.evaluate.model_dump(mode="json")})
-    kept = run / "evaluation.json"
+def score_run(run: str | Path, recipe: Recipe, *, weights: str = "auto", force: bool = False) -> dict[str, Any]:
+    """Metrics of a run's model and of the teacher against itself, kept beside it and in the model's record.
+
+    Args:
+        run: RUN, for its finished model or else its latest checkpoint, RUN@STEP, or the model directory itself.
+        recipe: its `evaluate` section, its source and teacher.
+        weights: of a checkpoint, `ema`, `model` (the raw weights, whose scores are no part of its record) or `auto`.
+        force: measure again.
+    """
+    folder = Path(model_of(str(run)))
+    record = read_provenance(folder)
+    raw, settings = weights == "model", recipe.evaluate
+    inputs = Inputs(
+        {"model": record["digest"], "evaluate": given(settings), "weights": "model" if raw else "ema"},
+        digest_of({"model": record["digest"], "evaluate": settings.model_dump(mode="json")}),
+    )
+    place = folder.parent if folder.name == "model" else folder
+    kept = place / ("evaluation-raw.json" if raw else "evaluation.json")
     if kept.is_file() and not force:
         found = read_json(kept)
-        if found.get("digest") == digest:
+        if inputs.made(found):
             return found
-    teacher = read_model(open_source(recipe.source, recipe.inherit.weights), torch.float32)
-    student = load(run / "model").float()
+    student = read_model(open_source(Source(path=str(folder)), weights), torch.float32)
+    teacher = read_model(open_teacher(recipe), torch.float32)
     with console.progress("evaluate") as show:
-        total, done = evaluation_passes(recipe.evaluate, models=2), [0]
+        total, done = evaluation_passes(settings, models=2), [0]
 
         def on_step() -> None:
             done[0] += 1
@@ -141,18 +158,24 @@ def score_run(run: Path, recipe: Recipe, *, force: bool = False) -> dict[str, An
 
         reference = reference_samples(teacher, recipe, on_step)
         models = {"student": student, "teacher against itself": teacher}
-        scores = {"digest": digest, **evaluate(models, reference, recipe, on_step=on_step)}
+        scores = {"digest": inputs.digest, **evaluate(models, reference, recipe, on_step=on_step)}
     write_whole(kept, json.dumps(scores, indent=2) + "\n")
+    if not raw:
+        record["metrics"] = _metrics(scores)
+        write_whole(folder / "litconvert.json", json.dumps(record, indent=2) + "\n")
+    return scores
+
+
+def _metrics(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores as a model's record has them."""
     protocol = {key: scores[key] for key in ("num_samples", "seeds", "scheduler", "steps")}
     mine, floor = scores["models"]["student"], scores["models"]["teacher against itself"]
-    record["metrics"] = {
+    return {
         "frechet_distance": {**mine["frechet_distance"], **protocol},
         "class_accuracy": {**mine["class_accuracy"], **protocol},
         "teacher_frechet_distance": {**floor["frechet_distance"], **protocol},
         "teacher_class_accuracy": {**floor["class_accuracy"], **protocol},
     }
-    write_whole(run / "model" / "litconvert.json", json.dumps(record, indent=2) + "\n")
-    return scores
 
 
 def compare(run: Path) -> Path | None:

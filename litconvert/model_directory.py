@@ -7,9 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from litconvert.checkpoints import Checkpoint, TensorInfo
+from litconvert.checkpoints import RUN_INDEX, TensorInfo
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import read_json
+from litconvert.inputs import Inputs
 from litconvert.recipe import Recipe
 from litconvert.writing import Produce, write_weights
 
@@ -22,6 +23,25 @@ def versions() -> dict[str, str]:
     """What the result was made with."""
     packages = {name: version(name) for name in ("litconvert", "torch", "diffusers", "safetensors")}
     return {"python": platform.python_version(), **packages}
+
+
+def write_description(
+    folder: Path, *, config: Mapping[str, Any], recipe: Recipe, provenance: Mapping[str, Any]
+) -> None:
+    """Write what says of weights what they are: config.json, recipe.yaml, litconvert.json."""
+    header = {
+        "_class_name": "LiTTransformer2DModel",
+        "_diffusers_version": version("diffusers"),
+        "auto_map": {"AutoModel": "modeling_lit.LiTTransformer2DModel"},
+    }
+    (folder / "config.json").write_text(json.dumps({**header, **config}, indent=2) + "\n")
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "litconvert.json").write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def model_source() -> str:
+    """The source of the model's class, which is shipped beside its weights."""
+    return Path(__file__).with_name("modeling_lit.py").read_text()
 
 
 def write_model_directory(
@@ -38,15 +58,7 @@ def write_model_directory(
 
     `provenance` is asked for after the last tensor, so that its digests can be computed meanwhile.
     """
-    header = {
-        "_class_name": "LiTTransformer2DModel",
-        "_diffusers_version": version("diffusers"),
-        "auto_map": {"AutoModel": "modeling_lit.LiTTransformer2DModel"},
-    }
-    (folder / "config.json").write_text(json.dumps({**header, **config}, indent=2) + "\n")
-    model_source = Path(__file__).with_name("modeling_lit.py").read_text()
-    (folder / "modeling_lit.py").write_text(model_source)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "modeling_lit.py").write_text(model_source())
     write_weights(
         folder,
         WEIGHTS_STEM,
@@ -56,7 +68,12 @@ def write_model_directory(
         max_shard_bytes=recipe.student.max_shard_bytes,
         on_tensor=on_tensor,
     )
-    (folder / "litconvert.json").write_text(json.dumps(provenance(), indent=2) + "\n")
+    write_description(folder, config=config, recipe=recipe, provenance=provenance())
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a model's folder is a checkpoint of a run, whose weights are in torch's distributed format."""
+    return (folder / RUN_INDEX).is_file()
 
 
 def weights_of(folder: Path) -> list[Path]:
@@ -69,9 +86,9 @@ def weights_of(folder: Path) -> list[Path]:
     return [index, *shards] if shards and all(shard.is_file() for shard in shards) else []
 
 
-def refuse_changed_source(folder: Path, provenance: Mapping[str, Any], path: str | None, found: Checkpoint) -> None:
+def refuse_changed_source(folder: Path, provenance: Mapping[str, Any], path: str | None, sha256: str) -> None:
     """Raise LitconvertError when a source is not the file any more that this model directory was converted from."""
-    if found.sha256() != provenance["source"]["sha256"]:
+    if sha256 != provenance["source"]["sha256"]:
         raise LitconvertError(
             f"{path} has changed since {folder} was converted from it; convert it again, or restore it"
         )
@@ -95,7 +112,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return data
 
 
-def already_done(out: Path, digest: str, *, force: bool) -> bool:
+def already_done(out: Path, inputs: Inputs, *, force: bool) -> bool:
     """Whether `out` is the result of these very inputs. Raises when it is something else and is not to be replaced."""
     if not out.exists():
         return False
@@ -107,15 +124,15 @@ def already_done(out: Path, digest: str, *, force: bool) -> bool:
             )
         return False
     try:
-        found = read_provenance(out).get("digest") if out.is_dir() else None
+        found = read_provenance(out) if out.is_dir() else {}
     except LitconvertError:
-        found = None
-    if found == digest:
+        found = {}
+    if inputs.made(found):
         others = ("config.json", "modeling_lit.py", "recipe.yaml")
         if not weights_of(out) or not all((out / name).is_file() for name in others):
             raise LitconvertError(f"{out} is incomplete: a file was taken out of it; make it again with --force")
         return True
     if out.is_dir() and not any(out.iterdir()):
         return False
-    what = "was made from other inputs" if found else "is not a result of litconvert"
+    what = f"was made from other inputs ({inputs.changes(found)})" if found else "is not a result of litconvert"
     raise LitconvertError(f"{out} exists and {what}; choose another path, or replace it with --force")

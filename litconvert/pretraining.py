@@ -12,17 +12,17 @@ from litconvert.distillation import (
     check_model,
     fit_and_write,
     refuse_inputs_in,
-    run_inputs,
     trained_record,
 )
 from litconvert.engine import Engine
 from litconvert.errors import UsageError
-from litconvert.files import digest_of
 from litconvert.latents import open_latents
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.optimization import trained_names
 from litconvert.recipe import Recipe, Scratch
 from litconvert.recipe_files import resolve
+from litconvert.run_directory import RunDirectory
+from litconvert.run_inputs import RunInputs
 from litconvert.shapes import full_config
 from litconvert.teaching import Teachers, teacher_weights
 from litconvert.trackers import tracker_packages
@@ -80,9 +80,9 @@ def train(
     engine = Engine(settings.distill.mixed_precision)
     dataset = open_latents(folder)
     check_data(config, dataset, settings)
-    inputs = run_inputs({"scratch": config}, {}, dataset, settings)
-    run = begin(engine, out, inputs, settings, force=force)
-    if run is None:
+    run = RunDirectory(out)
+    wanted = RunInputs({"scratch": config}, {}, dataset.digest, dataset.condition == "text", settings)
+    if begin(engine, run, wanted, {}, force=force, on_note=on_note):
         return out
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -101,8 +101,8 @@ def train(
         run,
         fresh=frozenset(names),
         dtypes={},
-        record=lambda: {
-            "digest": digest_of(inputs),
+        record={
+            **wanted.inputs.record,
             "source": source,
             "training": trained_record(settings, dataset),
             "seed": settings.seed,

@@ -21,6 +21,7 @@ from litconvert.model_directory import read_provenance, refuse_changed_source
 from litconvert.objectives import DDPM, make_diffusion
 from litconvert.pipeline_lit import VAE_FACTOR
 from litconvert.recipe import Recipe, Source
+from litconvert.run_directory import model_of
 from litconvert.shapes import is_pixel_space
 from litconvert.sources import OpenSource, open_source, read_model
 
@@ -126,7 +127,7 @@ def probe(
     Raises UsageError for inputs that do not fit and for a budget that cannot be met, LitconvertError for a file that is
     not to be replaced.
     """
-    folder = Path(student) / "model" if (Path(student) / "model").is_dir() else Path(student)
+    folder = Path(model_of(str(student)))
     out = None if write is None else Path(write)
     _check_request(num_samples, budget, budget_ms, out, force)
     settings, provenance, source, opened = _open(folder, recipe, overrides)
@@ -204,7 +205,7 @@ def _open(
         raise UsageError(f"{folder} was trained from nothing and has no teacher; probe a student that was converted")
     settings = resolve_run(folder, recipe, overrides, None)[0].recipe
     source = open_source(settings.source, settings.inherit.weights)
-    refuse_changed_source(folder, provenance, settings.source.path, source.checkpoint)
+    refuse_changed_source(folder, provenance, settings.source.path, source.checkpoint.sha256())
     return settings, provenance, source, open_source(Source(path=str(folder)))
 
 

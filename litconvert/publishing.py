@@ -11,16 +11,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from litconvert.card import is_hub_id, model_card
+from litconvert.checkpoints import TensorInfo
+from litconvert.conversion import DTYPES
 from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.families.pixart import variant_of
 from litconvert.files import read_json
-from litconvert.model_directory import read_provenance, weights_of
+from litconvert.model_directory import WEIGHTS_STEM, is_checkpoint, model_source, read_provenance, weights_of
 from litconvert.recipe import Recipe, Source, Vae
 from litconvert.recipe_files import read_recorded
+from litconvert.run_directory import is_run, model_of
 from litconvert.shapes import is_pixel_space
 from litconvert.sources import OpenSource, open_source
+from litconvert.writing import write_weights
 
 REPO_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 AUTO_MAP = {"AutoModel": "modeling_lit.LiTTransformer2DModel"}
@@ -42,6 +47,7 @@ def push(
     dry_run: bool = False,
     vae: str | None = None,
     text_encoder: bool = False,
+    weights: str = "auto",
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
@@ -53,13 +59,15 @@ def push(
     card, and the files that only the other layout has.
 
     Args:
-        directory: a model directory, or a run directory of `distill`, whose pictures go up too.
+        directory: a model directory, or a run directory of `distill`, whose pictures go up too. Of a run that is not
+            finished its latest checkpoint goes up; RUN@STEP names another one.
         repo_id: `owner/name`; created when it does not exist.
         pipeline: lay out a full diffusers pipeline (scheduler, decoder) instead of the model alone.
         private: create the repository as private; refused when it exists and is public.
         dry_run: report what would go up and stop. Nothing is sent, and nothing is asked of the Hub.
         vae: folder or Hub id of the pipeline's decoder; None: the recipe's.
         text_encoder: put the recipe's T5 and its tokenizer into the pipeline too; T5-XXL is 19 GB.
+        weights: of a checkpoint, `ema`, `model` (the raw weights) or `auto`, the moving average.
         revision: branch to commit to, which must exist; None: main. `refs/pr/N` goes on with a pull request.
         create_pr: open a pull request instead of committing to main.
         commit_message: of the commit.
@@ -77,7 +85,13 @@ def push(
     from huggingface_hub import HfApi, constants
 
     with _laid_out(
-        directory, repo_id, pipeline=pipeline, vae=vae, text_encoder=text_encoder, offline=dry_run
+        directory,
+        repo_id,
+        pipeline=pipeline,
+        vae=vae,
+        text_encoder=text_encoder,
+        weights=weights,
+        offline=dry_run,
     ) as folder:
         for path, nbytes in _files(folder):
             on_file(path, nbytes)
@@ -114,9 +128,11 @@ def planned_files(
     pipeline: bool = False,
     vae: str | None = None,
     text_encoder: bool = False,
+    weights: str = "auto",
 ) -> list[tuple[str, int]]:
     """Path and bytes of every file that `push` with these arguments sends. Nothing is asked of the Hub."""
-    with _laid_out(directory, repo_id, pipeline=pipeline, vae=vae, text_encoder=text_encoder, offline=True) as folder:
+    options = {"pipeline": pipeline, "vae": vae, "text_encoder": text_encoder, "weights": weights, "offline": True}
+    with _laid_out(directory, repo_id, **options) as folder:
         return _files(folder)
 
 
@@ -216,13 +232,15 @@ def prepare(
     pipeline: bool = False,
     vae: str | None = None,
     text_encoder: bool = False,
+    weights: str = "auto",
     offline: bool = False,
 ) -> None:
     """Fill an empty folder with exactly what goes up, and rehearse it. The model directory is only read.
 
     Args:
         directory, repo_id, pipeline, vae, text_encoder: as for `push`.
-        folder: filled; weights are links to the model directory's.
+        folder: filled; weights are links to the model directory's, or of a checkpoint written.
+        weights: of a checkpoint, `ema`, `model` or `auto`, the moving average.
         offline: take a decoder and a text encoder of the Hub from its cache only.
 
     Raises UsageError for a directory that is none of ours, LitconvertError for one that is incomplete or broken.
@@ -232,7 +250,9 @@ def prepare(
     model, pictures = find_model(Path(directory))
     provenance = without_local_paths(read_provenance(model))
     recipe = read_recorded(model / "recipe.yaml")
-    source = rehearse(model)
+    source = rehearse(model, weights)
+    if source.checkpoint.weights is not None:
+        provenance = {**provenance, "set": source.checkpoint.weights}
     config = {key: value for key, value in read_json(model / "config.json").items() if key != "_name_or_path"}
     captions = config.get("caption_channels") is not None
     decoder = _decoder(recipe, vae, config, model) if pipeline else None
@@ -248,13 +268,11 @@ def prepare(
         transformer = folder / "transformer" if pipeline else folder
         transformer.mkdir(parents=True, exist_ok=True)
         _write_json(transformer / "config.json", {**config, "auto_map": AUTO_MAP})
-        for weights in source.checkpoint.files:
-            _link(weights, transformer / weights.name)
-        for index in (path for path in weights_of(model) if path.suffix == ".json"):
-            shutil.copyfile(index, transformer / index.name)
+        _place_weights(source, model, transformer, recipe, str(provenance["digest"]))
         # AutoModel looks beside the weights or, in a pipeline's repository, at the root; DiffusionPipeline beside them.
+        shipped = model / "modeling_lit.py"
         for place in {folder, transformer}:
-            shutil.copyfile(model / "modeling_lit.py", place / "modeling_lit.py")
+            (place / "modeling_lit.py").write_text(shipped.read_text() if shipped.is_file() else model_source())
         if pipeline:
             _lay_out_pipeline(folder, recipe, decoder, config, text_encoder=text_encoder, offline=offline)
         _write_json(folder / "litconvert.json", provenance)
@@ -277,37 +295,64 @@ def prepare(
         raise LitconvertError(f"cannot lay out the files to push: {system_cause(error) or error}") from error
 
 
+def _place_weights(source: OpenSource, model: Path, folder: Path, recipe: Recipe, digest: str) -> None:
+    """The weights as safetensors: those of a model directory linked, those of a checkpoint written."""
+    if not is_checkpoint(model):
+        for file in source.checkpoint.files:
+            _link(file, folder / file.name)
+        for index in (path for path in weights_of(model) if path.suffix == ".json"):
+            shutil.copyfile(index, folder / index.name)
+        return
+    dtype = recipe.student.dtype
+    tensors = {
+        name: TensorInfo(info.shape, DTYPES[dtype] if dtype else info.dtype)
+        for name, info in source.checkpoint.tensors.items()
+    }
+    header = {"format": "pt", "litconvert": digest}
+    most = recipe.student.max_shard_bytes
+
+    def produce(name: str) -> Tensor:
+        return source.values(name).to(tensors[name].dtype)
+
+    write_weights(folder, WEIGHTS_STEM, tensors, produce, lambda: header, max_shard_bytes=most)
+
+
 def find_model(directory: Path) -> tuple[Path, list[Path]]:
     """The model directory of what the user named, and the pictures that belong to it.
 
-    Raises UsageError when it is neither a model directory nor a finished run.
+    Of a run (RUN, or RUN@STEP for one of its checkpoints) the model is its finished one, or else a checkpoint.
+
+    Raises UsageError when it is neither a model directory nor a run that holds a model.
     """
-    if not directory.is_dir():
+    model = Path(model_of(str(directory)))
+    if not model.is_dir():
         raise UsageError(f"{directory}: no such folder; name the one that `litconvert convert` or `distill` wrote")
-    if (directory / "model" / "config.json").is_file():
-        model, drawn = directory / "model", sorted((directory / "samples").glob("*.png"))
+    pictures: list[Path] = []
+    run = directory if directory.is_dir() else Path(str(directory).rpartition("@")[0])
+    if model != directory and is_run(run):
+        drawn = sorted((run / "samples").glob("*.png"))
         steps = [picture for picture in drawn if picture.name.startswith("step-")]
-        pictures = [directory / "curves.png"] if (directory / "curves.png").is_file() else []
+        pictures = [run / "curves.png"] if (run / "curves.png").is_file() else []
         pictures += [picture for picture in drawn if picture not in steps[:-STEP_PICTURES]]
-    elif (directory / "metrics.csv").is_file() or (directory / "run.json").is_file():
-        raise UsageError(f"{directory}: the run has no model yet; run the same `litconvert distill` again to finish it")
     else:
-        model, pictures = directory, []
         read_provenance(model)
-    for name in ("config.json", "modeling_lit.py"):
+    for name in ("config.json",) if is_checkpoint(model) else ("config.json", "modeling_lit.py"):
         if not (model / name).is_file():
             raise LitconvertError(f"{model}: {name} is missing, so it cannot be loaded; convert or distil it again")
     return model, pictures
 
 
-def rehearse(model: Path) -> OpenSource:
+def rehearse(model: Path, weights: str = "auto") -> OpenSource:
     """Load every tensor as the config wants it, strictly, so that nothing broken goes up.
+
+    Args:
+        weights: of a checkpoint, `ema`, `model` or `auto`, the moving average.
 
     Raises LitconvertError for weights that are missing, do not fit the config or are not finite.
     """
-    if not weights_of(model):
+    if not weights_of(model) and not is_checkpoint(model):
         raise LitconvertError(f"{model}: the weights are missing or incomplete; convert or distil it again")
-    source = open_source(Source(path=str(model)))
+    source = open_source(Source(path=str(model)), weights)
     if source.reading.family != "litconvert":
         raise UsageError(f"{model}: holds a {source.reading.family} checkpoint; `litconvert convert` it first")
     for name in source.reading.origins:

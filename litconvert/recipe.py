@@ -6,6 +6,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+# The number of the table of defaults, which is in every digest of inputs. Another default for any key needs another
+# number, a new key does not: tests/defaults.json is the table, and a test holds the two together.
+DEFAULTS = 1
+
 PROJECTIONS = ("q", "k", "v", "o")
 STAGES = ("attention_transfer", "hybrid", "flow_matching")
 PROMPTS = (
@@ -286,11 +290,22 @@ def _share(value: Any) -> Any:
     return float(value) if isinstance(value, bool) else value
 
 
+class Start(Section):
+    """The run whose weights a run starts from."""
+
+    path: str | None = None
+    """RUN, for its finished model or latest checkpoint, or RUN@STEP for the checkpoint of a step; `--from` sets it."""
+    weights: Literal["ema", "model"] = "ema"
+    """The moving average, or the raw weights as that run would have gone on from them."""
+
+
 class Distill(Section):
     """The stages, and how they run."""
 
     teacher: Source | None = None
     """Another, say larger, teacher for the stages after attention transfer; None: the source."""
+    start: Start | None = None
+    """Start from another run's weights, with a new optimiser; None: from the student as it was converted."""
     stages: tuple[Annotated[AnyStage, Field(discriminator="objective")], ...] = ()
     gradient_accumulation_steps: Positive = 1
     """Parts a step is computed in: the same mathematics in less memory."""

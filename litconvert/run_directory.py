@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from litconvert.errors import LitconvertError, system_cause
+from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.files import held, read_json, write_whole
 from litconvert.step_table import StepTable
 
@@ -41,6 +42,7 @@ COLUMNS = (
 NOT_KEPT = ("eta_seconds",)
 TIMESTEP_COLUMNS = ("step", "bucket_low", "bucket_high", "error")
 RECORD = "run.json"
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,46 @@ class Progress:
     step: int = 0
     global_step: int = 0
     skipped_steps: int = 0
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run, by what is in it; a copy may lack some of that."""
+    return any(os.path.isfile(path / name) for name in (RECORD, "metrics.csv", "model/config.json"))
+
+
+def model_of(path: str) -> str:
+    """The model that a path means, where it is that of a run: RUN or RUN@STEP; any other path as it is.
+
+    RUN is the run's finished model, or its latest checkpoint where that is newer or nothing is finished yet.
+
+    Raises UsageError for a run that holds neither, and for a step whose checkpoint is not there.
+    """
+    folder, _, step = path.rstrip("/").rpartition("@")
+    if folder and not os.path.exists(path) and is_run(Path(folder)):
+        return str(_model_of_step(RunDirectory(Path(folder)), step))
+    run = RunDirectory(Path(path))
+    if not is_run(run.path):
+        return path
+    latest = run.latest_checkpoint()
+    finished = run.finished_steps()
+    if finished is not None and (latest is None or latest[1].global_step <= finished):
+        return str(run.model)
+    if latest is None:
+        raise UsageError(f"{path}: the run has no model and no checkpoint yet; run the same command again to go on")
+    return str(latest[0])
+
+
+def _model_of_step(run: "RunDirectory", step: str) -> Path:
+    kept = run.kept_steps()
+    if step.isdecimal() and int(step) in kept:
+        return run.checkpoint_of(int(step))
+    if step.isdecimal() and int(step) == run.finished_steps():
+        return run.model
+    known = f"those of steps {', '.join(map(str, kept))}" if kept else "none"
+    raise UsageError(
+        f"{run.path}@{step}: no checkpoint of this step is there; the run keeps {known} (distill.keep_checkpoints says "
+        "how many, distill.checkpoint_every how often)"
+    )
 
 
 def _remove(run: Path) -> None:
@@ -74,38 +116,69 @@ class RunDirectory:
         self.samples = path / "samples"
         self.model = path / "model"
 
-    def start(self, digest: str, recipe_yaml: str, *, force: bool) -> None:
-        """Create the directory, or continue it when it is of the same inputs.
+    def record(self) -> dict[str, Any] | None:
+        """What the run was made from: run.json; None where there is no run.
 
-        Raises LitconvertError when it holds something else, unless `force` replaces it.
+        Raises LitconvertError for the run of a newer litconvert.
         """
-        record = self.path / RECORD
-        found = read_json(record).get("digest") if record.is_file() else None
-        if self.path.exists() and found != digest:
-            if found is not None and not force:
-                raise LitconvertError(
-                    f"{self.path} holds a run of other inputs (recipe, student, teacher or data); "
-                    "choose another path, or replace it with --force"
-                )
-            # Not even --force deletes what is not a run.
-            rest = self.path.is_dir() and [path for path in self.path.iterdir() if ".partial-" not in path.name]
-            if found is None and (rest or not self.path.is_dir()):
-                raise LitconvertError(f"{self.path} exists and is not a run of litconvert; choose another path")
+        path = self.path / RECORD
+        if not path.is_file():
+            return None
+        found = read_json(path)
+        if found.get("format") not in range(1, FORMAT_VERSION + 1):
+            raise LitconvertError(
+                f"{path}: format {found.get('format')}, this litconvert reads up to {FORMAT_VERSION}; upgrade it"
+            )
+        return found
+
+    def start(self, made_from: Mapping[str, Any], recipe_yaml: str, *, replace: bool = False) -> None:
+        """Create the directory, or go on with it.
+
+        Args:
+            made_from: for run.json.
+            replace: remove the run that is there.
+
+        Raises LitconvertError when something else than a run is there, which is never removed.
+        """
+        found = (self.path / RECORD).is_file()
+        rest = self.path.is_dir() and [path for path in self.path.iterdir() if ".partial-" not in path.name]
+        if self.path.exists() and not found and (rest or not self.path.is_dir()):
+            raise LitconvertError(f"{self.path} exists and is not a run of litconvert; choose another path")
         try:
-            if found not in (None, digest):
+            if found and replace:
                 with held(self.path):
                     _remove(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LitconvertError(f"cannot write {self.path}: {system_cause(error) or error}") from error
         # The record first: what a killed process leaves behind is then still known as a run.
-        write_whole(record, json.dumps({"format": 1, "digest": digest}, indent=2) + "\n")
+        write_whole(self.path / RECORD, json.dumps({"format": FORMAT_VERSION, **made_from}, indent=2) + "\n")
         write_whole(self.path / "recipe.yaml", recipe_yaml)
+
+    def checkpoint_of(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def kept_steps(self) -> list[int]:
+        """The steps whose checkpoints are there, in order."""
+        found = self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else ()
+        return sorted(int(path.name[5:]) for path in found if path.name[5:].isdecimal())
 
     def latest_checkpoint(self) -> tuple[Path, Progress] | None:
         """The newest checkpoint and where it stands."""
-        found = sorted(self.checkpoints.glob("step-*")) if self.checkpoints.is_dir() else []
-        return (found[-1], Progress(**read_json(found[-1] / "progress.json"))) if found else None
+        steps = self.kept_steps()
+        if not steps:
+            return None
+        folder = self.checkpoint_of(steps[-1])
+        return folder, Progress(**read_json(folder / "progress.json"))
+
+    def finished_steps(self) -> int | None:
+        """How many steps the finished model was trained for; None: there is none."""
+        record = self.model / "litconvert.json"
+        if not record.is_file():
+            return None
+        found = read_json(record)
+        return int((found.get("distillation") or found.get("training") or {}).get("steps", 0))
 
     def save_checkpoint(self, progress: Progress, save: Callable[[Path], None], *, keep: int, main: bool) -> None:
         """Write a checkpoint whole or not at all, then drop the oldest.
@@ -122,12 +195,12 @@ class RunDirectory:
             if not main:
                 return
             write_whole(partial / "progress.json", json.dumps(progress.__dict__) + "\n")
-            final = self.checkpoints / f"step-{progress.global_step:08d}"
+            final = self.checkpoint_of(progress.global_step)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
-            for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
-                shutil.rmtree(old)
+            for old in self.kept_steps()[:-keep]:
+                shutil.rmtree(self.checkpoint_of(old))
         except Exception as error:  # torch, safetensors and Python each report a full disk in their own way
             shutil.rmtree(partial, ignore_errors=True)
             cause = system_cause(error)

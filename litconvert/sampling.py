@@ -401,12 +401,14 @@ def sample_to_files(
     npz: Path | None = None,
     latents: Path | None = None,
     num_attention_heads: int | None = None,
+    weights: str = "auto",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> list[Path]:
     """Draw samples of a model, and of a teacher on the same noise, and write them.
 
     Args:
-        model, teacher: run or model directory, or any checkpoint.
+        model, teacher: run (RUN, or RUN@STEP for one of its checkpoints) or model directory, or any checkpoint.
         out: PNG grid; the teacher's rows come first.
         recipe: whose `sample` section and VAE are used; None: the one recorded with the model, if any.
         classes: labels such as `0,3,7`.
@@ -415,14 +417,19 @@ def sample_to_files(
         save_embeddings: where to write the captions, as `embeddings` reads them.
         npz: the model's images for the ADM evaluator.
         latents: undecoded latents as safetensors, instead of pictures.
+        weights: of the model, where it is a training checkpoint: `ema`, `model`, or `auto`, EMA if present.
+        on_note: told which checkpoint a run that is not finished is drawn from.
 
     Returns: the files written.
     """
     from litconvert.checkpoints import TensorInfo
+    from litconvert.run_directory import model_of
     from litconvert.sources import open_source, read_model
     from litconvert.writing import write_safetensors
 
-    path = str(Path(model) / "model") if (Path(model) / "model").is_dir() else model
+    path = model_of(model)
+    if path != model and Path(path).name != "model":
+        on_note(f"drawn from the checkpoint {path}")
     if recipe is None and (Path(path) / "recipe.yaml").is_file():
         recipe = path
     settings = (resolve(recipe, overrides) if recipe else resolve_data({}, overrides, "command line")).recipe
@@ -438,7 +445,8 @@ def sample_to_files(
 
     if npz is not None and latents is not None:
         raise UsageError("--npz needs decoded images and --latents skips decoding; give one of them")
-    sources = [open_source(source_of(name)) for name in ([teacher] if teacher else []) + [path]]
+    sources = [open_source(source_of(model_of(teacher)))] if teacher else []
+    sources.append(open_source(source_of(path), weights))
     configs = [source.reading.config for source in sources]
     config = configs[-1]
     for other in configs:

@@ -88,6 +88,11 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**full, "attention": kinds}
 
 
+def given_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a full config that differ from their defaults."""
+    return {key: value for key, value in config.items() if CONFIG_DEFAULTS.get(key, ...) != value}
+
+
 def model_tensors(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, TensorInfo]:
     """Name and shape of every tensor the model of this config stores, in the model's own order."""
     c = full_config(config)

@@ -13,6 +13,7 @@ import torch
 
 from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.files import held, read_json, require_space, whole_directory, write_whole
+from litconvert.inputs import Inputs
 from litconvert.latents import RECORD, Condition, features_of, quiet_datasets, record_text
 
 
@@ -38,22 +39,23 @@ def launched_group() -> Group:
     return Group(state.process_index, state.num_processes, device_of(state), state.wait_for_everyone)
 
 
-def is_finished(out: Path, digest: str, *, force: bool, remake: bool = False) -> bool:
+def is_finished(out: Path, inputs: Inputs, *, force: bool, remake: bool = False) -> bool:
     """Whether `out` is the data set of these inputs already, and is not to be made again.
 
     Raises LitconvertError when something else is there; not even `force` replaces what is no data set of ours.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    found = read_json(out / RECORD).get("digest") if (out / RECORD).is_file() else None
-    if found is None:
+    found = read_json(out / RECORD) if (out / RECORD).is_file() else {}
+    if found.get("digest") is None:
         raise LitconvertError(f"{out} exists and is not a data set of litconvert; choose another path")
-    if found == digest and not remake:
+    if inputs.made(found) and not remake:
         return True
     if force:
         return False
     raise LitconvertError(
-        f"{out} exists and was not made from these inputs; choose another path, or replace it with --force"
+        f"{out} exists and was made from other inputs ({inputs.changes(found)}); choose another path, or replace it "
+        "with --force"
     )
 
 
@@ -110,14 +112,14 @@ class Assembly:
 
     Attributes:
         out: the finished data set.
-        digest: of what determines it.
+        inputs: what determines it.
         shards: how many; shard i is that of process i modulo their number.
         group: the processes.
         on_note: told where the file system has no locks.
     """
 
     out: Path
-    digest: str
+    inputs: Inputs
     shards: int
     group: Group
     on_note: Callable[[str], None] = lambda note: None
@@ -125,7 +127,12 @@ class Assembly:
     @property
     def folder(self) -> Path:
         """Where the shards are until they are joined."""
-        return self.out.parent / f".{self.out.name}.shards-{self.digest[:12]}"
+        made, first = (
+            self.out.parent / f".{self.out.name}.shards-{digest[:12]}"
+            for digest in (self.inputs.digest, self.inputs.first_digest or self.inputs.digest)
+        )
+        # Begun by a version whose digests were others, it goes on.
+        return first if first.is_dir() else made
 
     def shard(self, index: int) -> Path:
         """A finished shard's folder."""
@@ -202,7 +209,7 @@ class Assembly:
                 samples += len(data)
             extra(folder)
             some = {} if len(buckets) == 1 else {"buckets": buckets}
-            write_whole(folder / RECORD, record_text(self.digest, samples, **facts, **some))
+            write_whole(folder / RECORD, record_text(self.inputs.record, samples, **facts, **some))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.families import Reading, families, recognise
 from litconvert.recipe import Recipe, Source
 from litconvert.recipe_files import resolve
+from litconvert.run_directory import model_of
 from litconvert.shapes import count_parameters, full_config, position_embedding
 
 if TYPE_CHECKING:
@@ -140,10 +141,17 @@ class OpenSource:
 
 
 def open_source(source: Source, weights: str = "auto") -> OpenSource:
-    """Open and recognise a recipe's source: headers only."""
+    """Open and recognise a recipe's source: headers only. Of a run (RUN, RUN@STEP) that is the model it holds."""
     if source.path is None:
         raise UsageError("no source is named: give SRC, or source.path in the recipe")
-    return read_as(source, open_checkpoint(source.path, file=source.file, weights=weights))
+    return read_as(source, open_checkpoint(model_of(source.path), file=source.file, weights=weights))
+
+
+def open_teacher(recipe: Recipe) -> OpenSource:
+    """What a student is held against: the source, or the teacher that is named where the source is linear already."""
+    source = open_source(recipe.source, recipe.inherit.weights)
+    is_student = "linear" in source.reading.config["attention"]
+    return open_source(recipe.distill.teacher) if is_student and recipe.distill.teacher else source
 
 
 def read_as(source: Source, checkpoint: Checkpoint) -> OpenSource:

@@ -12,32 +12,44 @@ from litconvert.conversion import resolve_for
 from litconvert.draws import generator_of
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import digest_of, require_space
+from litconvert.inputs import Inputs, given
 from litconvert.latents import Condition
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.prompts import StoredPrompts, read_prompts, store_prompts
 from litconvert.recipe import Recipe
 from litconvert.recipe_files import ResolvedRecipe
 from litconvert.sampling import draw, make_scheduler
-from litconvert.shapes import is_pixel_space
+from litconvert.shapes import given_config, is_pixel_space
 from litconvert.shards import Assembly, is_finished, launched_group, shard_writer, written
-from litconvert.sources import OpenSource, open_source, read_model
+from litconvert.sources import OpenSource, open_teacher, read_model
 
 
-def synthesis_digest(recipe: Recipe, teacher: OpenSource, prompts: Sequence[str]) -> str:
-    """Digest of what determines the drawn data. What hints make of the teacher's file is in its config.
+def synthesis_inputs(recipe: Recipe, teacher: OpenSource, prompts: Sequence[str]) -> Inputs:
+    """What determines the drawn data. What hints make of the teacher's file is in its config.
 
     The size of a batch changes rounding alone.
     """
-    inputs: dict[str, Any] = {
-        "source": teacher.checkpoint.sha256(),
+    left_out, sha256 = {"prompts", "batch_size"}, teacher.checkpoint.sha256()
+    values: dict[str, Any] = {
+        "teacher": {
+            "sha256": sha256,
+            "weights": teacher.checkpoint.weights,
+            "config": given_config(teacher.reading.config),
+        },
+        "data": {"synthesize": given(recipe.data.synthesize, exclude=left_out)},
+        "diffusion": given(recipe.diffusion),
+    }
+    first: dict[str, Any] = {
+        "source": sha256,
         "weights": teacher.checkpoint.weights,
         "config": teacher.reading.config,
-        "synthesize": recipe.data.synthesize.model_dump(exclude={"prompts", "batch_size"}),
+        "synthesize": recipe.data.synthesize.model_dump(exclude=left_out),
         "timesteps": recipe.diffusion.num_timesteps,
     }
     if prompts and recipe.source.text_encoder is not None:
-        inputs |= {"prompts": prompts, "text_encoder": recipe.source.text_encoder.model_dump()}
-    return digest_of(inputs)
+        values |= {"prompts": digest_of(prompts), "source": {"text_encoder": given(recipe.source.text_encoder)}}
+        first |= {"prompts": prompts, "text_encoder": recipe.source.text_encoder.model_dump()}
+    return Inputs(values, digest_of(first))
 
 
 def synthesize(
@@ -76,9 +88,7 @@ def synthesize_resolved(
     """`synthesize` for a recipe that is resolved already."""
     recipe = resolved.recipe
     settings = recipe.data.synthesize
-    opened = open_source(recipe.source, recipe.inherit.weights)
-    if "linear" in (opened.reading.config["attention"] or ()) and recipe.distill.teacher is not None:
-        opened = open_source(recipe.distill.teacher)  # a student that goes on at another size is no teacher
+    opened = open_teacher(recipe)
     config = opened.reading.config
     make_scheduler(settings.scheduler, recipe.diffusion.num_timesteps, config["prediction"])  # refuses before the work
     prompts: list[str] = []
@@ -89,12 +99,12 @@ def synthesize_resolved(
                 "(--set source.text_encoder.path=PixArt-alpha/PixArt-XL-2-1024-MS)"
             )
         prompts = read_prompts(settings.prompts)
-    digest = synthesis_digest(recipe, opened, prompts)
-    if is_finished(out, digest, force=force):
+    inputs = synthesis_inputs(recipe, opened, prompts)
+    if is_finished(out, inputs, force=force):
         return out
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
     require_space(out.parent, 2 * 4 * settings.num_samples * int(torch.Size(shape).numel()))
-    assembly = Assembly(out, digest, -(-settings.num_samples // settings.shard_size), launched_group(), on_note)
+    assembly = Assembly(out, inputs, -(-settings.num_samples // settings.shard_size), launched_group(), on_note)
     with written(out), assembly.begun():
         stored = None
         if prompts:

@@ -90,6 +90,7 @@ class Trainer:
         on_step: called on the main process after each step.
         on_observe: called on every process when samples are due, with the step and the EMA's whole state.
         on_note: told on the main process of steps that are skipped.
+        describe: called on the main process with a checkpoint's folder, to say what model it holds.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Trainer:
         on_step: Callable[[StepReport], None] = lambda report: None,
         on_observe: Callable[[int, Mapping[str, Tensor]], None] = lambda step, state: None,
         on_note: Callable[[str], None] = lambda note: None,
+        describe: Callable[[Path, Progress], None] = lambda folder, progress: None,
     ) -> None:
         self.engine = engine
         self.student = student.to(engine.device).train()
@@ -118,6 +120,7 @@ class Trainer:
         self.on_step = on_step
         self.on_observe = on_observe
         self.on_note = on_note
+        self.describe = describe
         self.skipped_steps = 0
         self.diffusion = make_diffusion(student.config, recipe.diffusion.num_timesteps)
         self.stop_signal: int | None = None
@@ -384,6 +387,8 @@ class Trainer:
             def save(folder: Path) -> None:
                 state = training_state(self.student.state_dict(), stage.optimizer, stage.parameters, stage.average)
                 self.engine.save(folder, state)
+                if self.engine.is_main:
+                    self.describe(folder, progress)
 
             self.run.save_checkpoint(progress, save, keep=settings.keep_checkpoints, main=self.engine.is_main)
         if stop:

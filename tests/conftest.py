@@ -1,6 +1,8 @@
 """Checkpoints made on disk, and a recipe for them: small enough that a test is a moment's work."""
 
 import argparse
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +64,14 @@ def dit_state(
     state |= linear("final_layer.linear", patch * patch * 2 * channels, width)
     state |= linear("final_layer.adaLN_modulation.1", 2 * width, width)
     return state
+
+
+@pytest.fixture(autouse=True)
+def not_quiet() -> Iterator[None]:
+    """A command that was given -q in this process is no reason for the next test to hear nothing."""
+    yield
+    if "litconvert.console" in sys.modules:
+        sys.modules["litconvert.console"].be_quiet(False)
 
 
 @pytest.fixture

@@ -450,7 +450,7 @@ def test_other_inputs_are_refused_and_force_replaces(
     out = tmp_path / "out"
     litconvert.convert(pico_checkpoint, out, str(pico_recipe))
     before = snapshot(out)
-    with pytest.raises(LitconvertError, match=r"was made from other inputs; .* --force"):
+    with pytest.raises(LitconvertError, match=rf"other inputs \({override.partition('=')[0]} was .* --force"):
         litconvert.convert(pico_checkpoint, out, str(pico_recipe), [override])
     assert snapshot(out) == before
     litconvert.convert(pico_checkpoint, out, str(pico_recipe), [override], force=True)
@@ -474,7 +474,7 @@ def test_another_source_is_another_input(tmp_path: Path, pico_checkpoint: Path, 
     out = tmp_path / "out"
     litconvert.convert(pico_checkpoint, out, str(pico_recipe))
     torch.save(dit_state(seed=9), pico_checkpoint)
-    with pytest.raises(LitconvertError, match="was made from other inputs"):
+    with pytest.raises(LitconvertError, match=r"other inputs \(the source's file\)"):
         litconvert.convert(pico_checkpoint, out, str(pico_recipe))
 
 

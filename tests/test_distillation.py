@@ -165,7 +165,7 @@ def test_a_second_run_of_the_same_command_does_nothing(tmp_path: Path, pico_stud
 
 def test_a_run_of_other_inputs_is_refused_and_force_replaces_it(tmp_path: Path, pico_student: Path, data: Path) -> None:
     run = litconvert.distill(pico_student, tmp_path / "run", data=data)
-    with pytest.raises(LitconvertError, match=r"other inputs.*--force"):
+    with pytest.raises(LitconvertError, match=r"other inputs: seed was 0 and is 1\..*--force"):
         litconvert.distill(pico_student, run, data=data, overrides=["seed=1"])
     assert steps_of(run) == list(range(1, 9))
     litconvert.distill(pico_student, run, data=data, overrides=["seed=1"], force=True)
@@ -205,7 +205,7 @@ def test_force_draws_the_data_again_where_they_are_other_data(tmp_path: Path, pi
     litconvert.distill(pico_student, run, overrides=["seed=1"], force=True)
     assert (drawn / "litconvert-latents.json").stat().st_mtime_ns == before
     fewer = ["data.synthesize.num_samples=7"]
-    with pytest.raises(LitconvertError, match=r"not made from these inputs.*--force"):
+    with pytest.raises(LitconvertError, match=r"other inputs \(data.synthesize.num_samples was 12 and is 7\).*--force"):
         litconvert.distill(pico_student, run, overrides=fewer)
     litconvert.distill(pico_student, run, overrides=fewer, force=True)
     assert len(open_latents(drawn)) == 7

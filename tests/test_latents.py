@@ -201,7 +201,7 @@ def test_synthesis_of_other_inputs_is_refused_beside_the_same_ones(
     synthesize(pico_checkpoint, tmp_path / "data", recipe)
     before = open_latents(tmp_path / "data")
     synthesize(pico_checkpoint, tmp_path / "data", recipe)
-    with pytest.raises(LitconvertError, match="not made from these inputs"):
+    with pytest.raises(LitconvertError, match=r"other inputs \(data.synthesize.seed was the default and is 5\)"):
         synthesize(pico_checkpoint, tmp_path / "data", recipe, other)
     synthesize(pico_checkpoint, tmp_path / "data", recipe, other, force=True)
     assert not torch.equal(everything(before), everything(open_latents(tmp_path / "data")))
@@ -478,7 +478,7 @@ def test_encoding_resumes_to_the_same_data(tmp_path: Path, photos: Path, latent_
     assert torch.equal(everything(whole), everything(open_latents(resumed)))
     encode_images(photos, tmp_path / "data", str(latent_recipe), ["data.encode.batch_size=1"])  # nothing to do
     Image.new("RGB", (8, 8)).save(photos / "red" / "new.png")
-    with pytest.raises(LitconvertError, match="not made from these inputs"):
+    with pytest.raises(LitconvertError, match=r"other inputs \(the images\)"):
         encode_images(photos, tmp_path / "data", str(latent_recipe))
     assert not list(tmp_path.glob(".data*"))
 
@@ -617,7 +617,7 @@ def test_a_hub_data_set_is_streamed_at_one_revision(
     assert data.labels == (0, 3)
     encode_images("owner/name", tmp_path / "data", str(latent_recipe), sets)  # the same revision
     hub["revision"] = "b" * 40
-    with pytest.raises(LitconvertError, match="not made from these inputs"):
+    with pytest.raises(LitconvertError, match=r"other inputs \(the images\)"):
         encode_images("owner/name", tmp_path / "data", str(latent_recipe), sets)
 
 
@@ -732,7 +732,7 @@ def test_an_edited_list_of_captions_is_noticed(tmp_path: Path, text_recipe: Path
         (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "caption": text}))
         if text == "a cat":
             encode_images(folder, tmp_path / "data", str(text_recipe), sets)
-    with pytest.raises(LitconvertError, match="not made from these inputs"):
+    with pytest.raises(LitconvertError, match=r"other inputs \(the images\)"):
         encode_images(folder, tmp_path / "data", str(text_recipe), sets)
 
 

@@ -54,7 +54,7 @@ PICO = {"sample_size": 16, "in_channels": 2, "out_channels": 4, "num_classes": 4
 def run(tmp_path: Path) -> RunDirectory:
     """A run that has begun."""
     directory = RunDirectory(tmp_path / "run")
-    directory.start("digest", "", force=False)
+    directory.start({"digest": "digest"}, "")
     directory.truncate_metrics(0)
     return directory
 

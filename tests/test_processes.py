@@ -144,9 +144,10 @@ def test_processes_skip_the_same_steps(tmp_path: Path, forker: Forker, pico_stud
         arguments = [
             one for one in distill(pico_student, run, bad, stages, "distill.max_skipped_steps=3") if one != "-q"
         ]
-        run_to_end(forker, arguments, tmp_path / f"{run.name}.log", processes=processes, sharded=sharded and processes == 2)
-    log = (tmp_path / "two.log").read_text()
-    assert log.count("the data (on process ") == 3, log
+        log = tmp_path / f"{run.name}.log"
+        run_to_end(forker, arguments, log, processes=processes, sharded=sharded and processes == 2)
+    notes = (tmp_path / "two.log").read_text()
+    assert notes.count("the data (on process ") == 3, notes
     one, two = (RunDirectory(run).read_metrics() for run in runs)
     assert [row["skipped_steps"] for row in one] == [row["skipped_steps"] for row in two]
     assert one[-1]["skipped_steps"] == "3"

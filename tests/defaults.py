@@ -1,0 +1,27 @@
+"""The table of defaults that digests of inputs rest on: `python -m tests.defaults` writes tests/defaults.json anew."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from litconvert import recipe
+from litconvert.shapes import CONFIG_DEFAULTS
+
+TABLE = Path(__file__).with_name("defaults.json")
+
+
+def current_defaults() -> dict[str, Any]:
+    """The default of every key: `Section.key` of a recipe's sections, `config.key` of the model's config."""
+    found = {f"config.{key}": value for key, value in CONFIG_DEFAULTS.items()}
+    for name, section in vars(recipe).items():
+        if isinstance(section, type) and issubclass(section, recipe.Section):
+            for key, field in section.model_fields.items():
+                if field.default is not PydanticUndefined:
+                    found[f"{name}.{key}"] = to_jsonable_python(field.default)
+    return dict(sorted(found.items()))
+
+
+if __name__ == "__main__":
+    TABLE.write_text(json.dumps({"number": recipe.DEFAULTS, "defaults": current_defaults()}, indent=1) + "\n")
