@@ -17,7 +17,7 @@ from litconvert.recipe import AnyStage, AttentionTransfer, Distill
 from litconvert.shapes import count_macs
 
 # Of the timed forward pass: a tenth of a second or so on a processor's core, a few milliseconds on a GPU.
-TIMED_MACS = {"cpu": 4e9, "cuda": 1e12}
+TIMED_MACS = {"cpu": 4e9, "mps": 1e11, "cuda": 1e12}
 TIMED_TOKENS = 1024
 TIMED_SECONDS = 0.5
 
@@ -117,8 +117,8 @@ class BlockTimer:
                     out = run()
                 if out is not None and trained:
                     out.backward(torch.ones_like(out))
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
             times.append(time.perf_counter() - began)
         return statistics.median(times[1:])
 

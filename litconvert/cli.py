@@ -70,6 +70,14 @@ def _overrides(
     return [*(sets or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
 
 
+def _use_device(name: str | None) -> None:
+    """`--device`."""
+    if name is not None:
+        from litconvert.device import choose_device
+
+        choose_device(name)
+
+
 @app.command()
 def inspect(
     source: Annotated[str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.")],
@@ -120,6 +128,7 @@ def plan(
     micro_batch: Annotated[
         int | None, typer.Option("--micro-batch", help="With --stage: samples at a time. Default: as the recipe says.")
     ] = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what would become of every tensor, or what a stage of training would take. Reads headers, writes nothing.
@@ -129,6 +138,7 @@ def plan(
     Example: litconvert plan DiT-XL-2-256x256.pt --recipe dit-xl-2-256 --stage all --processes 8
     """
     if stage is not None:
+        _use_device(device)
         _plan_stages(
             source, recipe, _overrides(sets, num_attention_heads, sample_size), stage, processes, micro_batch, as_json
         )
@@ -268,6 +278,7 @@ def latents_synthesize(
     recipe: OwnRecipeOption = None,
     sets: SetOption = None,
     num_attention_heads: HeadsOption = None,
+    device: DeviceOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -280,6 +291,7 @@ def latents_synthesize(
     from litconvert.synthesis import synthesize
 
     console.be_quiet(quiet or not _is_first())
+    _use_device(device)
     with console.progress("draw") as show:
         given = _overrides(sets, num_attention_heads)
         synthesize(
@@ -323,6 +335,7 @@ def latents_encode(
         bool, typer.Option("--skip-broken", help="Leave images out that cannot be read, and count them.")
     ] = False,
     num_attention_heads: HeadsOption = None,
+    device: DeviceOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -338,6 +351,7 @@ def latents_encode(
     from litconvert.latents import RECORD
 
     console.be_quiet(quiet or not _is_first())
+    _use_device(device)
     given = _overrides(sets, num_attention_heads)
     given += [f"source.vae.path={vae}"] if vae else []
     given += ["data.flip=true"] if flip else []
@@ -415,11 +429,10 @@ def distill(
 
     Example: litconvert distill lit-xl runs/second --from runs/lit-xl@20000 --set distill.stages.0.learning_rate=5e-5
     """
-    from litconvert.device import choose_device
     from litconvert.line import compare, distill_with_progress
 
     console.be_quiet(quiet or not _is_first())
-    choose_device(device)
+    _use_device(device)
     run = distill_with_progress(student, out, recipe, teacher, data, _overrides(sets, seed=seed), force, start)
     if _is_first():
         compare(run)
@@ -447,6 +460,7 @@ def probe(
         Path | None, typer.Option("--write", help="Write the recipe with the suggested student.softmax_layers.")
     ] = None,
     seed: SeedOption = None,
+    device: DeviceOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --write.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -460,6 +474,7 @@ def probe(
     from litconvert.probe import probe as measure
 
     console.be_quiet(quiet)
+    _use_device(device)
     with console.progress("probe") as show:
         result = measure(
             student,
@@ -517,6 +532,7 @@ def train(
     data: Annotated[Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's.")] = None,
     sets: SetOption = None,
     seed: SeedOption = None,
+    device: DeviceOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -528,6 +544,7 @@ def train(
     from litconvert.pretraining import train as train_model
 
     console.be_quiet(quiet or not _is_first())
+    _use_device(device)
     with training_display("train") as show:
         run = train_model(
             out,
@@ -584,6 +601,7 @@ def sample(
         Path | None, typer.Option("--latents", help="Write undecoded latents (safetensors) instead of a picture.")
     ] = None,
     num_attention_heads: HeadsOption = None,
+    device: DeviceOption = None,
     raw: RawOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -596,6 +614,7 @@ def sample(
     from litconvert.sampling import sample_to_files
 
     console.be_quiet(quiet)
+    _use_device(device)
     named: dict[str, Any] = {
         "sample.num_images": num,
         "sample.scheduler": scheduler,
@@ -633,6 +652,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or RUN@STEP for a checkpoint of it.")],
     sets: SetOption = None,
     raw: RawOption = False,
+    device: DeviceOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -646,6 +666,7 @@ def evaluate(
     from litconvert.run_directory import model_of
 
     console.be_quiet(quiet)
+    _use_device(device)
     model = model_of(str(run))
     if not (Path(model) / "litconvert.json").is_file():
         raise UsageError(f"{run}: not a run of `litconvert distill`, nor a model that one wrote (no litconvert.json)")
@@ -701,6 +722,7 @@ def run(
     source: Annotated[str | None, typer.Option("--source", help="Default: the recipe's.")] = None,
     sets: SetOption = None,
     seed: SeedOption = None,
+    device: DeviceOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -711,6 +733,7 @@ def run(
     from litconvert.line import run_line
 
     console.be_quiet(quiet)
+    _use_device(device)
     place = out or Path("runs") / Path(recipe).stem
     console.show_result(run_line(recipe, place, source=source, overrides=_overrides(sets, seed=seed), force=force))
 
@@ -719,6 +742,7 @@ def run(
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o")] = Path("runs/digits"),
     sets: SetOption = None,
+    device: DeviceOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -726,16 +750,16 @@ def demo(
 
     Example: litconvert demo
     """
-    run("digits", out=out, sets=sets, force=force, quiet=quiet)
+    run("digits", out=out, sets=sets, device=device, force=force, quiet=quiet)
 
 
 @app.command()
 def env(as_json: JsonOption = False, device: DeviceOption = None) -> None:
     """Versions and devices, for bug reports."""
-    from litconvert.device import bf16_in_hardware, choose_device, default_device, describe_devices, overrides
+    from litconvert.device import bf16_in_hardware, default_device, describe_devices, overrides
     from litconvert.model_directory import versions
 
-    choose_device(device)
+    _use_device(device)
     facts = {
         **versions(),
         "devices": describe_devices(),

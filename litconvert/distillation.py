@@ -33,7 +33,7 @@ from litconvert.observer import Observer
 from litconvert.optimization import trained_names
 from litconvert.recipe import AttentionTransfer, FlowMatching, Recipe, Source, Start
 from litconvert.recipe_files import ResolvedRecipe, read_recorded, resolve
-from litconvert.run_directory import RECORD, Progress, RunDirectory
+from litconvert.run_directory import RECORD, Progress, RunDirectory, is_run
 from litconvert.run_inputs import File, RunInputs, go_on
 from litconvert.sources import open_source, read_model
 from litconvert.synthesis import synthesize_resolved
@@ -287,6 +287,11 @@ def distill(
     Raises UsageError for inputs that do not fit, LitconvertError when it had to stop, Interrupted after a signal.
     """
     student, out = Path(student), Path(out)
+    if is_run(student):
+        raise UsageError(
+            f"{student} is a run, not a student: name its model, {student / 'model'}, or give it as --from {student} "
+            "beside the student that it was trained from"
+        )
     provenance = read_provenance(student)
     refuse_inputs_in(out, student, data)
     resolved, recorded = resolve_run(student, recipe, overrides, teacher, start)

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from litconvert.device import uses_bf16
+from litconvert.device import has_mac_gpu, uses_bf16
 from litconvert.errors import LitconvertError
 from litconvert.files import read_json
 from litconvert.launch import device_of, join_group, refuse_launcher_settings, sharding_asked
@@ -83,7 +83,8 @@ class Engine:
         """Device, precision and processes, for people."""
         precision = "bf16 autocast" if self.bf16 else "float32"
         split = "" if self.processes == 1 else ", states sharded" if self.sharded else ", data parallel"
-        return f"device {self.device.type}, {precision}, {self.processes} process(es){split}"
+        unused = " (a Mac's GPU is here, used with --device mps)" if self.device.type == "cpu" and has_mac_gpu() else ""
+        return f"device {self.device.type}{unused}, {precision}, {self.processes} process(es){split}"
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Around what is computed in the engine's precision."""

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from litconvert.checkpoints import Checkpoint, Extent, open_checkpoint
+from litconvert.checkpoints import RUN_INDEX, Checkpoint, Extent, open_checkpoint
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.families import Reading, families, recognise
 from litconvert.recipe import Recipe, Source
@@ -235,7 +235,8 @@ def _equal_sets(source: OpenSource) -> bool:
     """Whether a training checkpoint's EMA and raw weights are the same, tensor by tensor."""
     other = "model" if source.checkpoint.weights == "ema" else "ema"
     mine = source.checkpoint
-    theirs = open_checkpoint(str(mine.files[0]), weights=other)
+    first = mine.files[0]
+    theirs = open_checkpoint(str(first.parent if first.name == RUN_INDEX else first), weights=other)
     return mine.tensors == theirs.tensors and all(
         torch.equal(mine.read(name), theirs.read(name)) for name in mine.tensors
     )
