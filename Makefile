@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format benchmarks table clean
+.PHONY: demo test test-precision lint format benchmarks table clean
 
 demo: $(INSTALLED)        ## the whole line on the embedded model: no network, no GPU, results on one screen
 	$(BIN)/litconvert demo
 
-test: $(INSTALLED)        ## all tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED)        ## all tests, two at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+# What computes in bf16 or not, as the processor says: LITCONVERT_BF16=1 has it one way whatever the machine, 0 the other.
+PRECISION := test_engine test_distillation test_processes test_training_options test_estimate test_observation \
+	test_probe test_sampling test_cli test_emoji test_whole_line test_run_inputs test_run_checkpoints
+
+test-precision: $(INSTALLED)  ## the tests whose precision depends on the processor
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PRECISION:%=tests/%.py)
 
 lint: $(INSTALLED)        ## lint, format check and the strict type checker
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Checkpoints made on disk, and a recipe for them: small enough that a test is a moment's work."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tests.pretrained import Pretrained
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Beside other workers of pytest-xdist each has one thread: two busy threads on one core wait for each other.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 PICO_RECIPE = """\
 source: {num_attention_heads: 2}

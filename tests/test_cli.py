@@ -231,7 +231,10 @@ def test_the_embedded_line_converts_distils_and_scores(tmp_path: Path) -> None:
 def test_evaluate_of_a_model_without_a_known_metric_says_so(tmp_path: Path, pico_student: Path) -> None:
     result = command("evaluate", str(pico_student))
     assert result.code == 2
-    assert "not a finished run" in result.err
+    assert "no metric is known for this data" in result.err
+    result = command("evaluate", str(tmp_path))
+    assert result.code == 2
+    assert "not a run of `litconvert distill`, nor a model that one wrote" in result.err
 
 
 def test_the_schema_that_recipes_name_is_the_one_printed() -> None:

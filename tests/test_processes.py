@@ -26,6 +26,9 @@ STAGES = (
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
+# Two processes at a time are all that two cores bear: these tests run one after the other.
+pytestmark = pytest.mark.xdist_group("processes")
+
 
 @pytest.fixture(scope="module")
 def forker() -> Iterator[Forker]:
@@ -153,6 +156,21 @@ def test_processes_skip_the_same_steps(tmp_path: Path, forker: Forker, pico_stud
     assert one[-1]["skipped_steps"] == "3"
     for mine, theirs in zip(one, two, strict=True):
         assert float(mine["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4, nan_ok=True)
+
+
+def test_the_first_process_alone_decides_what_is_resumed(
+    tmp_path: Path, forker: Forker, pico_student: Path, data: Path
+) -> None:
+    """On a shared file system another process may not see the newest checkpoint yet, or any."""
+    stages = "distill.stages=[{{objective: hybrid, steps: {}, batch_size: 8, learning_rate: 1.0e-3}}]"
+    log = tmp_path / "log"
+    for name, steps in (("whole", 8), ("run", 4)):
+        run_to_end(forker, distill(pico_student, tmp_path / name, data, stages.format(steps)), log, processes=2)
+    with patience(120):
+        arguments = distill(pico_student, tmp_path / "run", data, stages.format(8))
+        workers = forker.launch(arguments, log, processes=2, call="tests.matrix:with_a_stale_view")
+        assert workers.wait() == [0, 0], log.read_text()
+    assert torch.equal(losses(tmp_path / "run"), losses(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(

@@ -512,7 +512,7 @@ def test_what_is_broken_does_not_go_up(hub: HubServer, picos: Picos, tmp_path: P
     refused(tmp_path / "nowhere", "no such folder")
     refused(tmp_path, "not a model directory of litconvert")
     (tmp_path / "run.json").write_text("{}")
-    refused(tmp_path, "the run has no model yet; run the same `litconvert distill` again")
+    refused(tmp_path, "the run has no model and no checkpoint yet; run the same command again")
 
     model = copied(picos.pixels, tmp_path)
     weights = load_file(model / WEIGHTS)
