@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 _settings = {"quiet": False}
+# What `pip install 'litconvert[distill]'` brings.
+DISTILLATION_PACKAGES = ("datasets", "matplotlib", "pyarrow", "torchmetrics")
 
 
 def be_quiet(quiet: bool) -> None:
@@ -274,7 +276,7 @@ def fail(error: BaseException) -> int:
         err.print("litconvert: interrupted; run the same command to go on", markup=False)
         return 130
     cause = system_cause(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in ("datasets", "matplotlib", "pyarrow", "torchmetrics"):
+    if isinstance(error, ModuleNotFoundError) and error.name in DISTILLATION_PACKAGES:
         cause = f"{error.name} is not installed; install what distillation needs: pip install 'litconvert[distill]'"
     if cause is None and _is_out_of_memory(error):
         cause = (
