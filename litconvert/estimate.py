@@ -144,7 +144,7 @@ def estimate_stage(
         device=device,
         bf16=bf16,
     )
-    available = _available(device) + resident
+    available = available_memory(device) + resident
     fits = sum(memory.values()) <= available
     return StageEstimate(
         stage=stage_index,
@@ -203,8 +203,8 @@ def estimate_stages(
     ]
 
 
-def _available(device: torch.device) -> int:
-    """Bytes that can be had now."""
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be had now, on a GPU or else of main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
