@@ -52,6 +52,10 @@ DeviceOption = Annotated[
 RawOption = Annotated[
     bool, typer.Option("--raw", help="Of a checkpoint of a run: its raw weights, not their moving average.")
 ]
+MinutesOption = Annotated[
+    float | None, typer.Option("--minutes", help="Checks begin for so long, the rest is skipped. Default: 5.")
+]
+ReportOption = Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Of fresh weights and of every draw (seed).")]
 
 
@@ -754,8 +758,26 @@ def demo(
 
 
 @app.command()
-def env(as_json: JsonOption = False, device: DeviceOption = None) -> None:
-    """Versions and devices, for bug reports."""
+def env(
+    as_json: JsonOption = False,
+    device: DeviceOption = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Try what litconvert does on this device too: some minutes.")
+    ] = False,
+    minutes: MinutesOption = None,
+    out: ReportOption = None,
+) -> None:
+    """Versions and devices, for bug reports; with --check whether what litconvert does works on this machine.
+
+    Example: litconvert env --check --out check.json
+    """
+    if check:
+        from litconvert.gpu_check import check_machine
+
+        check_machine(device, minutes, as_json, out)
+        return
+    if minutes is not None or out is not None:
+        raise UsageError("--minutes and --out are of the check: add --check")
     from litconvert.device import bf16_in_hardware, default_device, describe_devices, overrides
     from litconvert.model_directory import versions
 
