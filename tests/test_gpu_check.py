@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from litconvert import gpu_check
-from litconvert.checks.check import NO_TIME, Check, Context, Error, Finding, Outcome, Skipped, judge, perform
-from litconvert.checks.runner import run_checks
+from litconvert.checks.check import Check, Context, Error, Finding, Outcome, Skipped, judge, perform
+from litconvert.checks.runner import Worker, run_checks
+from litconvert.errors import UsageError
 from tests.command import command
 
 if TYPE_CHECKING:
@@ -40,7 +41,11 @@ def cannot(context: Context) -> Finding:
 
 
 def crashes(context: Context) -> Finding:
-    raise ZeroDivisionError(f"in {context.folder}")
+    raise ZeroDivisionError(f"in {context.folder}\nand more lines")
+
+
+def refuses(context: Context) -> Finding:
+    raise UsageError("it cannot be; choose another")
 
 
 def lacks(context: Context) -> Finding:
@@ -84,20 +89,21 @@ def here(tmp_path: Path, device: str = "cpu") -> Context:
 
 
 def test_every_check_ends_as_one_entry_whatever_happens_in_it(tmp_path: Path) -> None:
-    checks = [*named("passes", "fails", "cannot", "lacks", "passes", "crashes"), *named("dies", "passes")]
+    checks = [*named("passes", "fails", "cannot", "lacks", "passes", "crashes"), *named("refuses", "dies", "passes")]
     checks.append(Check("alone", f"{HERE}:passes", {"given": 3}, alone=True))
     begun: list[str] = []
     outcomes = run_checks(checks, "cpu", tmp_path, 60.0, begun.append)
-    statuses = ["passed", "failed", "skipped", "skipped", "passed", "failed", "failed", "passed", "passed"]
+    statuses = ["passed", "failed", "skipped", "skipped", "passed", "failed", "failed", "failed", "passed", "passed"]
     assert [one.status for one in outcomes] == statuses
     assert begun == [one.name for one in outcomes] == [check.name for check in checks]
-    first, failed, skipped, lacking, same, crashed, died, later, alone = outcomes
+    first, failed, skipped, lacking, same, crashed, refused, died, later, alone = outcomes
     assert (first.text, failed.text) == ("all well", "2 is over its limit of 1")
     assert skipped.text == "there is no such thing here"
     assert lacking.text == "datasets is not installed: pip install 'litconvert[distill]'"
     assert crashed.text == f"ZeroDivisionError: in {tmp_path}"
     assert crashed.traceback is not None
     assert "in crashes" in crashed.traceback
+    assert refused.text == "it cannot be; choose another"
     assert died.text == "its process died (signal SIGKILL)"
     assert died.traceback == "the last words"
     # One process for all of them, as long as nothing is wrong with it.
@@ -107,12 +113,15 @@ def test_every_check_ends_as_one_entry_whatever_happens_in_it(tmp_path: Path) ->
     assert alone.figures["given"] == 3
 
 
-def test_a_check_that_hangs_is_ended_with_what_it_started_and_the_rest_is_skipped(tmp_path: Path) -> None:
-    began = time.monotonic()
-    hung, later = run_checks(named("hangs", "passes"), "cpu", tmp_path, 0.5, grace=2.0)
-    assert time.monotonic() - began < 30
-    assert (hung.status, hung.text) == ("failed", "it had not ended after 2 s, and was made to")
-    assert (later.status, later.text, later.seconds) == ("skipped", NO_TIME, 0.0)
+def test_a_check_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    first, hanging = named("passes", "hangs")
+    with Worker(tmp_path / "log") as worker:
+        worker.perform(first, here(tmp_path), 60.0)
+        began = time.monotonic()
+        hung = worker.perform(hanging, here(tmp_path), 2.0)
+        assert time.monotonic() - began < 30
+        assert (hung.status, hung.text) == ("failed", "it had not ended after 2 s, and was made to")
+        assert worker.perform(first, here(tmp_path), 60.0).status == "passed"
     child = int((tmp_path / "child").read_text())
     for _ in range(100):  # whoever inherits it may take a moment to notice
         state = Path(f"/proc/{child}/status")
@@ -237,6 +246,12 @@ def test_the_device_is_described_and_multiplies_right(tmp_path: Path, monkeypatc
     assert finding.figures["products"]["float32"]["error"] < 1e-5
     json.dumps(finding.figures)
 
+    monkeypatch.setattr(devices, "bf16_in_hardware", lambda: True)
+    monkeypatch.setattr(devices, "_product", lambda device, kind: (kind.itemsize * 1e12, 0.0))
+    assert (
+        "4 in float32 and 2 in bfloat16 TFLOP/s; bf16 is said to be fast"
+        in devices.check_devices(here(tmp_path)).summary
+    )
     monkeypatch.setattr(devices, "_product", lambda device, kind: (1e12, float("nan")))
     assert "multiplies matrices wrongly: float32 (nan)" in devices.check_devices(here(tmp_path)).wrong
 
@@ -245,7 +260,10 @@ def test_the_device_is_described_and_multiplies_right(tmp_path: Path, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert devices.unusable_gpu() == ""
     monkeypatch.setenv("LITCONVERT_DEVICE", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert "there is a GPU (NVIDIA H100) that PyTorch" in devices.unusable_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert devices.unusable_gpu() == ""
 
     assert devices.idle_mac_gpu() == ""
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)

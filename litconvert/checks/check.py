@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from litconvert.console import DISTILLATION_PACKAGES
+from litconvert.errors import LitconvertError
 
 NO_TIME = "no time left (--minutes)"
 Status = Literal["passed", "failed", "skipped"]
@@ -104,8 +105,10 @@ def perform(check: Check, context: Context) -> Outcome:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name in DISTILLATION_PACKAGES:
             return ended("skipped", f"{error.name} is not installed: pip install 'litconvert[distill]'")
-        text = str(error) or "no message"
-        return ended("failed", f"{type(error).__name__}: {text}", trace=traceback.format_exc())
+        known = isinstance(error, LitconvertError)
+        lines = str(error).strip().splitlines() or ["no message"]
+        text = str(error) if known else f"{type(error).__name__}: {lines[0][:300]}"
+        return ended("failed", text, trace=traceback.format_exc())
     return ended("failed" if found.wrong else "passed", found.wrong or found.summary, found.figures)
 
 

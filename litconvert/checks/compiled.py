@@ -31,10 +31,13 @@ class Case:
     bf16: bool = False
     captions: bool = False
 
+    @property
+    def tokens(self) -> int:
+        return self.latent[0] * self.latent[1] // 4
+
     def __str__(self) -> str:
-        tokens = self.latent[0] * self.latent[1] // 4
         of = "captions" if self.captions else "classes"
-        return f"{' and '.join(self.layers)}, {of}, {tokens} tokens, {'bf16' if self.bf16 else 'float32'}"
+        return f"{' and '.join(self.layers)}, {of}, {self.tokens} tokens, {'bf16' if self.bf16 else 'float32'}"
 
 
 BOTH = ("linear", "softmax")
@@ -53,7 +56,8 @@ CASES = {
 LIMITS = {False: (1e-5, 1e-4), True: (2e-2, 6e-2)}
 # Gradients that are smaller than this part of all of them count as this large: that of softmax keys' bias is zero.
 SMALL = 1e-3
-LONG_BYTES = 16e9
+# A GPU takes so many tokens where it has so much memory.
+LONG, LONG_BYTES = 16384, 16e9
 
 
 def check_compiled(context: Context, cases: Sequence[Case] | None = None) -> Finding:
@@ -62,7 +66,7 @@ def check_compiled(context: Context, cases: Sequence[Case] | None = None) -> Fin
         raise Skipped(reason)
     errors, rows, left_out = [], [], []
     for case in CASES[context.device] if cases is None else cases:
-        if case.width * case.latent[0] > 1 << 17 and torch.cuda.mem_get_info()[0] < LONG_BYTES:
+        if case.tokens >= LONG and torch.cuda.mem_get_info()[0] < LONG_BYTES:
             left_out.append(f"{case}: needs {LONG_BYTES / 1e9:.0f} GB")
             continue
         forward, gradients = compare(case, context.device)
@@ -79,7 +83,11 @@ def check_compiled(context: Context, cases: Sequence[Case] | None = None) -> Fin
 def why_not(device: str) -> str:
     """Why nothing can be compiled for a device here; empty: it can."""
     if device == "cuda":
-        return "" if has_triton() else "triton is not installed, so nothing is compiled (distill.compile)"
+        return (
+            ""
+            if has_triton()
+            else "triton is not installed or does not know this GPU, so nothing is compiled (distill.compile)"
+        )
     if device == "mps":
         return "blocks are compiled on NVIDIA GPUs, and on a CPU when asked"
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name):

@@ -14,7 +14,14 @@ import torch
 
 from litconvert.checks.check import Context, Finding
 from litconvert.console import size
-from litconvert.device import bf16_in_hardware, chosen_device, default_device, describe_devices, has_mac_gpu
+from litconvert.device import (
+    BF16_VARIABLE,
+    bf16_in_hardware,
+    chosen_device,
+    default_device,
+    describe_devices,
+    has_mac_gpu,
+)
 from litconvert.observation import peak_flops
 
 # Sides of the square matrices that are multiplied, milliseconds each.
@@ -30,8 +37,10 @@ def check_devices(context: Context) -> Finding:
     facts["products"] = {
         kind: {"tflops": round(rate / 1e12, 3), "error": error} for kind, (rate, error) in products.items()
     }
-    rates = " and ".join(f"{rate / 1e12:.3g} ({kind})" for kind, (rate, _) in products.items())
-    summary = f"{facts['name']}, {_memory(facts)}; TFLOP/s: {rates}"
+    rates = " and ".join(f"{rate / 1e12:.3g} in {kind}" for kind, (rate, _) in products.items())
+    summary = f"{facts['name']}, {_memory(facts)}; {rates} TFLOP/s"
+    if facts["bf16_in_hardware"] and products["bfloat16"][0] < products["float32"][0]:
+        summary += f"; bf16 is said to be fast and is slower than float32: {BF16_VARIABLE}=0 has it left out"
     summary += f"; {facts['idle_gpu']}" if facts["idle_gpu"] else ""
     broken = [f"{kind} ({error:.1e})" for kind, (_, error) in products.items() if not error < 1e-2]
     wrong = unusable_gpu()
@@ -43,9 +52,9 @@ def check_devices(context: Context) -> Finding:
 def device_facts() -> dict[str, Any]:
     """Devices, versions, and what is claimed of bf16 and TensorFloat-32, as plain data. Bytes of memory."""
     device = default_device()
-    gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
+    gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if device.type == "cuda" else []
     return {
-        "name": gpus[0]["name"] if device.type == "cuda" else _processor(),
+        "name": gpus[0]["name"] if gpus else _processor(),
         "device": device.type,
         "devices": describe_devices(),
         "gpus": gpus,
@@ -60,9 +69,7 @@ def device_facts() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
         "cudnn": torch.backends.cudnn.version() if gpus else None,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version()))
-        if gpus and torch.distributed.is_nccl_available()
-        else None,
+        "nccl": _nccl() if gpus else None,
         "triton": _version("triton"),
         "bf16_in_hardware": bf16_in_hardware(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -80,7 +87,8 @@ def idle_mac_gpu() -> str:
 
 def unusable_gpu() -> str:
     """A sentence where there is an NVIDIA GPU that PyTorch cannot use, and nobody chose another device."""
-    if torch.cuda.is_available() or chosen_device() or (name := _nvidia("name")) is None:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.cuda.is_available() or hidden or chosen_device() or (name := _nvidia("name")) is None:
         return ""
     reason = (
         "it was built without CUDA"
@@ -152,6 +160,11 @@ def _nvidia(field: str) -> str | None:
         return None
     lines = answer.stdout.split("\n")
     return lines[0].strip() or None if answer.returncode == 0 else None
+
+
+def _nccl() -> str | None:
+    """Its version; None for a PyTorch without it."""
+    return ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
 
 
 def _version(package: str) -> str | None:

@@ -30,6 +30,7 @@ PROCESSES = 2
 LAUNCHED = "litconvert.checks.processes"
 # Seconds; a launch takes ten to thirty.
 PATIENCE = 180.0
+PRECISIONS = {"no": "float32", "bf16": "bf16"}
 LIMITS = {"no": 1e-4, "bf16": 2e-2}
 PICO = (
     "distill.compile=no",
@@ -51,7 +52,7 @@ class Way:
     @property
     def name(self) -> str:
         """`sharded, float32`."""
-        return f"{'sharded' if self.sharded else 'data parallel'}, {'bf16' if self.precision == 'bf16' else 'float32'}"
+        return f"{'sharded' if self.sharded else 'data parallel'}, {PRECISIONS[self.precision]}"
 
     @property
     def overrides(self) -> list[str]:
@@ -76,22 +77,24 @@ def check_processes(context: Context) -> Finding:
             run = litconvert.distill(student, folder / f"alone-{way.precision}", data=data, overrides=way.overrides)
             alone[way.precision] = losses_of(run)
     code, printed = launch([str(student), str(data), str(folder)], context.device, folder / "launch.log")
-    errors, figures = [], {}
+    errors: list[Error] = []
+    figures: dict[str, list[float]] = {}
     for way in WAYS:
         losses = losses_of(folder / way.name)
         figures[way.name] = losses
         if len(losses) == len(alone[way.precision]):
             found = difference(alone[way.precision], losses)
             errors.append(Error(f"losses, {way.name}", found, LIMITS[way.precision]))
+    known = {"alone": {PRECISIONS[key]: losses for key, losses in alone.items()}, "together": figures}
     if len(errors) == len(WAYS) and code == 0:
-        return judge(errors, {"alone": alone, "together": figures})
+        return judge(errors, known)
     missing = (
         ", ".join(way.name for way in WAYS if len(figures[way.name]) < len(alone[way.precision])) or "none of them"
     )
     ended = (
         f"two processes had not ended after {PATIENCE:.0f} s" if code is None else f"torchrun ended with code {code}"
     )
-    return Finding("", {"alone": alone, "together": figures, "printed": printed}, f"{ended}; not trained: {missing}")
+    return Finding("", {**known, "printed": printed}, f"{ended}; not trained: {missing}")
 
 
 def main() -> None:

@@ -35,14 +35,14 @@ def run_checks(
     """Run checks in their order; those that would begin after so many seconds are skipped.
 
     Args:
-        device: what they work on.
+        device: what they work on: the one that is chosen (LITCONVERT_DEVICE) or else the default.
         folder: a temporary one.
         on_begin: told the name of each check that begins.
         grace: seconds after which a check that has not ended is made to.
     """
     ends = time.monotonic() + seconds
     outcomes = []
-    with Worker(device, folder / "log") as worker:
+    with Worker(folder / "log") as worker:
         for check in checks:
             left = ends - time.monotonic()
             if left <= 0:
@@ -57,12 +57,11 @@ class Worker:
     """A process that performs checks, replaced where it has died, hangs, or has met an error: a GPU may be left broken.
 
     Args:
-        device: what it works on.
         log: a file for what it prints.
     """
 
-    def __init__(self, device: str, log: Path) -> None:
-        self.device, self.log = device, log
+    def __init__(self, log: Path) -> None:
+        self.log = log
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
         self._used = False  # by a check that was not skipped
@@ -114,7 +113,7 @@ class Worker:
         self.end()
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.device, str(self.log)), daemon=False)
+        self._process = context.Process(target=_serve, args=(theirs, str(self.log)), daemon=False)
         self._process.start()
         theirs.close()
         return self._process, self._connection
@@ -153,7 +152,7 @@ def _cause(code: int | None) -> str:
     return f"signal {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"signal {-code}"
 
 
-def _serve(connection: Connection, device: str, log: str) -> None:
+def _serve(connection: Connection, log: str) -> None:
     """Perform checks until nobody asks any more."""
     os.setsid()  # so that it can be ended together with what it starts, and Ctrl-C is its parent's
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -162,7 +161,7 @@ def _serve(connection: Connection, device: str, log: str) -> None:
     faulthandler.enable()
     for name in [name for name in os.environ if name.startswith(CLEARED)]:
         del os.environ[name]
-    os.environ.update(ENVIRONMENT, LITCONVERT_DEVICE=device)
+    os.environ.update(ENVIRONMENT)
     while True:
         try:
             check, context = connection.recv()
