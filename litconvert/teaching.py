@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
@@ -38,6 +39,10 @@ def compile_blocks(model: LiTTransformer2DModel, *, recorded: bool) -> None:
     With `recorded` attention outputs, attention and feed-forward are compiled each by itself: a hook inside a compiled
     block would not be called.
     """
+    # Inductor's mix-order reduction gives silently wrong gradients for the scales and shifts of modulated LayerNorms
+    # (torch 2.10 and later; pytorch/pytorch issue 193061).
+    if hasattr(inductor.triton, "mix_order_reduction"):
+        inductor.triton.mix_order_reduction = False
     # Data parallelism would cut each block in pieces, for communication to begin in the middle of one.
     torch._dynamo.config.optimize_ddp = False
     for block in cast(Iterator[Block], model.blocks):
