@@ -170,6 +170,8 @@ def _lengthen(run: RunDirectory, wanted: RunInputs, before: Sequence[int]) -> li
                 f"become {stage.steps}; choose no fewer, or another path"
             )
         notes.append(f"stage {index}: {stage.steps} steps, {old} before")
+        if latest is None and run.model.is_dir():
+            notes.append(f"{run.path} has a model but no checkpoint to go on from: it begins again")
         if stage.schedule != "constant" and latest is not None and index == latest[1].stage and latest[1].step:
             notes.append(
                 f"the learning rate follows the {stage.schedule} schedule of {stage.steps} steps from here on, and "
