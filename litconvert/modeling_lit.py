@@ -30,7 +30,11 @@ PREDICTIONS = ("noise", "velocity")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: shift and scale (N, 1, D) tokens x (N, T, D)."""
+    """adaLN: shift and scale (N, 1, D) tokens x (N, T, D). Under autocast, in the dtype of products."""
+    if under_autocast(x):
+        # Cast once: autocast would cast it for each product that reads it, and each would keep its copy.
+        out = torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype))
+        return out.to(torch.get_autocast_dtype(x.device.type))
     return x * (1 + scale) + shift  # as diffusers rounds it; addcmul would save a pass, and differ
 
 
@@ -80,6 +84,13 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Autocast switched off on the tensor's device; the meta device has none."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on where the tensor is, and would cast it."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return on and x.dtype != torch.float64
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -913,9 +924,11 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         x = self.x_embedder(hidden_states)  # (N, T, D)
         base_size = self.config.sample_size // p
-        x = x + sincos_position_embedding(
+        positions = sincos_position_embedding(
             self.config.hidden_size, grid, base_size, x.device, self.config.interpolation_scale
-        ).to(x.dtype)
+        )
+        # Under autocast they stay float32, and with them what all blocks add to, as in DiT's code.
+        x = x + (positions if under_autocast(x) else positions.to(x.dtype))  # (N, T, D)
         condition = self.conditioning(
             timestep, class_labels, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs
         )

@@ -1,7 +1,7 @@
 """The network: its linear attention against the formula in float64, and what the model promises around it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -538,6 +538,78 @@ def test_bf16_autocast_stays_close_to_float32() -> None:
     exact = call(model, 24, 40)
     with torch.autocast("cpu", torch.bfloat16):
         assert relative_error(call(model, 24, 40), exact.double()) < 2e-2
+
+
+def of_captions(**changes: Any) -> LiTTransformer2DModel:
+    """As `pico`, of captions."""
+    return pico(num_classes=None, null_class=False, caption_channels=8, caption_tokens=5, **changes)
+
+
+def call_any(model: LiTTransformer2DModel) -> Tensor:
+    """The output for two fixed latents (2, 1, 16, 16) and classes or captions, in the dtype of the weights."""
+    latents = normal(2, 1, 16, 16, seed=5).to(model.dtype)
+    captions = normal(2, 5, 8, seed=6).to(model.dtype)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    of_classes = model.config.num_classes is not None
+    output: Tensor = model(
+        latents,
+        torch.tensor([3, 700]),
+        class_labels=torch.tensor([0, 4]) if of_classes else None,
+        encoder_hidden_states=None if of_classes else captions,
+        encoder_attention_mask=None if of_classes else mask,
+    ).sample
+    return output
+
+
+def stream_dtypes(model: LiTTransformer2DModel) -> set[torch.dtype]:
+    """The dtypes of what goes into the blocks and comes out of them in one pass."""
+    seen: set[torch.dtype] = set()
+
+    def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        seen.update((arguments[0].dtype, output.dtype))
+
+    handles = [block.register_forward_hook(record) for block in blocks(model)]
+    call_any(model)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("make", [pico, of_captions], ids=["classes", "captions"])
+def test_under_autocast_what_blocks_add_to_stays_float32(make: Callable[..., LiTTransformer2DModel]) -> None:
+    model = make(num_layers=6, attention=["linear", "softmax"] * 3)
+    exact = call_any(model).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stream_dtypes(model) == {torch.float32}
+        output = call_any(model)
+
+    for block in blocks(model):
+        block.register_forward_pre_hook(lambda module, arguments: (arguments[0].bfloat16(), *arguments[1:]))
+        block.register_forward_hook(lambda module, arguments, output: output.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = call_any(model)
+    assert relative_error(output, exact) < 0.8 * relative_error(rounded, exact)
+
+
+@pytest.mark.parametrize("make", [pico, of_captions], ids=["classes", "captions"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_without_autocast_what_blocks_add_to_is_as_the_weights(
+    dtype: torch.dtype, make: Callable[..., LiTTransformer2DModel]
+) -> None:
+    model = make().to(dtype)
+    assert stream_dtypes(model) == {dtype}
+    assert call_any(model).dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns itself where it compiles
+def test_under_autocast_blocks_compile_whole() -> None:
+    model = pico()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = call(model)
+        for block in blocks(model):
+            block.forward = torch.compile(type(block).forward, backend="aot_eager", fullgraph=True).__get__(block)
+        compiled = call(model)
+    assert torch.equal(compiled, plain)
 
 
 def test_a_model_survives_saving_and_loading(tmp_path: Path) -> None:
