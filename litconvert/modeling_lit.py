@@ -229,21 +229,23 @@ class HalfPrecisionLinearAttention(torch.autograd.Function):
         trained = any(ctx.needs_input_grad)
         # Sampling does without: the output is as exact either way.
         centred, mean, removed = without_mean(v) if trained else (v, None, None)
+        add_back = [None] * num_heads if removed is None else heads_of(removed / v_scale, num_heads)
+        few = tokens < width // num_heads
+        parts = (q, v if few else centred, k_sum)
         outputs, saved = [], []
-        for head, (q_head, k_head, v_head, centred_head, k_sum_head) in enumerate(
-            zip(*(heads_of(part, num_heads) for part in (q, k, v, centred, k_sum)), strict=True)
+        for q_head, v_head, k_sum_head, k_head, mean_head in zip(
+            *(heads_of(part, num_heads) for part in parts), copied_heads_of(k, num_heads), add_back, strict=True
         ):
             q_head = q_head.to(torch.float32, copy=True)
             z = torch.bmm(k_sum_head, q_head.transpose(1, 2)).transpose(1, 2).add_(eps)  # (N, T, 1)
             scale = z.reciprocal_()
             weighted = q_head.mul_(scale).to(v.dtype)  # (N, T, d)
-            if tokens < width // num_heads:
+            if few:
                 product = torch.bmm(weighted, k_head.transpose(1, 2))  # (N, T, T)
                 outputs.append(torch.bmm(product, v_head))  # (N, T, d)
             else:
-                state = product = torch.bmm(in_one_piece(k_head).transpose(1, 2), centred_head)  # (N, d, d)
-                if removed is not None:
-                    mean_head = heads_of(removed / v_scale, num_heads)[head]  # (N, 1, d)
+                state = product = torch.bmm(k_head.transpose(1, 2), v_head)  # (N, d, d)
+                if mean_head is not None:
                     state = (product + k_sum_head.transpose(1, 2) * mean_head).to(v.dtype)
                 outputs.append(torch.bmm(weighted, state))  # (N, T, d)
             if trained:
@@ -257,13 +259,12 @@ class HalfPrecisionLinearAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         k, centred, mean, k_sum, *saved = ctx.saved_tensors
         tokens, width = k.shape[1:]
-        parts = (heads_of(part, ctx.num_heads) for part in (gradient, k, centred, mean, k_sum))
+        parts = (heads_of(part, ctx.num_heads) for part in (k, centred, mean, k_sum))
         q_gradients, k_gradients, v_gradients = [], [], []
         with without_autocast(k):
             for g, k_head, v_head, mean_head, k_sum_head, weighted, scale, product in zip(
-                *parts, saved[::3], saved[1::3], saved[2::3], strict=True
+                copied_heads_of(gradient, ctx.num_heads), *parts, saved[::3], saved[1::3], saved[2::3], strict=True
             ):
-                g = in_one_piece(g)
                 if tokens < width // ctx.num_heads:
                     product_gradient = torch.bmm(g, v_head.transpose(1, 2))  # (N, T, T)
                     weighted_gradient = torch.bmm(product_gradient, k_head)  # (N, T, d)
@@ -300,9 +301,12 @@ def without_mean(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return centred, mean, true_mean - sums.float() / v.shape[1]
 
 
-def in_one_piece(x: Tensor) -> Tensor:
-    """A head (N, T, d), copied on a CPU: its bmm would do it for every product, and slowly for a transposed one."""
-    return x.contiguous() if x.device.type == "cpu" else x
+def copied_heads_of(x: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """As `heads_of`, on a CPU copied: its bmm would do it for every product, and slowly for a transposed operand."""
+    if x.device.type != "cpu":
+        return heads_of(x, num_heads)
+    heads: tuple[Tensor, ...] = x.unflatten(-1, (num_heads, -1)).movedim(2, 0).contiguous().unbind()
+    return heads
 
 
 class Attention(nn.Module):
