@@ -1,12 +1,12 @@
 """Linear attention in bf16 on one CPU thread, beside the formula as autograd differentiates it, SDPA and Sana's code.
 
-    python -m benchmarks.core                 times, then errors: about half an hour
-    python -m benchmarks.core --rounds 60     more rounds, for a machine that others use too
+    python -m benchmarks.core                 times, then errors: a few minutes
+    python -m benchmarks.core --rounds 100    more rounds, for a machine that others use too
 
 One sample of width 1152, queries and keys after the kernel function, values whose channels have means of about half a
-standard deviation over tokens. In one process the sides take turns, and each round begins with another one. `ms` is CPU
-time, which on one thread is what an idle machine takes: median and quartiles over rounds. `over_core` is the time of a
-side over that of litconvert's core in the same round. `plain` is the core as it was when autograd made its gradient.
+standard deviation over tokens. In one process the sides take turns, in another order each round. `ms` is CPU time, which
+on one thread is what an idle machine takes: median and quartiles over rounds. `over_core` is the time of a side over
+that of litconvert's core in the same round. `plain` is the core as it was when autograd made its gradient.
 
 Errors are relative (L2), against float64 on the same bf16 inputs, for one head and means of 0 to 3 standard deviations:
 of the output, in training and where nothing is differentiated (`sampled`), and of the gradients of q, k and v. Written
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,10 +88,10 @@ def spread(values: list[float]) -> dict[str, float]:
 def take_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
     """Milliseconds of each side, and their ratios to the core's."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in range(WARM_UP + rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    order = random.Random(0)
+    for _ in range(WARM_UP + rounds):
+        # In any order: what runs before leaves caches and heap behind.
+        for name in order.sample(list(runs), len(runs)):
             began = time.process_time()
             runs[name]()
             times[name].append(1000 * (time.process_time() - began))
