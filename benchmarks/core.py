@@ -4,8 +4,8 @@
     python -m benchmarks.core --rounds 100    more rounds, for a machine that others use too
 
 One sample of width 1152, queries and keys after the kernel function, values whose channels have means of about half a
-standard deviation over tokens. In one process the sides take turns, in another order each round. `ms` is CPU time, which
-on one thread is what an idle machine takes: median and quartiles over rounds. `over_core` is the time of a side over
+standard deviation over tokens. In one process the sides take turns, in another order each round. `ms` is CPU time, the
+time that an idle machine takes on one thread: median and quartiles over rounds. `over_core` is the time of a side over
 that of litconvert's core in the same round. `plain` is the core as it was when autograd made its gradient.
 
 Errors are relative (L2), against float64 on the same bf16 inputs, for one head and means of 0 to 3 standard deviations:
