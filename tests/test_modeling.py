@@ -1,7 +1,7 @@
 """The network: its linear attention against the formula in float64, and what the model promises around it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from litconvert.modeling_lit import (
@@ -24,8 +25,9 @@ from litconvert.modeling_lit import (
 EPS = 1e-6
 KERNELS = ("relu", "gelu", "focused")
 CONV_SIZES = (0, 3, 5, 7)
-# Relative error of outputs and of gradients.
-LIMITS = {torch.float32: (1e-6, 2e-6), torch.float16: (1e-3, 2e-3), torch.bfloat16: (4e-3, 1e-2)}
+# Relative error of outputs and of gradients; where values have a mean, that of queries is float32's cancellation.
+LIMITS = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-3, 2e-3), torch.bfloat16: (4e-3, 1e-2)}
+HALF = (torch.bfloat16, torch.float16)
 
 # (grid, heads, width of a head)
 SHAPES = [
@@ -92,9 +94,10 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def inputs_of(kernel: str, *shape: int, seed: int = 0) -> Tensor:
-    """Queries, keys and values; GELU's shifted, which keeps its denominator away from zero."""
+    """Queries, keys, and values with a mean; GELU's shifted, which keeps its denominator away from zero."""
     values = normal(3, *shape, seed=seed)
     values[:2] += 1.5 if kernel == "gelu" else 0.0
+    values[2] += normal(shape[-1], seed=seed + 100)
     return values
 
 
@@ -177,7 +180,7 @@ def test_the_epsilons_hardly_change_the_function() -> None:
     [
         pytest.param(4096, 32, 30, 30, id="4096 tokens, large values"),
         pytest.param(4096, 288, 10, 5, id="4096 tokens, wide head"),
-        pytest.param(65536, 32, 1, 0, id="65536 tokens"),
+        pytest.param(65536, 32, 1, 0.5, id="65536 tokens"),
         pytest.param(16, 64, 1000, 500, id="huge values, T<d"),
     ],
 )
@@ -193,6 +196,121 @@ def test_half_precision_neither_overflows_nor_loses_precision(
     exact = q64 @ (k64.mT @ v64) / (q64 @ k64.sum(1, keepdim=True).mT + tokens * EPS)
     assert relative_error(output, exact) <= limit
     assert torch.isfinite(torch.autograd.grad(output, given, torch.ones_like(output))[0]).all()
+
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def core_inputs(tokens: int, head_dim: int, mean: float, dtype: torch.dtype) -> tuple[Triple, Tensor]:
+    """q and k after the kernel function, v with a mean of so many standard deviations; an upstream gradient."""
+    q, k, v = normal(3, 1, tokens, head_dim, seed=7)
+    v += mean * normal(head_dim, seed=8)
+    q, k, v = (x.to(dtype).requires_grad_() for x in (F.relu(q) + EPS, F.relu(k) + EPS, v))
+    return (q, k, v), normal(1, tokens, head_dim, seed=9).to(dtype)
+
+
+def exact_core(given: Triple, upstream: Tensor) -> list[Tensor]:
+    """The output and the gradients in float64."""
+    q, k, v = leaves = [x.detach().double().requires_grad_() for x in given]
+    output = q @ (k.mT @ v) / (q @ k.sum(1, keepdim=True).mT + q.shape[1] * EPS)
+    return [output, *torch.autograd.grad(output, leaves, upstream.double())]
+
+
+# Limits of the output and of the gradients of q, k and v. Where T < d, weights of pairs of tokens are rounded, too.
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "head_dim", "mean", "limits"),
+    [
+        (torch.bfloat16, 4096, 72, 0, (2.2e-3, 4e-3)),
+        (torch.bfloat16, 4096, 72, 0.5, (2.2e-3, 4e-3)),
+        (torch.bfloat16, 4096, 72, 3, (2.2e-3, 4e-3)),
+        (torch.bfloat16, 4096, 288, 1, (2.2e-3, 4e-3)),
+        (torch.bfloat16, 1024, 576, 3, (2.2e-3, 4e-3)),
+        (torch.bfloat16, 16384, 72, 0, (2.2e-3, 4e-3)),
+        (torch.bfloat16, 16384, 72, 3, (2.2e-3, 4e-3)),
+        (torch.bfloat16, 256, 288, 0, (2.5e-3, 4e-3)),
+        (torch.bfloat16, 256, 288, 3, (2.5e-3, 4e-3)),
+        (torch.float16, 4096, 72, 0, (4e-4, 6e-4)),
+        (torch.float16, 4096, 72, 3, (4e-4, 6e-4)),
+        (torch.float16, 65536, 32, 0, (4e-4, 6e-4)),
+        (torch.float16, 48, 72, 0, (4e-4, 6e-4)),
+        (torch.float16, 48, 72, 3, (4e-4, 6e-4)),
+    ],
+    ids=str,
+)
+def test_half_precision_is_as_exact_where_values_have_a_mean(
+    dtype: torch.dtype, tokens: int, head_dim: int, mean: float, limits: tuple[float, float]
+) -> None:
+    given, upstream = core_inputs(tokens, head_dim, mean, dtype)
+    output = linear_attention(*given, 1, EPS)
+    gradients = torch.autograd.grad(output, given, upstream)
+    with torch.inference_mode():
+        sampled = linear_attention(*given, 1, EPS)
+    exact, *exact_gradients = exact_core(given, upstream)
+    assert relative_error(output, exact) <= limits[0]
+    assert relative_error(sampled, exact) <= limits[0]
+    for mine, theirs in zip(gradients, exact_gradients, strict=True):
+        assert relative_error(mine, theirs) <= limits[1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "limits"),
+    [
+        (torch.bfloat16, 1024, (2.2e-3, 4e-3)),
+        (torch.bfloat16, 48, (3e-3, 4e-3)),
+        # Fewer tokens have true gradients that float16 cannot hold.
+        (torch.float16, 1024, (4e-4, 6e-4)),
+    ],
+    ids=str,
+)
+def test_queries_that_the_kernel_cut_off_have_the_gradient_of_the_formula(
+    dtype: torch.dtype, tokens: int, limits: tuple[float, float]
+) -> None:
+    # Their weights do not sum to 1: the eps of the denominator is not small beside the rest of it.
+    given, upstream = core_inputs(tokens, 72, 3, dtype)
+    dead = torch.arange(tokens) % 8 == 0
+    with torch.no_grad():
+        given[0][:, dead] = EPS
+    output = linear_attention(*given, 1, EPS)
+    gradient = torch.autograd.grad(output, given[0], upstream)[0]
+    exact, exact_gradient, *_ = exact_core(given, upstream)
+    for queries in (dead, ~dead):
+        assert relative_error(output[:, queries], exact[:, queries]) <= limits[0]
+        assert relative_error(gradient[:, queries], exact_gradient[:, queries]) <= limits[1]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns itself where it compiles
+def test_compiled_the_core_is_as_exact() -> None:
+    # The compiler keeps in float32 what it computes in one pass, and so adds up differences that are not rounded yet.
+    given, upstream = core_inputs(512, 32, 0, torch.bfloat16)
+    output = torch.compile(linear_attention)(*given, 1, EPS)
+    gradients = torch.autograd.grad(output, given, upstream)
+    exact, *exact_gradients = exact_core(given, upstream)
+    assert relative_error(output, exact) <= 3e-3
+    for mine, theirs in zip(gradients, exact_gradients, strict=True):
+        assert relative_error(mine, theirs) <= 4e-3
+
+
+@pytest.mark.parametrize("tokens", [64, 16], ids=["T>d", "T<d"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_core_runs_on_tensors_without_data(dtype: torch.dtype, tokens: int) -> None:
+    with FakeTensorMode():
+        q, k, v = (torch.ones(2, tokens, 64, dtype=dtype, requires_grad=True) for _ in range(3))
+        output = linear_attention(q, k, v, 2, EPS)
+        gradients = torch.autograd.grad(output, (q, k, v), torch.ones_like(output))
+    assert {(x.shape, x.dtype) for x in (output, *gradients)} == {((2, tokens, 64), dtype)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_gradients_of_gradients_are_refused_in_half_precision(dtype: torch.dtype) -> None:
+    (q, k, v), _ = core_inputs(64, 16, 1, dtype)
+    loss = linear_attention(q, k, v, 1, EPS).square().sum()
+    (gradient,) = torch.autograd.grad(loss, q, create_graph=True)
+    if dtype == torch.float32:
+        gradient.sum().backward()
+        assert k.grad is not None
+    else:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 def test_both_orders_of_the_products_give_the_same_function() -> None:
@@ -248,6 +366,16 @@ def test_autocast_does_not_reach_into_the_core(dtype: torch.dtype) -> None:
     for mine, theirs in zip(cast, plain, strict=True):
         assert mine.dtype == dtype
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("tokens", [60, 12], ids=["T>d", "T<d"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast_does_not_reach_into_the_gradient(dtype: torch.dtype, tokens: int) -> None:
+    given, upstream = core_inputs(tokens, 32, 1, dtype)
+    plain = torch.autograd.grad(linear_attention(*given, 2, EPS), given, upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = torch.autograd.grad(linear_attention(*given, 2, EPS), given, upstream)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(cast, plain, strict=True))
 
 
 def pico(**changes: Any) -> LiTTransformer2DModel:
@@ -367,12 +495,14 @@ def test_fused_projections_compute_the_same(kind: str) -> None:
     assert not any("qkv_" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16 autocast"])
 @pytest.mark.parametrize("conv_size", [3, 5])
-def test_gradient_checkpointing_changes_no_bit(conv_size: int) -> None:
+def test_gradient_checkpointing_changes_no_bit(conv_size: int, bf16: bool) -> None:
     model = pico(linear_conv_size=conv_size).train()
 
     def step() -> tuple[Tensor, list[Tensor]]:
-        output = call(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = call(model)
         return output, list(torch.autograd.grad(output.square().sum(), list(model.parameters())))
 
     output, gradients = step()
@@ -392,10 +522,11 @@ def test_a_model_that_has_sampled_can_be_trained() -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_model_that_was_exported_works_as_before(trained: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_was_exported_works_as_before(dtype: torch.dtype, trained: bool) -> None:
     # An export runs on stand-ins for tensors: the position embedding must not be kept from one.
-    model = pico(linear_conv_size=5).requires_grad_(trained)
-    inputs = normal(1, 1, 10, 14, seed=6).float(), torch.tensor([3]), torch.tensor([2])
+    model = pico(linear_conv_size=5).to(dtype).requires_grad_(trained)
+    inputs = normal(1, 1, 10, 14, seed=6).to(dtype), torch.tensor([3]), torch.tensor([2])
     exported = torch.export.export(model, inputs, {"return_dict": False}, strict=False)
     output = model(*inputs).sample
     assert type(output) is Tensor
@@ -407,6 +538,78 @@ def test_bf16_autocast_stays_close_to_float32() -> None:
     exact = call(model, 24, 40)
     with torch.autocast("cpu", torch.bfloat16):
         assert relative_error(call(model, 24, 40), exact.double()) < 2e-2
+
+
+def of_captions(**changes: Any) -> LiTTransformer2DModel:
+    """As `pico`, of captions."""
+    return pico(num_classes=None, null_class=False, caption_channels=8, caption_tokens=5, **changes)
+
+
+def call_any(model: LiTTransformer2DModel) -> Tensor:
+    """The output for two fixed latents (2, 1, 16, 16) and classes or captions, in the dtype of the weights."""
+    latents = normal(2, 1, 16, 16, seed=5).to(model.dtype)
+    captions = normal(2, 5, 8, seed=6).to(model.dtype)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    of_classes = model.config.num_classes is not None
+    output: Tensor = model(
+        latents,
+        torch.tensor([3, 700]),
+        class_labels=torch.tensor([0, 4]) if of_classes else None,
+        encoder_hidden_states=None if of_classes else captions,
+        encoder_attention_mask=None if of_classes else mask,
+    ).sample
+    return output
+
+
+def stream_dtypes(model: LiTTransformer2DModel) -> set[torch.dtype]:
+    """The dtypes of what goes into the blocks and comes out of them in one pass."""
+    seen: set[torch.dtype] = set()
+
+    def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        seen.update((arguments[0].dtype, output.dtype))
+
+    handles = [block.register_forward_hook(record) for block in blocks(model)]
+    call_any(model)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("make", [pico, of_captions], ids=["classes", "captions"])
+def test_under_autocast_what_blocks_add_to_stays_float32(make: Callable[..., LiTTransformer2DModel]) -> None:
+    model = make(num_layers=6, attention=["linear", "softmax"] * 3)
+    exact = call_any(model).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stream_dtypes(model) == {torch.float32}
+        output = call_any(model)
+
+    for block in blocks(model):
+        block.register_forward_pre_hook(lambda module, arguments: (arguments[0].bfloat16(), *arguments[1:]))
+        block.register_forward_hook(lambda module, arguments, output: output.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = call_any(model)
+    assert relative_error(output, exact) < 0.8 * relative_error(rounded, exact)
+
+
+@pytest.mark.parametrize("make", [pico, of_captions], ids=["classes", "captions"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_without_autocast_what_blocks_add_to_is_as_the_weights(
+    dtype: torch.dtype, make: Callable[..., LiTTransformer2DModel]
+) -> None:
+    model = make().to(dtype)
+    assert stream_dtypes(model) == {dtype}
+    assert call_any(model).dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns itself where it compiles
+def test_under_autocast_blocks_compile_whole() -> None:
+    model = pico()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = call(model)
+        for block in blocks(model):
+            block.forward = torch.compile(type(block).forward, backend="aot_eager", fullgraph=True).__get__(block)
+        compiled = call(model)
+    assert torch.equal(compiled, plain)
 
 
 def test_a_model_survives_saving_and_loading(tmp_path: Path) -> None:
