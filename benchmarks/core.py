@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.provenance import provenance
-from litconvert.engine import bf16_in_hardware
+from litconvert.device import bf16_in_hardware
 from litconvert.modeling_lit import LinearAttention, heads_of, linear_attention
 
 RESULTS = Path(__file__).parent / "results"

@@ -515,7 +515,9 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.proj(x).flatten(2).transpose(1, 2)  # (N, T, D)
+        # Copied: every pass over tokens would keep the transposed strides, up to the last block, and be slower; and
+        # Inductor gives wrong gradients with them on a CPU (torch 2.13).
+        out: Tensor = self.proj(x).flatten(2).transpose(1, 2).contiguous()  # (N, T, D)
         return out
 
 

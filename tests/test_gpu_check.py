@@ -355,6 +355,16 @@ def test_compiled_blocks_are_held_to_the_eager_ones(tmp_path: Path, monkeypatch:
     assert wrong.startswith("1 of 2 errors over the limit; worst: gradient of blocks.0.adaLN_modulation.weight")
 
 
+def test_compiled_blocks_have_the_gradients_of_plain_ones_on_this_processor(tmp_path: Path) -> None:
+    """Which they had not while tokens kept the strides of the patch embedding's image."""
+    from litconvert.checks import compiled
+
+    if reason := compiled.why_not("cpu"):
+        pytest.skip(reason)
+    found = compiled.check_compiled(here(tmp_path), [compiled.Case(compiled.BOTH, 64, (16, 16), 2)])
+    assert found.wrong == ""
+
+
 def test_compiling_is_skipped_with_the_reason_where_it_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
