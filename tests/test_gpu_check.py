@@ -355,6 +355,7 @@ def test_compiled_blocks_are_held_to_the_eager_ones(tmp_path: Path, monkeypatch:
     assert wrong.startswith("1 of 2 errors over the limit; worst: gradient of blocks.0.adaLN_modulation.weight")
 
 
+@pytest.mark.filterwarnings("ignore")  # torch warns itself where it compiles
 def test_compiled_blocks_have_the_gradients_of_plain_ones_on_this_processor(tmp_path: Path) -> None:
     """Which they had not while tokens kept the strides of the patch embedding's image."""
     from litconvert.checks import compiled
