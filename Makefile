@@ -36,6 +36,7 @@ benchmarks: $(INSTALLED)  ## start-up, conversion, a training step and its memor
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.full_size
 	$(BIN)/python -m benchmarks.conversion
+	$(BIN)/python -m benchmarks.core
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.memory
 

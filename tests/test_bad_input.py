@@ -302,7 +302,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KB, where this machine lets us mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(place)], capture_output=True)
     if mount.returncode != 0:
         pytest.skip("needs the right to mount a tmpfs")
     try:
@@ -317,7 +317,7 @@ def test_a_disk_that_fills_up(
     out = small_disk / "out"
     arguments = ("convert", pico_checkpoint, out, "--recipe", pico_recipe, "-q")
     filler = small_disk / "filler"
-    filler.write_bytes(b"x" * 150_000)
+    filler.write_bytes(b"x" * 215_000)
     # Foreseen before the work.
     assert_refused(command(*arguments), 1, "MB are needed", "MB are free; free some space")
     # Not foreseen: another process filled it meanwhile.
