@@ -13,7 +13,7 @@ test: $(INSTALLED)        ## all tests, two at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 # What computes in bf16 or not, as the processor says: LITCONVERT_BF16=1 has it one way whatever the machine, 0 the other.
-PRECISION := test_engine test_distillation test_processes test_training_options test_estimate test_observation \
+PRECISION := test_engine test_distillation test_modeling test_training_options test_estimate test_observation \
 	test_probe test_sampling test_cli test_emoji test_whole_line test_run_inputs test_run_checkpoints
 
 test-precision: $(INSTALLED)  ## the tests whose precision depends on the processor
