@@ -675,12 +675,6 @@ class AdaLNSingle(nn.Module):
         return modulation
 
 
-def add(x: Tensor, branch: Tensor) -> Tensor:
-    """x + branch. Where x is wider, as under autocast, a sum would cast the branch and then need memory of its own."""
-    wide = torch.promote_types(x.dtype, branch.dtype)
-    return x + branch if branch.dtype == wide else branch.to(wide).add_(x)
-
-
 class Block(nn.Module):
     """A transformer block: modulated self-attention, cross-attention where there are captions, feed-forward."""
 
@@ -704,10 +698,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Condition, grid: tuple[int, int]) -> Tensor:
         modulation = self.adaLN_modulation(condition.blocks).chunk(6, dim=1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # (N, 1, D) each
-        x = add(x, gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid))  # (N, T, D)
+        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)  # (N, T, D)
         if self.cross_attn is not None:
-            x = add(x, self.cross_attn(x, condition.caption, condition.caption_bias))  # (N, T, D)
-        x = add(x, gate_mlp * self.ff(modulate(self.norm2(x), shift_mlp, scale_mlp)))  # (N, T, D)
+            x = x + self.cross_attn(x, condition.caption, condition.caption_bias)  # (N, T, D)
+        x = x + gate_mlp * self.ff(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
         return x
 
 

@@ -4,19 +4,21 @@ The format's index is a pickle. It is read with the classes of an index alone al
 somebody else cannot run code; the tensors themselves are read weights-only by torch.
 """
 
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -38,14 +40,29 @@ CLASSES = {
 }  # fmt: skip
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Reads an index, and refuses anything else that is in it by name."""
+class _IndexUnpickler(pickle._Unpickler):
+    """Reads an index, and refuses anything else that is in it by name.
+
+    Python's own reader in Python, since that in C cannot be kept from setting attributes of the classes it is allowed:
+    an index could change what a path means in the whole process.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise LitconvertError(f"holds code or objects ({module}.{name}), not only an index; refused and not run")
+
+    def load_build(self) -> None:
+        """Set the attributes of an object: of an index's own ones alone."""
+        target = self.stack[-2]  # type: ignore[attr-defined]
+        if not type(target).__module__.startswith("torch.distributed.checkpoint.") or isinstance(target, Enum):
+            raise LitconvertError(f"changes {target!r}, not only an index; refused and not run")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 @contextmanager
@@ -92,11 +109,14 @@ class CheckpointReader(FileSystemReader):
         except Exception as error:  # a damaged pickle raises whatever it leads to
             reason = system_cause(error) or f"not the index of a checkpoint ({type(error).__name__})"
             raise self.damaged(reason) from error
-        if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+        tables = (getattr(index, "storage_data", None), getattr(index, "state_dict_metadata", None))
+        if not isinstance(index, Metadata) or not all(isinstance(table, dict) for table in tables):
             raise self.damaged("not the index of a checkpoint")
-        for stored in index.storage_data.values():
-            name = str(getattr(stored, "relative_path", ""))
-            if Path(name).name != name or not name.endswith(".distcp"):
+        for key, stored in index.storage_data.items():
+            name, length = getattr(stored, "relative_path", None), getattr(stored, "length", None)
+            if not isinstance(key, MetadataIndex) or type(name) is not str or type(length) is not int:
+                raise self.damaged("not the index of a checkpoint")
+            if os.path.basename(name) != name or not name.endswith(".distcp"):
                 raise LitconvertError(f"{self.folder / INDEX}: names {name[:80]!r}, which is no part of it; refused")
         return index
 

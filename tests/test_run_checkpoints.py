@@ -256,6 +256,31 @@ def test_code_in_a_checkpoints_index_is_refused_and_not_run(run: Path, tmp_path:
     litconvert.load(run)
 
 
+def test_an_index_cannot_change_what_paths_mean(run: Path) -> None:
+    """BUILD sets attributes, of a class too: with such a PosixPath.name any path would look like a plain name."""
+    folder = run / "checkpoints" / "step-00000006"
+    names = [name for name in vars(Path(".").__class__)]
+    attack = b"\x80\x04cpathlib\nPosixPath\nN}\x8c\x04evilK\x01s\x86b."
+    (folder / ".metadata").write_bytes(attack)
+    with pytest.raises(LitconvertError, match=r"changes <class 'pathlib.PosixPath'>, not only an index; refused"):
+        litconvert.load(run)
+    assert list(vars(Path(".").__class__)) == names
+
+
+@pytest.mark.parametrize("table", ["storage_data", "state_dict_metadata"])
+def test_an_index_of_other_shape_is_refused_in_a_sentence(run: Path, table: str) -> None:
+    index = run / "checkpoints" / "step-00000006" / ".metadata"
+    found: Metadata = pickle.loads(index.read_bytes())
+    setattr(found, table, [1])
+    index.write_bytes(pickle.dumps(found))
+    with pytest.raises(LitconvertError, match="not the index of a checkpoint"):
+        litconvert.load(run)
+    found.storage_data, found.state_dict_metadata = {"name": 1}, {}
+    index.write_bytes(pickle.dumps(found))
+    with pytest.raises(LitconvertError, match="not the index of a checkpoint"):
+        litconvert.load(run)
+
+
 @pytest.mark.parametrize("place", ["../outside.distcp", "/etc/passwd", "weights.pt"])
 def test_an_index_that_names_files_outside_its_folder_is_refused(run: Path, place: str) -> None:
     folder = run / "checkpoints" / "step-00000006"
