@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from litconvert.conversion import DTYPES, plan_conversion
 from litconvert.engine import Engine
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.estimate import StageEstimate, estimate_stages, micro_batch_of
-from litconvert.files import digest_of, held, read_json, require_space, whole_directory
+from litconvert.files import digest_of, held, require_space, whole_directory
 from litconvert.latents import LatentDataset, open_latents
 from litconvert.launch import launched_processes, sharding_asked
 from litconvert.model_directory import (
@@ -33,14 +34,14 @@ from litconvert.observer import Observer
 from litconvert.optimization import trained_names
 from litconvert.recipe import AttentionTransfer, FlowMatching, Recipe, Source, Start
 from litconvert.recipe_files import ResolvedRecipe, read_recorded, resolve
-from litconvert.run_directory import RECORD, Progress, RunDirectory, is_run
-from litconvert.run_inputs import File, RunInputs, go_on
+from litconvert.run_directory import RECORD, Progress, RunDirectory, is_run, model_of
+from litconvert.run_inputs import File, RunInputs, go_on, goes_on, is_finished
 from litconvert.sources import open_source, read_model
 from litconvert.synthesis import synthesize_resolved
 from litconvert.teaching import Teachers, open_outputs, teacher_weights
 from litconvert.trackers import tracker_packages
 from litconvert.trainer import StepReport, Trainer
-from litconvert.warm_start import open_start
+from litconvert.warm_start import check_start, open_start
 
 # Of a student's source: where its files are now, and what decodes and encodes beside it.
 MOVABLE = ("path", "vae", "text_encoder", "license")
@@ -287,10 +288,10 @@ def distill(
     Raises UsageError for inputs that do not fit, LitconvertError when it had to stop, Interrupted after a signal.
     """
     student, out = Path(student), Path(out)
-    if is_run(student):
+    if is_run(student) or model_of(str(student)) != str(student):
         raise UsageError(
-            f"{student} is a run, not a student: name its model, {student / 'model'}, or give it as --from {student} "
-            "beside the student that it was trained from"
+            f"{student} is a run, not a student: give it as --from {student} beside the student that it was trained "
+            "from"
         )
     provenance = read_provenance(student)
     refuse_inputs_in(out, student, data)
@@ -298,6 +299,8 @@ def distill(
     settings = resolved.recipe
     run = RunDirectory(out)
     tracker_packages(settings.distill.trackers)
+    engine = Engine(settings.distill.mixed_precision)
+    settings = with_settled_models(engine, settings)
     student_source = open_source(Source(path=str(student)))
     config = student_source.reading.config
     check_model(config, settings)
@@ -311,10 +314,8 @@ def distill(
     for index, stage in enumerate(settings.distill.stages):
         trained_names(config, names, stage, f"distill.stages.{index}")
     asked = settings.distill.start
-    warm = None if asked is None else open_start(asked, run, config, again=force)
-    refuse_inputs_in(out, None if warm is None else warm.run)
-
-    engine = Engine(settings.distill.mixed_precision)
+    if asked is not None and run.record() is None:
+        check_start(asked, config)  # before data is drawn
     folder = data or settings.data.path
     if folder is None:
         # Beside the run, not in it: the run's own digest is known only once the data is drawn.
@@ -330,8 +331,19 @@ def distill(
         data=dataset.digest,
         texts=dataset.condition == "text",
         recipe=settings,
-        start=None if warm is None else warm.inputs,
     )
+    warm = None
+    if asked is not None:
+        warm = open_start(
+            engine,
+            asked,
+            run,
+            config,
+            goes_on=lambda start: goes_on(run, replace(wanted, start=start)),
+            is_finished=lambda start: is_finished(run, replace(wanted, start=start)),
+        )
+        refuse_inputs_in(out, warm.run)
+        wanted = replace(wanted, start=warm.inputs)
     if begin(engine, run, wanted, {} if warm is None else {"start": warm.record}, force=force, on_note=on_note):
         return out
     if on_estimates is not None and engine.is_main:
@@ -375,6 +387,7 @@ def distill(
         dtypes={name: info.dtype for name, info in student_source.checkpoint.tensors.items()},
         record={
             **provenance,
+            "metrics": {},  # of what is trained here nothing is measured yet
             **wanted.inputs.record,
             "distillation": {
                 **trained_record(settings, dataset),
@@ -384,6 +397,8 @@ def distill(
                     "sha256": teacher_file.sha256,
                     "license": (settings.distill.teacher or settings.source).license.model_dump(),
                 },
+                # A student that was distilled before it became one, and the run whose weights it was given.
+                **({"student": provenance["distillation"]} if provenance.get("distillation") else {}),
                 **({} if warm is None else {"start": warm.record}),
             },
         },
@@ -391,6 +406,20 @@ def distill(
         on_note=on_note,
     )
     return out
+
+
+def with_settled_models(engine: Engine, recipe: Recipe) -> Recipe:
+    """The recipe with runs (RUN, RUN@STEP) as the models they stand for, as the main process sees them."""
+
+    def settled(source: Source) -> Source:
+        path = source.path
+        if path is None:
+            return source
+        return source.model_copy(update={"path": engine.from_main(model_of(path) if engine.is_main else None)})
+
+    teacher = recipe.distill.teacher and settled(recipe.distill.teacher)
+    distill = recipe.distill.model_copy(update={"teacher": teacher})
+    return recipe.model_copy(update={"source": settled(recipe.source), "distill": distill})
 
 
 def refuse_inputs_in(out: Path, *inputs: str | Path | None) -> None:
@@ -418,7 +447,7 @@ def begin(
     if engine.is_main:
         for note in go_on(run, wanted, more, force=force):
             on_note(note)
-        finished = run.model.is_dir() and wanted.inputs.made(read_json(run.model / "litconvert.json"))
+        finished = is_finished(run, wanted)
     engine.wait()
     if not (run.path / RECORD).is_file():
         raise LitconvertError(

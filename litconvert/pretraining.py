@@ -120,6 +120,8 @@ def checked_config(recipe: Recipe) -> dict[str, Any]:
             "the recipe has no scratch section, which says what model to train; `litconvert recipes show "
             "digits-teacher` shows one, and `litconvert distill` trains a converted student"
         )
+    if recipe.distill.start is not None:
+        raise UsageError("distill.start is of distillation, and a model that is trained from nothing has no start")
     config = scratch_config(recipe.scratch)
     check_model(config, recipe)
     for index, stage in enumerate(recipe.distill.stages):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from litconvert.errors import LitconvertError
-from litconvert.files import digest_of
+from litconvert.files import digest_of, read_json
 from litconvert.inputs import Inputs, differences, given
 from litconvert.recipe import Recipe
 from litconvert.recipe_files import read_recorded
@@ -123,23 +123,46 @@ def go_on(run: RunDirectory, wanted: RunInputs, more: Mapping[str, Any], *, forc
 
     Raises LitconvertError, which names what changed, for a run of other inputs, unless `force` replaces it.
     """
-    inputs, found = wanted.inputs, run.record()
-    steps = [stage.steps for stage in wanted.recipe.distill.stages]
-    notes: list[str] = []
-    replaced = False
-    if found is not None and not inputs.made(found):
-        before = _recorded_steps(run, found)
-        if before is not None and len(before) == len(steps) and wanted.with_steps(before).inputs.made(found):
-            if not force:
-                notes = _lengthen(run, wanted, before)
-        elif not force:
-            raise LitconvertError(
-                f"{run.path} holds a run of other inputs: {_changes(run, found, wanted)}. Choose another path, or "
-                "replace it with --force; `--from` starts another run from its weights"
-            )
-        replaced = force
-    run.start({**inputs.record, **more}, wanted.recipe.to_yaml(), replace=replaced)
+    notes, replaced = list[str](), False
+    try:
+        notes = check_goes_on(run, wanted)
+    except LitconvertError:
+        if not force:
+            raise
+        notes, replaced = [f"the run in {run.path}, of other inputs, is replaced"], True
+    run.start({**wanted.inputs.record, **more}, wanted.recipe.to_yaml(), replace=replaced)
     return notes
+
+
+def check_goes_on(run: RunDirectory, wanted: RunInputs) -> list[str]:
+    """Whether the run that is there, if any, may go on with these inputs. Returns notes for the user.
+
+    Raises LitconvertError, which names what changed.
+    """
+    found = run.record()
+    if found is None or wanted.inputs.made(found):
+        return []
+    before, stages = _recorded_steps(run, found), wanted.recipe.distill.stages
+    if before is not None and len(before) == len(stages) and wanted.with_steps(before).inputs.made(found):
+        return _lengthen(run, wanted, before)
+    raise LitconvertError(
+        f"{run.path} holds a run of other inputs: {_changes(run, found, wanted)}. Choose another path, or replace it "
+        "with --force; `--from` starts another run from its weights"
+    )
+
+
+def goes_on(run: RunDirectory, wanted: RunInputs) -> bool:
+    """`check_goes_on`, as yes or no."""
+    try:
+        check_goes_on(run, wanted)
+    except LitconvertError:
+        return False
+    return True
+
+
+def is_finished(run: RunDirectory, wanted: RunInputs) -> bool:
+    """Whether the run's model is that of these inputs."""
+    return run.model.is_dir() and wanted.inputs.made(read_json(run.model / "litconvert.json"))
 
 
 def _recorded_steps(run: RunDirectory, found: Mapping[str, Any]) -> list[int] | None:

@@ -1,11 +1,12 @@
 """Starting a run from another run's weights: which ones, whether they fit, and what is recorded of their origin."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from litconvert.engine import Engine
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.model_directory import is_checkpoint, read_provenance
 from litconvert.modeling_lit import LiTTransformer2DModel
@@ -45,7 +46,7 @@ class WarmStart:
     @property
     def inputs(self) -> dict[str, Any]:
         """What counts of it among a run's inputs."""
-        return {"sha256": self.sha256, "weights": self.weights}
+        return inputs_of({"sha256": self.sha256, "weights": self.weights})
 
     @property
     def record(self) -> dict[str, Any]:
@@ -59,36 +60,75 @@ class WarmStart:
             model.load_state_dict(state, strict=True)
 
 
-def open_start(asked: Start, run: RunDirectory, config: Mapping[str, Any], *, again: bool) -> WarmStart:
-    """The weights that a run starts from, or did start from: RUN without a step means its latest only once.
+def inputs_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What counts of a start among a run's inputs, from its record."""
+    return {key: record[key] for key in ("sha256", "weights")}
+
+
+def open_start(
+    engine: Engine,
+    asked: Start,
+    run: RunDirectory,
+    config: Mapping[str, Any],
+    goes_on: Callable[[Mapping[str, Any]], bool],
+    is_finished: Callable[[Mapping[str, Any]], bool],
+) -> WarmStart:
+    """The weights that a run starts from; of a run that goes on, those that it did start from.
+
+    RUN without a step means its latest model once, when the run begins. One process decides which that is.
 
     Args:
         run: that starts from them.
         config: of its student.
-        again: the run is begun anew, whatever is recorded of its start.
+        goes_on: whether the run that is there goes on if it started from this.
+        is_finished: whether it is finished then.
 
     Raises UsageError for weights of another model, LitconvertError when what a run started from is gone too early.
     """
     if asked.path is None:
         raise UsageError("distill.start names no run to start from; give it with --from, or as distill.start.path")
     path = _absolute(asked.path)
-    recorded = None if again else (run.record() or {}).get("start")
-    if recorded is None or (recorded["path"], recorded["weights"]) != (path, asked.weights):
-        return _open(path, path, asked.weights, config)
-    if run.latest_checkpoint() is not None or run.model.is_dir():
-        kept = {key: recorded[key] for key in ("path", "step", "weights", "sha256", "lineage")}
-        return WarmStart(**kept, source=None)
-    # Begun and stopped before its first checkpoint: the very same weights, though the other run may have gone on.
-    try:
-        start = _open(path, f"{_folder(path)}@{recorded['step']}", asked.weights, config)
-    except UsageError:
-        start = _open(path, path, asked.weights, config)
-    if start.sha256 != recorded["sha256"]:
+    chosen: tuple[dict[str, Any] | None, str | None] = (None, None)
+    if engine.is_main:
+        chosen = _choose(path, asked.weights, run, goes_on, is_finished)
+    recorded, place = engine.from_main(chosen)
+    if recorded is not None and place is None:
+        return WarmStart(
+            **{key: recorded[key] for key in ("path", "step", "weights", "sha256", "lineage")}, source=None
+        )
+    start = _open(path, place, asked.weights, config)
+    if recorded is not None and start.sha256 != recorded["sha256"]:
         raise LitconvertError(
-            f"{run.path} had not saved anything yet, and the weights of step {recorded['step']} that it started from "
-            f"are gone; begin it again with --force"
+            f"{run.path} has no checkpoint to go on from, and the weights of step {recorded['step']} that it started "
+            "from are gone; begin it again in another folder"
+        )
+    if len(set(engine.from_all(start.sha256))) > 1:
+        raise LitconvertError(
+            f"{place} is not the same on all processes; wait until the file system that they share shows it to all, "
+            "then run the same command again"
         )
     return start
+
+
+def _choose(
+    path: str,
+    weights: str,
+    run: RunDirectory,
+    goes_on: Callable[[Mapping[str, Any]], bool],
+    is_finished: Callable[[Mapping[str, Any]], bool],
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The recorded start of a run that goes on, and the folder of the weights where they are needed."""
+    recorded = (run.record() or {}).get("start")
+    same = recorded is not None and (recorded["path"], recorded["weights"]) == (path, weights)
+    if recorded is None or not same or not goes_on(inputs_of(recorded)):
+        return None, model_of(path)
+    if run.latest_checkpoint() is not None or is_finished(inputs_of(recorded)):
+        return recorded, None
+    # Without a checkpoint it begins again, from the very same weights, though the other run may have gone on.
+    try:
+        return recorded, model_of(f"{_folder(path)}@{recorded['step']}")
+    except UsageError:
+        return recorded, model_of(path)
 
 
 def _folder(path: str) -> str:
@@ -104,8 +144,20 @@ def _absolute(path: str) -> str:
     return f"{Path(folder).resolve()}@{step}"
 
 
-def _open(path: str, place: str, weights: str, config: Mapping[str, Any]) -> WarmStart:
-    folder = model_of(place)
+def check_start(asked: Start, config: Mapping[str, Any]) -> None:
+    """Raise UsageError for what `open_start` would refuse, without reading the weights."""
+    if asked.path is not None:
+        path = _absolute(asked.path)
+        _fitting(path, model_of(path), asked.weights, config)
+
+
+def _open(path: str, folder: str, weights: str, config: Mapping[str, Any]) -> WarmStart:
+    lineage, source = _fitting(path, folder, weights, config)
+    return WarmStart(path, int(lineage.get("steps", 0)), weights, source.checkpoint.sha256(), lineage, source)
+
+
+def _fitting(path: str, folder: str, weights: str, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], OpenSource]:
+    """How the weights in a folder were trained, and they themselves, headers only."""
     if not Path(folder).is_dir():
         raise UsageError(
             f"--from {path}: no such run; name the folder of a run, or RUN@STEP for one of its checkpoints"
@@ -123,5 +175,4 @@ def _open(path: str, place: str, weights: str, config: Mapping[str, Any]) -> War
             raise UsageError(
                 f"--from {path}: its model has {key}={theirs}, the student {mine}; start from a run of the same model"
             )
-    lineage = provenance.get("distillation") or provenance.get("training") or {}
-    return WarmStart(path, int(lineage.get("steps", 0)), weights, source.checkpoint.sha256(), lineage, source)
+    return provenance.get("distillation") or provenance.get("training") or {}, source

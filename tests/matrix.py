@@ -51,10 +51,11 @@ def main() -> None:
 
 
 def with_a_stale_view() -> None:
-    """Go on with a run whose checkpoints all processes but the first do not see yet: arguments as of `litconvert`."""
+    """`litconvert` with these arguments; all processes but the first see of each run its oldest checkpoint alone."""
     import litconvert.cli
     from litconvert.run_directory import RunDirectory
 
     if os.environ["RANK"] != "0":
-        RunDirectory.latest_checkpoint = lambda self: None  # type: ignore[method-assign]
+        kept = RunDirectory.kept_steps
+        RunDirectory.kept_steps = lambda self: kept(self)[:1]  # type: ignore[method-assign]
     litconvert.cli.main()

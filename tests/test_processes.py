@@ -1,6 +1,7 @@
 """Several processes: the same losses as one, checkpoints that any number resumes, and kills at any moment."""
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -171,6 +172,25 @@ def test_the_first_process_alone_decides_what_is_resumed(
         workers = forker.launch(arguments, log, processes=2, call="tests.matrix:with_a_stale_view")
         assert workers.wait() == [0, 0], log.read_text()
     assert torch.equal(losses(tmp_path / "run"), losses(tmp_path / "whole"))
+
+
+def test_the_first_process_alone_decides_what_a_run_starts_from(
+    tmp_path: Path, forker: Forker, pico_student: Path, data: Path
+) -> None:
+    """Sharded, where a mixture of two checkpoints would go unnoticed: data parallelism sends the first one's to all."""
+    stages = "distill.stages=[{objective: hybrid, steps: 6, batch_size: 8, learning_rate: 1.0e-2}]"
+    log, first = tmp_path / "log", tmp_path / "first"
+    every = ["--set", "distill.checkpoint_every=2", "--set", "distill.keep_checkpoints=9"]
+    run_to_end(forker, [*distill(pico_student, first, data, stages), *every], log)
+    shutil.rmtree(first / "model")
+    run_to_end(forker, [*distill(pico_student, tmp_path / "one", data, stages), "--from", str(first)], log)
+    with patience(120):
+        arguments = [*distill(pico_student, tmp_path / "two", data, stages), "--from", str(first)]
+        call = "tests.matrix:with_a_stale_view"
+        workers = forker.launch(arguments, log, processes=2, sharded=True, call=call)
+        assert workers.wait() == [0, 0], log.read_text()
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert float(((one - two) / one).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize(

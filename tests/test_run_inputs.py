@@ -1,6 +1,7 @@
 """What a run was made from: what counts, what is named when it changed, and which runs may go on."""
 
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import litconvert
+import litconvert.pretraining
 from litconvert import recipe as recipes
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import read_json
@@ -244,6 +246,66 @@ def test_a_warm_start_is_an_input_and_needed_only_once(train: Callable[..., Path
     first.rename(first.with_name("moved"))
     second = train("second", CONSTANT.format(steps=6), start=str(first))
     assert_same(second, whole)
+
+
+def test_a_warm_run_that_begins_again_begins_where_it_did(tmp_path: Path, train: Callable[..., Path]) -> None:
+    keep = "distill.keep_checkpoints=9"
+    with pytest.raises(Stop):
+        train("first", CONSTANT.format(steps=8), keep, on_step=stop_at(5))
+    first = tmp_path / "first"  # at the checkpoint of step 4
+    second = train("second", CONSTANT.format(steps=4), start=str(first))
+    train("first", CONSTANT.format(steps=8), keep)  # whose latest weights are others now
+    shutil.rmtree(second / "checkpoints")
+    notes: list[str] = []
+    train("second", CONSTANT.format(steps=6), start=str(first), on_note=notes.append)
+    assert any("no checkpoint to go on from: it begins again" in note for note in notes)
+    assert_same(second, train("whole", CONSTANT.format(steps=6), start=f"{first}@4"))
+    shutil.rmtree(second / "checkpoints")
+    shutil.rmtree(first / "checkpoints")
+    with pytest.raises(LitconvertError, match="the weights of step 4 that it started from are gone"):
+        train("second", CONSTANT.format(steps=8), start=str(first))
+
+
+def test_force_replaces_only_what_would_be_refused(train: Callable[..., Path]) -> None:
+    first = train("first", CONSTANT.format(steps=4))
+    with pytest.raises(Stop):
+        train("second", CONSTANT.format(steps=6), start=str(first), force=True, on_step=stop_at(5))
+    train("first", CONSTANT.format(steps=5))
+    seen: list[int] = []
+    again: dict[str, Any] = {
+        "start": str(first),
+        "force": True,
+        "on_step": lambda report: seen.append(report.global_step),
+    }
+    train("second", CONSTANT.format(steps=6), **again)
+    assert seen == [5, 6]
+    train("second", CONSTANT.format(steps=7), **again)
+    assert seen == [5, 6, 7]
+    notes: list[str] = []
+    train("second", CONSTANT.format(steps=7), "seed=5", **again, on_note=notes.append)
+    assert seen == [5, 6, 7, *range(1, 8)]
+    assert any("of other inputs, is replaced" in note for note in notes)
+
+
+def test_training_from_nothing_starts_from_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a model that is trained from nothing has no start"):
+        litconvert.pretraining.train(
+            tmp_path / "run", "digits-teacher", data=tmp_path, overrides=["distill.start.path=x"]
+        )
+
+
+def test_what_a_student_scored_is_not_said_of_what_it_becomes(tmp_path: Path, train: Callable[..., Path]) -> None:
+    record = read_json(tmp_path / "student" / "litconvert.json")
+    record["metrics"] = {"frechet_distance": 999.0}
+    (tmp_path / "student" / "litconvert.json").write_text(json.dumps(record))
+    run = train("run", CONSTANT.format(steps=4))
+    folders = [run / "model", *(run / "checkpoints").iterdir()]
+    assert [read_json(folder / "litconvert.json")["metrics"] for folder in folders] == [{}] * len(folders)
+    # A student that was distilled before keeps that in its lineage.
+    further = litconvert.distill(
+        run / "model", tmp_path / "further", data=tmp_path / "data", overrides=[CONSTANT.format(steps=1)]
+    )
+    assert read_json(further / "model" / "litconvert.json")["distillation"]["student"]["steps"] == 4
 
 
 def test_what_cannot_be_started_from_is_refused(
