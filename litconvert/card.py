@@ -142,7 +142,7 @@ def _introduction(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> s
         "([LiT](https://arxiv.org/abs/2501.12976)), made from "
         f"{_source_name(provenance['source'].get('path'))} with litconvert."
     )
-    if not provenance.get("distillation"):
+    if not (provenance.get("distillation") or provenance.get("training")):
         text += (
             "\n\n> **This model is untrained.** It was converted and not distilled: its new layers hold their initial "
             "values, and it draws noise, not pictures. It is a starting point for `litconvert distill`."
@@ -168,10 +168,10 @@ def _steps(distillation: Mapping[str, Any], weights: str | None) -> str | None:
     steps, planned = distillation.get("steps"), distillation.get("planned_steps")
     if not steps:
         return None
-    if planned is None:
-        return f"{steps:,} steps"
-    kind = "raw weights" if weights == "model" else "moving average"
-    return f"{steps:,} of {planned:,} steps: a checkpoint in the middle of a run, its {kind}"
+    kind = ", raw weights" if weights == "model" else ""
+    if planned in (None, steps):
+        return f"{steps:,} steps{kind}"
+    return f"{steps:,} of {planned:,} steps: a checkpoint in the middle of a run{kind or ', its moving average'}"
 
 
 def _start(start: Mapping[str, Any] | None) -> str | None:
@@ -199,6 +199,7 @@ def _lineage(provenance: Mapping[str, Any]) -> str:
         "SHA-256 of the teacher": teacher.get("sha256"),
         "Licence of the teacher": teacher_terms.get("name") or teacher_terms.get("id"),
         "Distilled for": _steps(distillation, provenance.get("set")),
+        "Trained for": _steps(provenance.get("training") or {}, provenance.get("set")),
         "Started from": _start(distillation.get("start")),
         "Seed": provenance.get("seed"),
         "Made with": ", ".join(f"{package} {number}" for package, number in provenance.get("versions", {}).items()),

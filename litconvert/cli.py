@@ -671,7 +671,7 @@ def evaluate(
 
     console.be_quiet(quiet)
     _use_device(device)
-    model = model_of(str(run))
+    model = model_of(str(run), raw=raw)
     if not (Path(model) / "litconvert.json").is_file():
         raise UsageError(f"{run}: not a run of `litconvert distill`, nor a model that one wrote (no litconvert.json)")
     weights = "model" if raw else "auto"

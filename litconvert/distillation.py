@@ -299,11 +299,11 @@ def distill(
     settings = resolved.recipe
     run = RunDirectory(out)
     tracker_packages(settings.distill.trackers)
-    engine = Engine(settings.distill.mixed_precision)
-    settings = with_settled_models(engine, settings)
     student_source = open_source(Source(path=str(student)))
     config = student_source.reading.config
     check_model(config, settings)
+    engine = Engine(settings.distill.mixed_precision)
+    settings = with_settled_models(engine, settings)
     source = open_source(settings.source, settings.inherit.weights)
     teacher_source = open_source(settings.distill.teacher) if settings.distill.teacher else source
     source_file = File.of(source)
@@ -445,7 +445,14 @@ def begin(
     """
     finished = False
     if engine.is_main:
-        for note in go_on(run, wanted, more, force=force):
+        before = (run.record() or {}).get("bf16")
+        if before is not None and before != engine.bf16 and run.latest_checkpoint() is not None:
+            names = {True: "bf16 autocast", False: "float32"}
+            on_note(
+                f"this run was computed in {names[before]} so far, and goes on in {names[engine.bf16]}: set "
+                f"distill.mixed_precision or LITCONVERT_BF16={int(before)} for the same"
+            )
+        for note in go_on(run, wanted, {**more, "bf16": engine.bf16}, force=force):
             on_note(note)
         finished = is_finished(run, wanted)
     engine.wait()

@@ -134,7 +134,7 @@ def score_run(run: str | Path, recipe: Recipe, *, weights: str = "auto", force: 
         weights: of a checkpoint, `ema`, `model` (the raw weights, whose scores are no part of its record) or `auto`.
         force: measure again.
     """
-    folder = Path(model_of(str(run)))
+    folder = Path(model_of(str(run), raw=weights == "model"))
     record = read_provenance(folder)
     raw, settings = weights == "model", recipe.evaluate
     inputs = Inputs(

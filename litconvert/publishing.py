@@ -247,12 +247,14 @@ def prepare(
     """
     check_repo_id(repo_id)
     folder = Path(folder)
-    model, pictures = find_model(Path(directory))
+    model, pictures = find_model(Path(directory), raw=weights == "model")
     provenance = without_local_paths(read_provenance(model))
     recipe = read_recorded(model / "recipe.yaml")
     source = rehearse(model, weights)
     if source.checkpoint.weights is not None:
         provenance = {**provenance, "set": source.checkpoint.weights}
+    if source.checkpoint.weights == "model":
+        provenance["metrics"] = {}  # those that are kept are of the moving average
     config = {key: value for key, value in read_json(model / "config.json").items() if key != "_name_or_path"}
     captions = config.get("caption_channels") is not None
     decoder = _decoder(recipe, vae, config, model) if pipeline else None
@@ -317,14 +319,14 @@ def _place_weights(source: OpenSource, model: Path, folder: Path, recipe: Recipe
     write_weights(folder, WEIGHTS_STEM, tensors, produce, lambda: header, max_shard_bytes=most)
 
 
-def find_model(directory: Path) -> tuple[Path, list[Path]]:
+def find_model(directory: Path, *, raw: bool = False) -> tuple[Path, list[Path]]:
     """The model directory of what the user named, and the pictures that belong to it.
 
     Of a run (RUN, or RUN@STEP for one of its checkpoints) the model is its finished one, or else a checkpoint.
 
     Raises UsageError when it is neither a model directory nor a run that holds a model.
     """
-    model = Path(model_of(str(directory)))
+    model = Path(model_of(str(directory), raw=raw))
     if not model.is_dir():
         raise UsageError(f"{directory}: no such folder; name the one that `litconvert convert` or `distill` wrote")
     pictures: list[Path] = []
@@ -334,6 +336,9 @@ def find_model(directory: Path) -> tuple[Path, list[Path]]:
         steps = [picture for picture in drawn if picture.name.startswith("step-")]
         pictures = [run / "curves.png"] if (run / "curves.png").is_file() else []
         pictures += [picture for picture in drawn if picture not in steps[:-STEP_PICTURES]]
+        if is_checkpoint(model):  # what was drawn later is of other weights
+            pictures = [picture for picture in drawn if picture.stem in ("teacher", "before")]
+            pictures += [step for step in steps if step.stem <= model.name][-STEP_PICTURES:]
     else:
         read_provenance(model)
     for name in ("config.json",) if is_checkpoint(model) else ("config.json", "modeling_lit.py"):

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -57,36 +58,41 @@ class Progress:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a run, by what is in it; a copy may lack some of that."""
-    return any(os.path.isfile(path / name) for name in (RECORD, "metrics.csv", "model/config.json"))
+    return any(os.path.isfile(path / name) for name in (RECORD, "model/config.json"))
 
 
-def model_of(path: str) -> str:
+def model_of(path: str, *, raw: bool = False) -> str:
     """The model that a path means, where it is that of a run: RUN or RUN@STEP; any other path as it is.
 
     RUN is the run's finished model, or its latest checkpoint where that is newer or nothing is finished yet.
 
-    Raises UsageError for a run that holds neither, and for a step whose checkpoint is not there.
+    Args:
+        raw: its raw weights are wanted, which checkpoints alone hold.
+
+    Raises UsageError for a run that holds no such model, and for a step whose checkpoint is not there.
     """
     folder, _, step = path.rstrip("/").rpartition("@")
     if folder and not os.path.exists(path) and is_run(Path(folder)):
-        return str(_model_of_step(RunDirectory(Path(folder)), step))
+        return str(_model_of_step(RunDirectory(Path(folder)), step, raw=raw))
     run = RunDirectory(Path(path))
     if not is_run(run.path):
         return path
     latest = run.latest_checkpoint()
     finished = run.finished_steps()
-    if finished is not None and (latest is None or latest[1].global_step <= finished):
+    if raw and latest is None and finished is not None:
+        raise UsageError(f"{path}: its finished model holds the moving average alone, and no checkpoint is kept")
+    if not raw and finished is not None and (latest is None or latest[1].global_step <= finished):
         return str(run.model)
     if latest is None:
         raise UsageError(f"{path}: the run has no model and no checkpoint yet; run the same command again to go on")
     return str(latest[0])
 
 
-def _model_of_step(run: "RunDirectory", step: str) -> Path:
+def _model_of_step(run: "RunDirectory", step: str, *, raw: bool) -> Path:
     kept = run.kept_steps()
     if step.isdecimal() and int(step) in kept:
         return run.checkpoint_of(int(step))
-    if step.isdecimal() and int(step) == run.finished_steps():
+    if not raw and step.isdecimal() and int(step) == run.finished_steps():
         return run.model
     known = f"those of steps {', '.join(map(str, kept))}" if kept else "none"
     raise UsageError(
@@ -199,8 +205,7 @@ class RunDirectory:
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
-            for old in self.kept_steps()[:-keep]:
-                shutil.rmtree(self.checkpoint_of(old))
+            self._drop(self.kept_steps()[:-keep])
         except Exception as error:  # torch, safetensors and Python each report a full disk in their own way
             shutil.rmtree(partial, ignore_errors=True)
             cause = system_cause(error)
@@ -212,6 +217,15 @@ class RunDirectory:
             raise LitconvertError(
                 f"cannot save the checkpoint of step {progress.global_step}: {cause}; then run the same command again"
             ) from error
+
+    def _drop(self, steps: Sequence[int]) -> None:
+        """Remove checkpoints. Somebody may be reading one: that is no reason for the run to end."""
+        for step in steps:
+            folder = self.checkpoint_of(step)
+            with suppress(OSError):
+                folder.rename(folder.with_name(f".dropped-{folder.name}"))
+        for dropped in self.checkpoints.glob(".dropped-*"):
+            shutil.rmtree(dropped, ignore_errors=True)
 
     def truncate_metrics(self, global_step: int) -> None:
         """Forget rows after a checkpoint, of both tables, so that a resumed run has every step once."""

@@ -427,7 +427,7 @@ def sample_to_files(
     from litconvert.sources import open_source, read_model
     from litconvert.writing import write_safetensors
 
-    path = model_of(model)
+    path = model_of(model, raw=weights == "model")
     if path != model and Path(path).name != "model":
         on_note(f"drawn from the checkpoint {path}")
     if recipe is None and (Path(path) / "recipe.yaml").is_file():

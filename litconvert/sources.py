@@ -144,7 +144,9 @@ def open_source(source: Source, weights: str = "auto") -> OpenSource:
     """Open and recognise a recipe's source: headers only. Of a run (RUN, RUN@STEP) that is the model it holds."""
     if source.path is None:
         raise UsageError("no source is named: give SRC, or source.path in the recipe")
-    return read_as(source, open_checkpoint(model_of(source.path), file=source.file, weights=weights))
+    return read_as(
+        source, open_checkpoint(model_of(source.path, raw=weights == "model"), file=source.file, weights=weights)
+    )
 
 
 def open_teacher(recipe: Recipe) -> OpenSource:

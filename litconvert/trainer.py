@@ -278,7 +278,9 @@ class Trainer:
         gradients = [parameter.grad for parameter in stage.parameters.values() if parameter.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
         if stage.settings.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(stage.parameters.values(), stage.settings.max_grad_norm, norm)
+            # By a norm that is no number all would be scaled to none, and where it came from could not be told.
+            norm_or_none = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
+            nn.utils.clip_grads_with_norm_(stage.parameters.values(), stage.settings.max_grad_norm, norm_or_none)
         return norm.detach()
 
     def _terms(self, stage: _Stage, batch: Batch, condition: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -342,7 +344,9 @@ class Trainer:
 
     def _first_bad(self, metrics: Mapping[str, float]) -> str:
         """The first tensor of the step that is not finite: an output on any process, or else a gradient."""
-        terms = {f"the loss term {name}": torch.tensor(value) for name, value in metrics.items()}
+        terms = {
+            f"the loss term {name}": torch.tensor(value) for name, value in metrics.items() if name != "gradient_norm"
+        }
         gradients = {
             f"the gradient of {name}": parameter.grad
             for name, parameter in self.student.named_parameters()
@@ -355,7 +359,7 @@ class Trainer:
             for process, name in enumerate(names):
                 if name is not None:
                     return name if self.engine.processes == 1 else f"{name} (on process {process})"
-        return "a gradient of an earlier part of the step"
+        return "the norm of the gradients, each of which is finite,"
 
     def _report(self, settings: AnyStage, progress: Progress, metrics: dict[str, float]) -> None:
         if not self.engine.is_main:

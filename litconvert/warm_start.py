@@ -121,14 +121,14 @@ def _choose(
     recorded = (run.record() or {}).get("start")
     same = recorded is not None and (recorded["path"], recorded["weights"]) == (path, weights)
     if recorded is None or not same or not goes_on(inputs_of(recorded)):
-        return None, model_of(path)
+        return None, model_of(path, raw=weights == "model")
     if run.latest_checkpoint() is not None or is_finished(inputs_of(recorded)):
         return recorded, None
     # Without a checkpoint it begins again, from the very same weights, though the other run may have gone on.
     try:
-        return recorded, model_of(f"{_folder(path)}@{recorded['step']}")
+        return recorded, model_of(f"{_folder(path)}@{recorded['step']}", raw=weights == "model")
     except UsageError:
-        return recorded, model_of(path)
+        return recorded, model_of(path, raw=weights == "model")
 
 
 def _folder(path: str) -> str:
@@ -148,7 +148,7 @@ def check_start(asked: Start, config: Mapping[str, Any]) -> None:
     """Raise UsageError for what `open_start` would refuse, without reading the weights."""
     if asked.path is not None:
         path = _absolute(asked.path)
-        _fitting(path, model_of(path), asked.weights, config)
+        _fitting(path, model_of(path, raw=asked.weights == "model"), asked.weights, config)
 
 
 def _open(path: str, folder: str, weights: str, config: Mapping[str, Any]) -> WarmStart:

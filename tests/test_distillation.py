@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,8 @@ from litconvert.latents import LatentDataset, Samples, open_latents, write_laten
 from litconvert.modeling_lit import LiTTransformer2DModel
 from litconvert.run_directory import RunDirectory
 from litconvert.synthesis import synthesize
-from litconvert.trainer import Interrupted, StepReport
+from litconvert.teacher_outputs import TeacherOutputs
+from litconvert.trainer import Interrupted, StepReport, Trainer
 from tests.conftest import dit_state
 from tests.processes import kept_by_another_process
 
@@ -482,6 +484,52 @@ def test_one_more_than_the_bound_stops_the_run_and_names_the_tensor(
     rows = RunDirectory(tmp_path / "run").read_metrics()
     assert [int(row["step"]) for row in rows] == list(range(1, 10))
     assert [row["skipped_steps"] for row in rows] == ["0", "1", "1", "2", "2", "2", "3", "3", "3"]
+
+
+def test_of_gradients_the_one_that_is_no_number_is_named(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clipping by a norm that is NaN would make all of them NaN, and the first of all would be named."""
+    name = "blocks.1.ff.fc1.weight"
+    clip = Trainer._clip
+
+    def spoilt(self: Trainer, stage: Any) -> Tensor:
+        self.student.get_parameter(name).grad.view(-1)[0] = float("nan")
+        return clip(self, stage)
+
+    monkeypatch.setattr(Trainer, "_clip", spoilt)
+    stages = LONG.replace("steps: 9", "steps: 2, max_grad_norm: 1.0")
+    with pytest.raises(LitconvertError, match=f"step 1: the gradient of {re.escape(name)} holds NaN"):
+        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[stages])
+
+
+def test_a_teachers_output_that_went_wrong_is_computed_again(tmp_path: Path) -> None:
+    kept = TeacherOutputs(tmp_path / "outputs", [(4, (2,))])
+    rows, wrong = torch.tensor([0, 1]), torch.tensor([[1.0, 2.0], [float("nan"), 3.0]])
+    kept.get(0, rows, lambda: wrong)
+    kept.keep()
+    again = TeacherOutputs(tmp_path / "outputs", [(4, (2,))])
+    right = torch.tensor([[1.0, 2.0], [4.0, 3.0]])
+    assert torch.equal(again.get(0, rows, lambda: right), right)
+    again.keep()
+    assert torch.equal(again.get(0, rows, lambda: wrong), right)
+
+
+def test_a_change_of_precision_in_the_middle_is_said(
+    tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(report: StepReport) -> None:
+        if report.global_step == 4:
+            raise KeyboardInterrupt
+
+    notes: list[str] = []
+    sets = [LONG, "distill.checkpoint_every=2", "distill.mixed_precision=auto"]
+    monkeypatch.setenv("LITCONVERT_BF16", "1")
+    with pytest.raises(KeyboardInterrupt):
+        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets, on_step=stop)
+    monkeypatch.setenv("LITCONVERT_BF16", "0")
+    litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets, on_note=notes.append)
+    assert any("computed in bf16 autocast so far, and goes on in float32" in note for note in notes)
 
 
 def test_a_file_system_without_locks_is_named(

@@ -1,5 +1,6 @@
 """A checkpoint of a run is a model: for Python, sample, evaluate, convert, inspect and push."""
 
+import errno
 import json
 import os
 import pickle
@@ -19,8 +20,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 import litconvert
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.files import read_json
+from litconvert.publishing import find_model, prepare
 from litconvert.recipe import Source
-from litconvert.run_directory import RunDirectory, model_of
+from litconvert.run_directory import RunDirectory, is_run, model_of
 from litconvert.sources import open_source
 from litconvert.synthesis import synthesize
 from litconvert.trainer import StepReport
@@ -107,6 +109,36 @@ def test_a_run_stands_for_its_newest_model(run: Path) -> None:
     assert model_of("owner/name@main") == "owner/name@main"
 
 
+def test_raw_weights_are_those_of_a_checkpoint(run: Path) -> None:
+    finish(run)
+    assert model_of(str(run), raw=True) == str(run / "checkpoints" / "step-00000010")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UsageError, match="holds the moving average alone, and no checkpoint is kept"):
+        model_of(str(run), raw=True)
+    with pytest.raises(UsageError, match="run@10: no checkpoint"):
+        model_of(f"{run}@10", raw=True)
+
+
+def test_a_folder_of_other_tables_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step\n1\n")
+    assert not is_run(tmp_path)
+    assert model_of(str(tmp_path)) == str(tmp_path)
+
+
+def test_a_checkpoint_that_somebody_reads_does_not_end_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def busy(self: Path, target: Path) -> Path:
+        if target.name.startswith(".dropped-"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    litconvert.distill(run.parent / "student", run, data=run.parent / "data", overrides=[STAGES])
+    assert RunDirectory(run).finished_steps() == 10
+    assert 2 in RunDirectory(run).kept_steps()
+
+
 def test_a_run_that_has_nothing_yet_says_so(tmp_path: Path, run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UsageError, match="the run has no model and no checkpoint yet; run the same command again"):
@@ -179,7 +211,7 @@ def digits(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_checkpoint_is_evaluated_and_keeps_its_scores(digits: Path) -> None:
+def test_a_checkpoint_is_evaluated_and_keeps_its_scores(tmp_path: Path, digits: Path) -> None:
     outcome = command("evaluate", digits, "--json")
     assert outcome.code == 0, outcome.err
     scores = json.loads(outcome.out)
@@ -190,6 +222,21 @@ def test_a_checkpoint_is_evaluated_and_keeps_its_scores(digits: Path) -> None:
     raw = json.loads(command("evaluate", f"{digits}@2", "--raw", "--json").out)
     assert raw["models"]["student"] != scores["models"]["student"]
     assert read_json(folder / "litconvert.json")["metrics"] == kept["metrics"]  # those of its average
+
+    for weights, expected in (("auto", kept["metrics"]), ("model", {})):
+        out = tmp_path / weights
+        out.mkdir()
+        prepare(f"{digits}@2", out, repo_id="tester/digits", weights=weights)
+        assert read_json(out / "litconvert.json")["metrics"] == expected
+
+
+def test_a_checkpoint_is_pushed_with_the_pictures_of_its_own_steps(tmp_path: Path, run: Path) -> None:
+    names = ["teacher", "before", *(f"step-{step:08d}" for step in (2, 4, 6)), "after"]
+    for name in names:
+        (run / "samples" / f"{name}.png").parent.mkdir(exist_ok=True)
+        (run / "samples" / f"{name}.png").write_bytes(b"")
+    _, pictures = find_model(Path(f"{run}@4"))
+    assert sorted(picture.stem for picture in pictures) == ["before", "step-00000002", "step-00000004", "teacher"]
 
 
 @pytest.fixture
@@ -236,7 +283,7 @@ def test_a_run_killed_at_60_percent_samples_and_pushes(
 
     raw = command("push", f"{run}@{step}", "tester/raw", "--raw", "--pipeline")
     assert raw.code == 0, raw.err
-    assert "its raw weights" in hub.files("tester/raw")["README.md"].decode()
+    assert "middle of a run, raw weights" in hub.files("tester/raw")["README.md"].decode()
 
 
 def test_code_in_a_checkpoints_index_is_refused_and_not_run(run: Path, tmp_path: Path) -> None:

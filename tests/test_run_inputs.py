@@ -319,7 +319,7 @@ def test_what_cannot_be_started_from_is_refused(
     ):
         train("second", start=f"{first}@3")
     with pytest.raises(UsageError, match="a finished model holds its moving average alone"):
-        train("second", "distill.start.weights=model", start=str(first))
+        train("second", "distill.start.weights=model", start=str(first / "model"))
     other = litconvert.convert(pico_checkpoint, tmp_path / "other", str(pico_recipe), ["student.conv_size=5"])
     with pytest.raises(UsageError, match="its model has linear_conv_size=3, the student 5"):
         litconvert.distill(other, tmp_path / "second", data=data, start=str(first))
