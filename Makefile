@@ -13,11 +13,11 @@ test: $(INSTALLED)        ## all tests, two at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 # What computes in bf16 or not, as the processor says: LITCONVERT_BF16=1 has it one way whatever the machine, 0 the other.
-PRECISION := test_engine test_distillation test_modeling test_training_options test_estimate test_observation \
-	test_probe test_sampling test_cli test_emoji test_whole_line test_run_inputs test_run_checkpoints
+PRECISION := training distillation model/test_modeling_lit.py estimates runs evaluation sampling/test_draw.py cli \
+	whole/test_emoji.py whole/test_whole_line.py checkpoints/test_distributed.py
 
 test-precision: $(INSTALLED)  ## the tests whose precision depends on the processor
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PRECISION:%=tests/%.py)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PRECISION:%=tests/%)
 
 lint: $(INSTALLED)        ## lint, format check and the strict type checker
 	$(BIN)/ruff check .

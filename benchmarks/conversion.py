@@ -38,10 +38,13 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import save_file
 
-from litconvert import checkpoints, conversion
-from litconvert.checkpoints import open_checkpoint
-from litconvert.sources import OpenSource
-from tests.checkpoint_files import dit_shapes, pixart_shapes
+from litconvert.checkpoints.checkpoint import Checkpoint
+from litconvert.checkpoints.opening import open_checkpoint
+from litconvert.common.tensors import TensorInfo
+from litconvert.conversion import convert as conversion
+from litconvert.conversion.plan import plan as plan_of
+from litconvert.families.sources import OpenSource
+from tests.helpers.checkpoint_files import dit_shapes, pixart_shapes
 
 ROUNDS = 5
 LARGEST = {"PixArt-Sigma.safetensors": 6912 * 1152 * 4, "DiT-XL-2.pt": 6912 * 1152 * 4}
@@ -49,7 +52,7 @@ LARGEST = {"PixArt-Sigma.safetensors": 6912 * 1152 * 4, "DiT-XL-2.pt": 6912 * 11
 
 def make(work: Path) -> None:
     """The sources, random, where they are not there yet."""
-    from litconvert.shapes import position_embedding
+    from litconvert.model.shapes import position_embedding
 
     torch.manual_seed(0)
 
@@ -107,7 +110,7 @@ class Stopwatch:
 def apart(watch: Stopwatch, digest: str) -> Iterator[None]:
     """Time the check, fsync and fresh tensors; the digest is known already."""
     with (
-        patch.object(checkpoints.Checkpoint, "sha256", lambda self: digest),
+        patch.object(Checkpoint, "sha256", lambda self: digest),
         patch.object(OpenSource, "checked", watch.wrap("check", OpenSource.checked)),
         patch.object(OpenSource, "check_recomputed", watch.wrap("check", OpenSource.check_recomputed)),
         patch.object(os, "fsync", watch.wrap("fsync", os.fsync)),
@@ -123,10 +126,10 @@ def convert(source: Path, out: Path, *overrides: str) -> Path:
 
 def fresh_alone(source: Path) -> None:
     """The fresh tensors of the default conversion, one at a time."""
-    plan = conversion.plan(source)
+    plan = plan_of(source)
     for entry in plan.entries:
         if entry.fate == "fresh":
-            info = checkpoints.TensorInfo(entry.shape, torch.float32)
+            info = TensorInfo(entry.shape, torch.float32)
             conversion.fresh_tensor(str(entry.target), info, 0, plan.recipe.student.conv_size)
 
 
@@ -188,7 +191,7 @@ def copying(source: Path, work: Path, digest: str) -> dict[str, float]:
 def casting(source: Path, work: Path, digest: str) -> dict[str, float]:
     """One round of 4."""
     out, cast = work / "student", work / "cast.safetensors"
-    with patch.object(checkpoints.Checkpoint, "sha256", lambda self: digest):
+    with patch.object(Checkpoint, "sha256", lambda self: digest):
         ours = seconds(lambda: convert(source, out, "student.dtype=bfloat16", "inherit.attention=all"), out)
     by_hand = seconds(lambda: load_cast_save(source, cast), out, cast)
     removed(cast)

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.provenance import provenance
-from litconvert.device import bf16_in_hardware
-from litconvert.modeling_lit import LinearAttention, heads_of, linear_attention
+from litconvert.common.device import bf16_in_hardware
+from litconvert.model.modeling_lit import LinearAttention, heads_of, linear_attention
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 1152

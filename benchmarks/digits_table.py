@@ -25,12 +25,13 @@ from torch import Tensor
 
 import litconvert
 from benchmarks.provenance import provenance
-from litconvert.assets.train_digits_classifier import digits
-from litconvert.evaluation import evaluate, reference_samples
-from litconvert.latents import write_latents
-from litconvert.pretraining import train
-from litconvert.recipe_files import resolve
-from litconvert.synthesis import synthesize
+from benchmarks.train_digits_classifier import digits
+from litconvert.data.dataset import write_latents
+from litconvert.data.synthesize import synthesize
+from litconvert.distillation.pretraining import train
+from litconvert.evaluation.scores import evaluate, reference_samples
+from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.recipe.resolve import resolve
 
 RESULTS = Path(__file__).parent / "results" / "digits"
 COMMON = (
@@ -148,7 +149,7 @@ def floor(seed: int, reference: Tensor) -> dict[str, Any]:
     return evaluate({"floor": load_teacher()}, reference, resolve("digits", overrides).recipe)
 
 
-def load_teacher() -> litconvert.modeling_lit.LiTTransformer2DModel:
+def load_teacher() -> LiTTransformer2DModel:
     """The embedded teacher in float32."""
     model = litconvert.load("asset:dit-digits", recipe="digits")
     return model.float()  # type: ignore[no-any-return]

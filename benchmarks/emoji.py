@@ -32,8 +32,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, features
 from PIL.ImageFont import FreeTypeFont
 
+from litconvert.common.files import whole_directory
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.files import whole_directory
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 TABLE = Path("/usr/share/unicode/emoji/emoji-test.txt")
@@ -175,7 +175,7 @@ def small_commands(out: Path) -> list[list[str]]:
 
 def run_small(out: Path, font: Path, table: Path, seed: int) -> None:
     """The whole line on a few dozen images of 16 x 16: that it runs, not what it can do. Each command is printed."""
-    from litconvert.cli import app
+    from litconvert.cli.app import app
 
     if not (out / "images").exists():
         render(out / "images", font, table, size=16, per_class=6, seed=seed)

@@ -23,9 +23,9 @@ import torch
 import litconvert
 from benchmarks.digits_table import COMMON, load_teacher
 from benchmarks.provenance import provenance
-from litconvert.evaluation import evaluate, reference_samples
-from litconvert.recipe_files import resolve
-from litconvert.synthesis import synthesize
+from litconvert.data.synthesize import synthesize
+from litconvert.evaluation.scores import evaluate, reference_samples
+from litconvert.recipe.resolve import resolve
 
 RESULTS = Path(__file__).parent / "results" / "fast"
 RATES = (5e-4, 1e-3, 2e-3)

@@ -19,7 +19,7 @@ from typing import Any
 
 MAKE = """
 import sys, torch
-from litconvert.modeling_lit import sincos_position_embedding
+from litconvert.model.modeling_lit import sincos_position_embedding
 torch.manual_seed(0)
 width, layers = 1152, 28
 state = {"pos_embed": sincos_position_embedding(width, (16, 16), 16, torch.device("cpu")).clone()}

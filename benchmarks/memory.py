@@ -26,8 +26,8 @@ STAGES = ("attention_transfer", "hybrid")
 MAKE = """
 import sys, torch
 from pathlib import Path
-from litconvert.latents import write_latents
-from litconvert.modeling_lit import LiTTransformer2DModel
+from litconvert.data.dataset import write_latents
+from litconvert.model.modeling_lit import LiTTransformer2DModel
 work, width, layers, heads = Path(sys.argv[1]), *map(int, sys.argv[2:])
 torch.manual_seed(0)
 model = LiTTransformer2DModel(hidden_size=width, num_layers=layers, num_attention_heads=heads, num_classes=10)
@@ -55,8 +55,8 @@ class Size:
     batch: int
 
 
-# The room that is left between blocks (litconvert.estimate.HEAP_GAPS) was fitted to others: depths 12, 6 and 6, batches
-# 32, 8 and 8.
+# The room that is left between blocks (litconvert.estimates.stage.HEAP_GAPS) was fitted to others: depths 12, 6 and 6,
+# batches 32, 8 and 8.
 SIZES = (Size(192, 8, 6, 48), Size(384, 12, 6, 16), Size(768, 4, 12, 12))
 
 

@@ -35,18 +35,19 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from benchmarks.provenance import provenance
-from litconvert.conditions import Conditioner
-from litconvert.device import bf16_in_hardware
-from litconvert.engine import Engine
-from litconvert.latents import Bucket, LatentDataset
-from litconvert.modeling_lit import LiTTransformer2DModel
-from litconvert.objectives import DDPM
-from litconvert.observation import peak_flops, training_flops
-from litconvert.recipe import Distill, Hybrid, Recipe
-from litconvert.run_directory import RunDirectory
-from litconvert.shapes import full_config
-from litconvert.teaching import Teachers
-from litconvert.trainer import StepReport, Trainer
+from litconvert.common.device import bf16_in_hardware
+from litconvert.common.listener import StepReport
+from litconvert.data.conditions import Conditioner
+from litconvert.data.dataset import Bucket, LatentDataset
+from litconvert.distillation.teaching import Teachers
+from litconvert.model.diffusion import DDPM
+from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.model.shapes import full_config
+from litconvert.recipe.schema import Distill, Hybrid, Recipe
+from litconvert.runs.directory import RunDirectory
+from litconvert.runs.throughput import peak_flops, training_flops
+from litconvert.training.engine import Engine
+from litconvert.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 3

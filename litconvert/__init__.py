@@ -7,22 +7,25 @@ from litconvert.errors import LitconvertError
 
 if TYPE_CHECKING:
     from litconvert import objectives
-    from litconvert.conversion import convert, plan
-    from litconvert.distillation import distill
-    from litconvert.publishing import push
-    from litconvert.sampling import sample
-    from litconvert.sources import load
+    from litconvert.conversion.convert import convert
+    from litconvert.conversion.plan import plan
+    from litconvert.data.dataset import open_latents
+    from litconvert.distillation.distillation import distill
+    from litconvert.families.sources import load
+    from litconvert.publishing.push import push
+    from litconvert.sampling.draw import sample
 
 __version__ = "0.1.0"
-__all__ = ["LitconvertError", "convert", "distill", "load", "objectives", "plan", "push", "sample"]
+__all__ = ["LitconvertError", "convert", "distill", "load", "objectives", "open_latents", "plan", "push", "sample"]
 
 _HOMES = {
-    "convert": "conversion",
-    "load": "sources",
-    "plan": "conversion",
-    "distill": "distillation",
-    "push": "publishing",
-    "sample": "sampling",
+    "convert": "conversion.convert",
+    "distill": "distillation.distillation",
+    "load": "families.sources",
+    "open_latents": "data.dataset",
+    "plan": "conversion.plan",
+    "push": "publishing.push",
+    "sample": "sampling.draw",
 }
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.checkpoint_files import dit_state
+
 if TYPE_CHECKING:
-    from tests.pretrained import Pretrained
+    from tests.helpers.pretrained import Pretrained
 
 # Beside other workers of pytest-xdist each has one thread: two busy threads on one core wait for each other.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
@@ -32,48 +34,12 @@ sample: {scheduler: ddim, steps: 2, num_images: 4}
 """
 
 
-def dit_state(
-    *,
-    width: int = 32,
-    layers: int = 2,
-    channels: int = 1,
-    sample_size: int = 8,
-    patch: int = 2,
-    rows: int = 5,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """A random DiT in the original layout, every tensor non-zero; `rows` classes, the null class among them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return 0.1 * torch.randn(shape, generator=generator)
-
-    def linear(name: str, out: int, into: int) -> dict[str, Tensor]:
-        return {f"{name}.weight": normal(out, into), f"{name}.bias": normal(out)}
-
-    from litconvert.modeling_lit import sincos_position_embedding
-
-    side = sample_size // patch
-    state = {"pos_embed": sincos_position_embedding(width, (side, side), side, torch.device("cpu")).clone()}
-    state |= {"x_embedder.proj.weight": normal(width, channels, patch, patch), "x_embedder.proj.bias": normal(width)}
-    state |= linear("t_embedder.mlp.0", width, 256) | linear("t_embedder.mlp.2", width, width)
-    state |= {"y_embedder.embedding_table.weight": normal(rows, width)}
-    for block in range(layers):
-        prefix = f"blocks.{block}"
-        state |= linear(f"{prefix}.attn.qkv", 3 * width, width) | linear(f"{prefix}.attn.proj", width, width)
-        state |= linear(f"{prefix}.mlp.fc1", 4 * width, width) | linear(f"{prefix}.mlp.fc2", width, 4 * width)
-        state |= linear(f"{prefix}.adaLN_modulation.1", 6 * width, width)
-    state |= linear("final_layer.linear", patch * patch * 2 * channels, width)
-    state |= linear("final_layer.adaLN_modulation.1", 2 * width, width)
-    return state
-
-
 @pytest.fixture(autouse=True)
 def not_quiet() -> Iterator[None]:
     """A command that was given -q in this process is no reason for the next test to hear nothing."""
     yield
-    if "litconvert.console" in sys.modules:
-        sys.modules["litconvert.console"].be_quiet(False)
+    if "litconvert.cli.terminal" in sys.modules:
+        sys.modules["litconvert.cli.terminal"].be_quiet(False)
 
 
 @pytest.fixture
@@ -132,6 +98,6 @@ def pico_student(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> Pa
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> "Pretrained":
     """A tiny text-to-image repository; nobody writes into it."""
-    from tests.pretrained import write_pretrained
+    from tests.helpers.pretrained import write_pretrained
 
     return write_pretrained(tmp_path_factory.mktemp("pretrained"))

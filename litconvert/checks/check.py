@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from litconvert.console import DISTILLATION_PACKAGES
+from litconvert.common.versions import DISTILLATION_PACKAGES
 from litconvert.errors import LitconvertError
 
 NO_TIME = "no time left (--minutes)"

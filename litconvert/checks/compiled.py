@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
 from litconvert.checks.check import Context, Error, Finding, Skipped, judge
-from litconvert.live_memory import draw_inputs
-from litconvert.modeling_lit import LiTTransformer2DModel
-from litconvert.teaching import compile_blocks
+from litconvert.distillation.teaching import compile_blocks
+from litconvert.estimates.activations import draw_inputs
+from litconvert.model.modeling_lit import LiTTransformer2DModel
 
 
 @dataclass(frozen=True)

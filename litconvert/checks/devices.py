@@ -13,8 +13,7 @@ import psutil
 import torch
 
 from litconvert.checks.check import Context, Finding
-from litconvert.console import size
-from litconvert.device import (
+from litconvert.common.device import (
     BF16_VARIABLE,
     bf16_in_hardware,
     chosen_device,
@@ -22,7 +21,8 @@ from litconvert.device import (
     describe_devices,
     has_mac_gpu,
 )
-from litconvert.observation import peak_flops
+from litconvert.common.quantities import size
+from litconvert.runs.throughput import peak_flops
 
 # Sides of the square matrices that are multiplied, milliseconds each.
 SIDES = {"cuda": 8192, "mps": 2048, "cpu": 1024}

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litconvert import modeling_lit
 from litconvert.checks.check import Context, Error, Finding, judge
-from litconvert.engine import sum_in_float32
-from litconvert.modeling_lit import Block, Condition, LinearAttention, LiTTransformer2DModel, relu_kernel
+from litconvert.model import modeling_lit
+from litconvert.model.modeling_lit import Block, Condition, LinearAttention, LiTTransformer2DModel, relu_kernel
+from litconvert.training.engine import sum_in_float32
 
 EPS = 1e-6
 # A check that has taken so long leaves its larger shapes out.

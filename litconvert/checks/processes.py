@@ -21,10 +21,10 @@ from torch import nn
 import litconvert
 from litconvert.checks.check import Context, Error, Finding, Skipped, judge
 from litconvert.checks.compiled import float32_convolutions
-from litconvert.device import DEVICE_VARIABLE
-from litconvert.latents import write_latents
-from litconvert.modeling_lit import LiTTransformer2DModel
-from litconvert.run_directory import RunDirectory
+from litconvert.common.device import DEVICE_VARIABLE
+from litconvert.data.dataset import write_latents
+from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.runs.directory import RunDirectory
 
 PROCESSES = 2
 LAUNCHED = "litconvert.checks.processes"

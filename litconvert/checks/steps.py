@@ -11,19 +11,21 @@ import torch
 
 from litconvert.checks.check import NO_TIME, Context, Finding, Skipped
 from litconvert.checks.compiled import why_not
-from litconvert.conditions import Conditioner
-from litconvert.console import size as text_of
-from litconvert.engine import Engine
-from litconvert.estimate import StageEstimate, available_memory, estimate_stage, measured_peak
-from litconvert.latents import Bucket, LatentDataset, quiet_datasets
-from litconvert.modeling_lit import LiTTransformer2DModel
-from litconvert.observation import peak_flops, training_flops
-from litconvert.recipe import Distill, Hybrid, Recipe
-from litconvert.run_directory import RunDirectory
-from litconvert.shapes import full_config
-from litconvert.state_bytes import weights_bytes
-from litconvert.teaching import Teachers
-from litconvert.trainer import StepReport, Trainer
+from litconvert.common.listener import StepReport
+from litconvert.common.memory import available_memory, measured_peak
+from litconvert.common.quantities import size as text_of
+from litconvert.data.conditions import Conditioner
+from litconvert.data.dataset import Bucket, LatentDataset, quiet_datasets
+from litconvert.distillation.teaching import Teachers
+from litconvert.estimates.stage import StageEstimate, estimate_stage
+from litconvert.estimates.states import weights_bytes
+from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.model.shapes import full_config
+from litconvert.recipe.schema import Distill, Hybrid, Recipe
+from litconvert.runs.directory import RunDirectory
+from litconvert.runs.throughput import peak_flops, training_flops
+from litconvert.training.engine import Engine
+from litconvert.training.trainer import Trainer
 
 # Estimate over measurement. Times are of blocks alone, on a machine that others may use.
 MEMORY_LIMITS = (0.8, 1.25)

@@ -11,7 +11,7 @@ from litconvert.checks.check import Context, Error, Finding, Skipped, judge
 from litconvert.checks.compiled import float32_convolutions
 from litconvert.checks.numerics import relative_error
 from litconvert.checks.processes import PICO, difference, losses_of, pico
-from litconvert.run_directory import RunDirectory
+from litconvert.runs.directory import RunDirectory
 
 TEACHER_LIMIT = 1e-4
 # With convolutions in TensorFloat-32, as cuDNN computes them unless it is told not to: 10 bits after the point.
@@ -57,7 +57,7 @@ def check_teacher(context: Context) -> Finding:
 
 def check_digits_line(context: Context, overrides: Sequence[str] = DIGITS) -> Finding:
     """`litconvert run digits`, a few steps of each stage."""
-    from litconvert.line import run_line
+    from litconvert.workflow import run_line
 
     run = run_line("digits", context.folder / "digits", overrides=overrides).run
     losses: dict[str, list[float]] = {}

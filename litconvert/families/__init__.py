@@ -1,156 +1,25 @@
-"""The families of checkpoints: one file each, and what each owes.
+"""Families of checkpoints: what a file is, told by its names and shapes.
 
-A family owes
-1. `recognise(checkpoint, hints)`: None when the keys are not its own; otherwise a `Reading`, or a UsageError that names
-   the hint which settles what shapes cannot tell;
-2. a `Layout`, our names beside theirs, for each way its files are written: so that every source tensor is mapped or
-   refused, never ignored, and a model can be written back;
-3. tests on a checkpoint made on disk: its outputs against an independent implementation, and its refusals.
-
-Another package adds a family through the entry point group `litconvert.families`: CONTRIBUTING.md shows one.
+A package that adds a family needs these names alone; they are imported from here.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import entry_points
-from typing import Any
+from litconvert.checkpoints.checkpoint import Checkpoint
+from litconvert.errors import UsageError
+from litconvert.families.family import Family, Reading
+from litconvert.families.headers import count_layers, has_key, num_attention_heads, sample_size, shape_of
+from litconvert.families.layout import Layout
+from litconvert.recipe.schema import Source
 
-from litconvert.checkpoints import Checkpoint
-from litconvert.errors import LitconvertError, UsageError, did_you_mean
-from litconvert.families.key_table import Layout, Origin
-from litconvert.recipe import Source
-
-ENTRY_POINTS = "litconvert.families"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A checkpoint, understood.
-
-    Attributes:
-        family, layout: what it is.
-        because: why it was recognised as that, a clause.
-        config: of the LiTTransformer2DModel that computes the source's function.
-        origins: for every tensor of that model, where it is in the source.
-        recomputed: source tensors that a formula replaces, each with the name of the formula's result.
-        unsure: what shapes cannot tell and was assumed, each with the hint that settles it.
-    """
-
-    family: str
-    layout: str
-    because: str
-    config: dict[str, Any]
-    origins: Mapping[str, Origin]
-    recomputed: Mapping[str, str]
-    unsure: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of checkpoint.
-
-    Attributes:
-        name: for `source.family`.
-        title: for people.
-        recognise: from a checkpoint's headers and the recipe's hints.
-        layouts: how a model of this family can be written, by name (`original`, `diffusers`).
-        diffusers_config: config.json of the `diffusers` layout, from a softmax model's config.
-        container: the key under which the original code keeps its state dict; None: at the top.
-    """
-
-    name: str
-    title: str
-    recognise: Callable[[Checkpoint, Source], Reading | None]
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
-    diffusers_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
-    container: str | None = None
-
-
-@cache
-def families() -> dict[str, Family]:
-    """Every known family by name, in the order in which they are asked; those of other packages last.
-
-    Raises LitconvertError for a plugin that cannot be loaded or takes another family's name.
-    """
-    from litconvert.families import dit, litconvert_model, pixart
-
-    own = (litconvert_model.LITCONVERT, dit.DIT, dit.SIT, pixart.ALPHA, pixart.SIGMA)
-    known = {family.name: family for family in own}
-    for point in entry_points(group=ENTRY_POINTS):
-        package = point.dist.name if point.dist else "an installed package"
-        try:
-            family = point.load()
-        except Exception as error:  # a plugin's import can raise anything
-            raise LitconvertError(
-                f"the family {point.name!r} of {package} cannot be loaded ({type(error).__name__}: {error}); "
-                "upgrade or uninstall that package"
-            ) from error
-        if not isinstance(family, Family) or family.name in known:
-            what = f"takes the name {family.name!r}" if isinstance(family, Family) else "is no litconvert Family"
-            raise LitconvertError(f"the family {point.name!r} of {package} {what}; upgrade or uninstall that package")
-        known[family.name] = family
-    return known
-
-
-def recognise(checkpoint: Checkpoint, hints: Source) -> Reading:
-    """Ask every family in turn.
-
-    Raises UsageError for an unknown architecture and for what a hint must settle; LitconvertError for missing, extra
-    and misshapen tensors.
-    """
-    known = families()
-    if hints.family not in (None, *known):
-        raise UsageError(
-            f"source.family: unknown family {hints.family!r}{did_you_mean(str(hints.family), known)}; "
-            f"there are {', '.join(known)}"
-        )
-    for name, family in known.items():
-        if hints.family not in (None, name):
-            continue
-        reading = family.recognise(checkpoint, hints)
-        if reading is not None:
-            check_tensors(checkpoint, reading)
-            return reading
-    some = ", ".join(list(checkpoint.tensors)[:4])
-    what = f"not of family {hints.family}" if hints.family else "unknown architecture"
-    raise UsageError(
-        f"{checkpoint.source}: {what} (keys: {some}, ...); litconvert reads "
-        f"{', '.join(family.title for family in known.values())}"
-    )
-
-
-def check_tensors(checkpoint: Checkpoint, reading: Reading) -> None:
-    """Every source tensor is used, every model tensor has a source, and every shape fits; all problems at once."""
-    from litconvert.shapes import model_tensors
-
-    problems = []
-    used = set(reading.recomputed)
-    for name, info in model_tensors(reading.config).items():
-        origin = reading.origins.get(name)
-        if origin is None:
-            problems.append(f"this layout has no place for {name}")
-            continue
-        used.update(origin.names)
-        for source in origin.names:
-            found = checkpoint.tensors.get(source)
-            if found is None:
-                problems.append(f"{source} is missing")
-                continue
-            expected = (info.shape[0] * origin.parts, *info.shape[1:])
-            if found.shape != expected:
-                problems.append(f"{source} has shape {found.shape}, expected {expected}")
-            elif not found.dtype.is_floating_point:
-                problems.append(f"{source} is {found.dtype}, not floating point")
-    problems += [
-        f"{extra} is not part of this layout{did_you_mean(extra, used)}"
-        for extra in checkpoint.tensors
-        if extra not in used
-    ]
-    if problems:
-        problems = list(dict.fromkeys(problems))
-        listed = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise LitconvertError(
-            f"{checkpoint.source}: {reading.family} ({reading.layout} layout), but {listed}. "
-            "Nothing is loaded in part: use the complete, unmodified checkpoint"
-        )
+__all__ = [
+    "Checkpoint",
+    "Family",
+    "Layout",
+    "Reading",
+    "Source",
+    "UsageError",
+    "count_layers",
+    "has_key",
+    "num_attention_heads",
+    "sample_size",
+    "shape_of",
+]

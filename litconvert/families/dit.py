@@ -6,9 +6,9 @@ SiT's files have DiT's keys and shapes and another meaning, so only the hint fam
 from collections.abc import Mapping
 from typing import Any
 
-from litconvert.checkpoints import Checkpoint
+from litconvert.checkpoints.checkpoint import Checkpoint
 from litconvert.errors import UsageError
-from litconvert.families import Family, Reading
+from litconvert.families.family import Family, Reading
 from litconvert.families.headers import (
     attention_config,
     check_config,
@@ -19,8 +19,8 @@ from litconvert.families.headers import (
     sample_size,
     shape_of,
 )
-from litconvert.families.key_table import Layout
-from litconvert.recipe import Source
+from litconvert.families.layout import Layout
+from litconvert.recipe.schema import Source
 
 # Shared with PixArt's original layout, of which it is the ancestor.
 ORIGINAL_ROWS = {

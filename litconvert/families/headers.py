@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from litconvert.checkpoints import Checkpoint
+from litconvert.checkpoints.checkpoint import Checkpoint
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.recipe import Source
+from litconvert.recipe.schema import Source
 
 # Head counts of the published sizes: S, B, L, XL. D / 64 is no rule (XL has 72), so any other width asks.
 LINEAR_HINTS = ("linear_num_heads", "linear_kernel", "linear_eps")

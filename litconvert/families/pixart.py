@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from litconvert.checkpoints import Checkpoint
+from litconvert.checkpoints.checkpoint import Checkpoint
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.families import Family, Reading
 from litconvert.families.dit import LINEAR_ROWS, ORIGINAL_ROWS
+from litconvert.families.family import Family, Reading
 from litconvert.families.headers import (
     attention_config,
     check_config,
@@ -17,8 +17,8 @@ from litconvert.families.headers import (
     sample_size,
     shape_of,
 )
-from litconvert.families.key_table import Layout
-from litconvert.recipe import Source
+from litconvert.families.layout import Layout
+from litconvert.recipe.schema import Source
 
 ORIGINAL = Layout(
     "original",

@@ -1,1 +1,0 @@
-"""Small weights that ship with litconvert, and the scripts that made them."""

@@ -1,0 +1,1 @@
+"""Any checkpoint as lazily read named tensors, and safetensors written."""

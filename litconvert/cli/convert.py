@@ -1,0 +1,216 @@
+"""`litconvert inspect`, `plan`, `convert`: from a checkpoint to a student."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from litconvert.cli import terminal as console
+from litconvert.cli.options import (
+    DeviceOption,
+    ForceOption,
+    HeadsOption,
+    JsonOption,
+    OwnRecipeOption,
+    QuietOption,
+    SeedOption,
+    SetOption,
+    SizeOption,
+    SourceArgument,
+    overrides_of,
+    use_device,
+)
+from litconvert.cli.reports import show_estimates, show_plan, show_source
+from litconvert.errors import LitconvertError, UsageError
+
+if TYPE_CHECKING:
+    pass
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.")],
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Read every value and check it, not the headers alone.")
+    ] = False,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A recipe whose source section has hints.")
+    ] = None,
+    sets: SetOption = None,
+    num_attention_heads: HeadsOption = None,
+    sample_size: SizeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a checkpoint is, and why.
+
+    Example: litconvert inspect DiT-XL-2-256x256.pt
+    """
+    from litconvert.families.sources import describe, examine, open_source
+    from litconvert.recipe.resolve import resolve, resolve_data, with_source
+
+    given = overrides_of(sets, num_attention_heads, sample_size)
+    resolved = resolve(recipe, given) if recipe else resolve_data({}, given, "command line")
+    settings = with_source(resolved, source).recipe
+    opened = open_source(settings.source, settings.inherit.weights)
+    findings = examine(opened) if weights else None
+    if as_json:
+        console.data(describe(opened, findings))
+    else:
+        show_source(opened, findings)
+    if findings and findings.broken:
+        raise LitconvertError(f"{source}: cannot be used: {'; '.join(findings.broken)}")
+
+
+def plan(
+    source: SourceArgument = None,
+    recipe: OwnRecipeOption = None,
+    sets: SetOption = None,
+    num_attention_heads: HeadsOption = None,
+    sample_size: SizeOption = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Memory and time of a training stage instead: its number, or all.")
+    ] = None,
+    processes: Annotated[int, typer.Option("--processes", help="With --stage: how many share a batch.")] = 1,
+    micro_batch: Annotated[
+        int | None, typer.Option("--micro-batch", help="With --stage: samples at a time. Default: as the recipe says.")
+    ] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what would become of every tensor, or what a stage of training would take. Reads headers, writes nothing.
+
+    Example: litconvert plan DiT-XL-2-256x256.pt --recipe dit-xl-2-256
+
+    Example: litconvert plan DiT-XL-2-256x256.pt --recipe dit-xl-2-256 --stage all --processes 8
+    """
+    if stage is not None:
+        use_device(device)
+        _plan_stages(
+            source, recipe, overrides_of(sets, num_attention_heads, sample_size), stage, processes, micro_batch, as_json
+        )
+        return
+    from litconvert.conversion.plan import plan as make_plan
+
+    made = make_plan(source, recipe, overrides_of(sets, num_attention_heads, sample_size))
+    if as_json:
+        console.data(made.to_json())
+    else:
+        show_plan(made, tensors=tensors)
+
+
+def _plan_stages(
+    source: str | None,
+    recipe: str | None,
+    overrides: list[str],
+    stage: str,
+    processes: int,
+    micro_batch: int | None,
+    as_json: bool,
+) -> None:
+    """`plan --stage`."""
+    if stage != "all" and not stage.isdecimal():
+        raise UsageError(f"--stage {stage}: give the number of a stage, counted from 0, or all")
+    if recipe is None:
+        raise UsageError("--stage is of a recipe's stages; name it: --recipe (`litconvert recipes ls` lists them)")
+    from litconvert.estimates.plan_stages import plan_stages
+
+    index = None if stage == "all" else int(stage)
+    made = plan_stages(source, recipe, overrides, stage=index, processes=processes, micro_batch=micro_batch)
+    if as_json:
+        console.data([estimate.to_json() for estimate in made])
+    else:
+        show_estimates(made)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.")],
+    out: Annotated[Path, typer.Argument(help="The model directory to write; with --to original a file.")],
+    recipe: OwnRecipeOption = None,
+    sets: SetOption = None,
+    num_attention_heads: HeadsOption = None,
+    sample_size: SizeOption = None,
+    seed: SeedOption = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="original or diffusers: write the same weights in that layout; nothing is replaced."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Replace softmax attention by fresh linear attention; inherit the rest.
+
+    Example: litconvert convert DiT-XL-2-256x256.pt lit-xl --recipe dit-xl-2-256
+
+    Example: litconvert convert PixArt-Sigma-XL-2-1024-MS.pth sigma --to diffusers
+    """
+    from litconvert.conversion.convert import carry_out
+    from litconvert.conversion.plan import plan as plan_of
+
+    console.be_quiet(quiet)
+    given = overrides_of(sets, num_attention_heads, sample_size, seed)
+    if to is not None:
+        if seed is not None:
+            raise UsageError("--to writes the source's own weights: --seed means nothing there, leave it out")
+        _rewrite(source, out, recipe, given, to, dry_run=dry_run, force=force, as_json=as_json)
+        return
+    made = plan_of(source, recipe, given)
+    if not dry_run:
+        with console.progress("convert") as show:
+            total, done = made.totals["student_tensors_stored"], [0]
+
+            def on_tensor(name: str) -> None:
+                done[0] += 1
+                show(done[0], total, "")
+
+            carry_out(made, out, force=force, on_tensor=on_tensor)
+    if as_json:
+        console.data({"out": None if dry_run else str(out), **made.to_json()})
+    else:
+        show_plan(made)
+    console.note(f"nothing written (--dry-run); would write {out}" if dry_run else f"written: {out}")
+
+
+def _rewrite(
+    source: str,
+    out: Path,
+    recipe: str | None,
+    overrides: list[str],
+    to: str,
+    *,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """`convert --to`: the source's own weights in another layout."""
+    from litconvert.conversion.relayout import TARGETS, write_layout
+    from litconvert.families.sources import open_source
+    from litconvert.recipe.resolve import resolve, resolve_data, with_source
+
+    if to not in TARGETS:
+        raise UsageError(f"--to {to}: there are {' and '.join(TARGETS)}")
+    resolved = resolve(recipe, overrides) if recipe else resolve_data({}, overrides, "command line")
+    settings = with_source(resolved, source).recipe
+    if settings.student.dtype is not None:
+        raise UsageError("--to writes weights exactly as they are; leave student.dtype out")
+    opened = open_source(settings.source, settings.inherit.weights)
+    with console.progress("write") as show:
+        notes, total = write_layout(
+            opened,
+            out,
+            to,
+            force=force,
+            dry_run=dry_run,
+            max_shard_bytes=settings.student.max_shard_bytes,
+            on_tensor=lambda done, total: show(done, total, ""),
+        )
+    for text in opened.reading.unsure:
+        console.note(f"assumed: {text}")
+    for text in notes:
+        console.note(f"note: {text}")
+    console.note(f"nothing written (--dry-run); would write {total} tensors" if dry_run else f"{total} tensors")
+    if as_json:
+        console.data({"out": None if dry_run else str(out), "layout": to, "tensors": total, "notes": notes})
+    else:
+        console.line(str(out))

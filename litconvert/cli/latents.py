@@ -1,0 +1,148 @@
+"""`litconvert latents`: training data."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from litconvert.cli import terminal as console
+from litconvert.cli.options import (
+    DeviceOption,
+    ForceOption,
+    HeadsOption,
+    JsonOption,
+    OwnRecipeOption,
+    QuietOption,
+    SetOption,
+    is_first,
+    overrides_of,
+    use_device,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def latents_synthesize(
+    out: Annotated[Path, typer.Argument(help="The dataset folder to write.")],
+    source: Annotated[str | None, typer.Option("--source", help="The teacher. Default: the recipe's source.")] = None,
+    recipe: OwnRecipeOption = None,
+    sets: SetOption = None,
+    num_attention_heads: HeadsOption = None,
+    device: DeviceOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Let the teacher draw the training set, for classes or prompts. Interrupted, the same command goes on.
+
+    Several processes share the work: accelerate launch -m litconvert latents synthesize ...
+
+    Example: litconvert latents synthesize latents/ --recipe digits
+    """
+    from litconvert.data.synthesize import synthesize
+
+    console.be_quiet(quiet or not is_first())
+    use_device(device)
+    with console.progress("draw") as show:
+        given = overrides_of(sets, num_attention_heads)
+        synthesize(
+            source,
+            out,
+            recipe,
+            given,
+            force=force,
+            on_progress=lambda done, total: show(done, total, ""),
+            on_note=console.note,
+        )
+    if is_first():
+        console.line(str(out))
+
+
+def latents_encode(
+    images: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of class folders, webdataset shards (*.tar), parquet files, or images with a metadata.jsonl; "
+            "or a Hub data set (owner/name)."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The dataset folder to write.")],
+    source: Annotated[
+        str | None, typer.Option("--source", help="The model that the data is for. Default: the recipe's source.")
+    ] = None,
+    recipe: OwnRecipeOption = None,
+    sets: SetOption = None,
+    vae: Annotated[
+        str | None, typer.Option("--vae", help="Folder or Hub id of an AutoencoderKL (source.vae.path).")
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Store mirrored latents too (data.flip).")] = False,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave images out that cannot be read, and count them.")
+    ] = False,
+    num_attention_heads: HeadsOption = None,
+    device: DeviceOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make training data of images. Interrupted, the same command goes on.
+
+    Several processes share the work: accelerate launch -m litconvert latents encode ...
+
+    Example: litconvert latents encode imagenet/train latents/ --recipe dit-xl-2-256 --source DiT-XL-2-256x256.pt --flip
+    """
+    from litconvert.common.files import read_json
+    from litconvert.data.dataset import RECORD
+    from litconvert.data.encode import encode_images
+    from litconvert.data.report import classes_remark
+
+    console.be_quiet(quiet or not is_first())
+    use_device(device)
+    given = overrides_of(sets, num_attention_heads)
+    given += [f"source.vae.path={vae}"] if vae else []
+    given += ["data.flip=true"] if flip else []
+    with console.progress("encode") as show:
+        encode_images(
+            images,
+            out,
+            recipe,
+            given,
+            source=source,
+            force=force,
+            skip_broken=skip_broken,
+            on_progress=show,
+            on_note=console.note,
+        )
+    if remark := classes_remark(read_json(out / RECORD)):
+        console.note(f"note: {remark}")
+    if is_first():
+        console.line(str(out))
+
+
+def latents_show(
+    data: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG sheet of samples to draw.")] = None,
+    count: Annotated[int, typer.Option("--num", "-n", help="Samples on the sheet.")] = 32,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Whose VAE decodes. Default: the one recorded with DATA.")
+    ] = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Say what a data set holds, and draw a sheet of it.
+
+    Example: litconvert latents show latents/ --out sheet.png
+    """
+    from litconvert.data.report import describe_data, draw_sheet, rows_of
+    from litconvert.recipe.resolve import resolve, resolve_data
+
+    console.be_quiet(quiet)
+    facts = describe_data(data)
+    if out is not None:
+        resolved = resolve(recipe, sets or []) if recipe else resolve_data({}, sets or [], "command line")
+        draw_sheet(data, out, vae=resolved.recipe.source.vae, count=count)
+        console.note(f"written: {out}")
+    if as_json:
+        console.data(facts)
+    else:
+        console.table(("", ""), rows_of(facts))

@@ -1,0 +1,264 @@
+"""`litconvert probe`, `sample`, `evaluate`, `push`: what is done with a model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from litconvert.cli import terminal as console
+from litconvert.cli.options import (
+    DeviceOption,
+    ForceOption,
+    HeadsOption,
+    JsonOption,
+    QuietOption,
+    RawOption,
+    SeedOption,
+    SetOption,
+    overrides_of,
+    use_device,
+)
+from litconvert.cli.reports import show_scores
+from litconvert.common.quantities import count
+from litconvert.errors import UsageError
+
+if TYPE_CHECKING:
+    from litconvert.evaluation.probe import ProbeResult
+
+
+def probe(
+    student: Annotated[Path, typer.Argument(help="Model directory, or run directory of `distill`.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Default: the one recorded in STUDENT.")] = None,
+    sets: SetOption = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Multiply-accumulates allowed, times those of all linear layers.")
+    ] = None,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option("--budget-ms", help="Milliseconds allowed for all self-attentions of an image, measured here."),
+    ] = None,
+    at: Annotated[
+        int | None, typer.Option("--at", metavar="IMAGE_SIZE", help="Pixels that costs are for. Default: the model's.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Samples the errors are means over.")] = 64,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Write the recipe with the suggested student.softmax_layers.")
+    ] = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --write.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure what each linear layer alone does to the teacher's output, and suggest which to keep in softmax.
+
+    Best asked after a stage of attention transfer: a student that was merely converted has random attention.
+
+    Example: litconvert probe runs/lit-xl --data latents/ --budget 1.05 --at 1024 --write hybrid.yaml
+    """
+    from litconvert.evaluation.probe import probe as measure
+
+    console.be_quiet(quiet)
+    use_device(device)
+    with console.progress("probe") as show:
+        result = measure(
+            student,
+            data,
+            recipe,
+            overrides_of(sets, seed=seed),
+            num_samples=num_samples,
+            image_size=at,
+            budget=budget,
+            budget_ms=budget_ms,
+            write=write,
+            force=force,
+            on_progress=lambda done, total: show(done, total, ""),
+        )
+    for text in result.notes:
+        console.note(f"note: {text}")
+    if as_json:
+        console.data(result.to_json())
+    else:
+        _show_probe(result)
+    if write is not None:
+        console.note(f"written: {write}")
+
+
+def _show_probe(result: "ProbeResult") -> None:
+    """Layers by error, and the suggestion."""
+    timed, chosen = result.linear_milliseconds is not None, result.softmax_layers is not None
+    headers = ["layer", "error", "spread", "+ MMACs", "x MACs", *(("+ ms", "ms") if timed else ())]
+    rows = []
+    for row in result.rows:
+        cells = [
+            row.layer,
+            f"{row.error:.2e}",
+            f"{row.deviation:.1e}",
+            f"{row.macs / 1e6:,.2f}",
+            f"{row.macs_ratio:.3f}",
+        ]
+        cells += [f"{row.milliseconds:.3f}", f"{row.total_milliseconds:.2f}"] if timed else []
+        rows.append([*cells, row.keeps if row.suggested else "linear"] if chosen else cells)
+    size = f"{result.image_size} pixels, {result.tokens} tokens"
+    console.line(f"{result.num_samples} samples; costs of one image of {size}")
+    console.table([*headers, "suggested"] if chosen else headers, rows, numbers=range(1, len(headers)))
+    console.line("error: ||output - teacher's||^2 / ||teacher's||^2, this layer alone linear; spread over samples")
+    console.line("+: more when the layer is kept; x MACs and ms: with those above it kept too, ms of self-attention")
+    if result.kept:
+        console.line(f"kept already, and not probed: {', '.join(map(str, result.kept))}")
+    if result.softmax_layers is not None:
+        console.line(f"--set 'student.softmax_layers=[{', '.join(map(str, result.softmax_layers))}]'")
+
+
+def sample(
+    model: Annotated[
+        str, typer.Argument(help="Run (RUN, RUN@STEP) or model directory, or any checkpoint litconvert reads.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG grid to write.")] = Path("samples.png"),
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="Draw this one too, on the same noise, above.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Default: the one recorded with MODEL.")] = None,
+    sets: SetOption = None,
+    num: Annotated[int | None, typer.Option("--num", "-n", help="How many images (sample.num_images).")] = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Labels, such as 0,3,7; cycled. Default: all.")
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Caption to draw (sample.prompts). May be repeated.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", help="Caption to lead away from (sample.negative_prompt).")
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option("--embeddings", help="Encoded captions (safetensors: features, mask) instead of prompts; no T5."),
+    ] = None,
+    save_embeddings: Annotated[
+        Path | None, typer.Option("--save-embeddings", help="Write the encoded captions for --embeddings.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="ddpm, ddim or dpm-solver++; flow-euler for velocity (SiT).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Of the scheduler.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")] = None,
+    guidance_channels: Annotated[
+        int | None, typer.Option("--guidance-channels", help="Guide the first so many channels (DiT's protocol: 3).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise (sample.seed).")] = None,
+    npz: Annotated[Path | None, typer.Option("--npz", help="Write the images for the ADM evaluator too.")] = None,
+    latents: Annotated[
+        Path | None, typer.Option("--latents", help="Write undecoded latents (safetensors) instead of a picture.")
+    ] = None,
+    num_attention_heads: HeadsOption = None,
+    device: DeviceOption = None,
+    raw: RawOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Draw samples. Of a run that is not finished, its latest checkpoint draws, or that of RUN@STEP.
+
+    Example: litconvert sample runs/digits/distilled --teacher asset:dit-digits -o side-by-side.png
+
+    Example: litconvert sample runs/lit-xl@20000
+    """
+    from litconvert.sampling.request import sample_to_files
+
+    console.be_quiet(quiet)
+    use_device(device)
+    named: dict[str, Any] = {
+        "sample.num_images": num,
+        "sample.scheduler": scheduler,
+        "sample.steps": steps,
+        "sample.guidance": guidance,
+        "sample.guidance_channels": guidance_channels,
+        "sample.seed": seed,
+    }
+    given = [*overrides_of(sets), *(f"{key}={value}" for key, value in named.items() if value is not None)]
+    with console.progress("sample") as show:
+        written = sample_to_files(
+            model,
+            out=out,
+            teacher=teacher,
+            recipe=recipe,
+            overrides=given,
+            classes=classes,
+            prompts=prompts or (),
+            negative_prompt=negative_prompt,
+            embeddings=embeddings,
+            save_embeddings=save_embeddings,
+            npz=npz,
+            latents=latents,
+            num_attention_heads=num_attention_heads,
+            weights="model" if raw else "auto",
+            on_progress=lambda done, total: show(done, total, ""),
+            on_note=console.note,
+        )
+    for path in written:
+        console.line(str(path))
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or RUN@STEP for a checkpoint of it.")],
+    sets: SetOption = None,
+    raw: RawOption = False,
+    device: DeviceOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a distilled student against its teacher, and record it with the model.
+
+    Example: litconvert evaluate runs/digits/distilled --set evaluate.num_samples=1000
+    """
+    from litconvert.evaluation.scores import score_run
+    from litconvert.recipe.resolve import resolve
+    from litconvert.runs.directory import model_of
+
+    console.be_quiet(quiet)
+    use_device(device)
+    model = model_of(str(run), raw=raw)
+    if not (Path(model) / "litconvert.json").is_file():
+        raise UsageError(f"{run}: not a run of `litconvert distill`, nor a model that one wrote (no litconvert.json)")
+    weights = "model" if raw else "auto"
+    scores = score_run(model, resolve(model, sets or []).recipe, weights=weights, force=force)
+    if as_json:
+        console.data(scores)
+    else:
+        show_scores(scores)
+
+
+def push(
+    directory: Annotated[Path, typer.Argument(help="Model or run directory, or RUN@STEP for a checkpoint of it.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, owner/name.")],
+    pipeline: Annotated[bool, typer.Option("--pipeline", help="Lay out a full diffusers pipeline.")] = False,
+    text_encoder: Annotated[
+        bool, typer.Option("--text-encoder", help="Put the recipe's T5 into the pipeline (19 GB for PixArt's).")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    raw: RawOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up; no network.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Publish a model with its card. The token comes from HF_TOKEN or `hf auth login`.
+
+    Example: litconvert push runs/digits/distilled me/lit-digits --pipeline
+    """
+    from litconvert.publishing import push as publishing
+
+    console.be_quiet(quiet)
+    weights = "model" if raw else "auto"
+    if dry_run:
+        files = publishing.planned_files(
+            directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, weights=weights
+        )
+        if as_json:
+            console.data([{"path": path, "bytes": nbytes} for path, nbytes in files])
+        else:
+            console.table(("file", "bytes"), [(path, count(nbytes)) for path, nbytes in files], numbers=(1,))
+        return
+    url = publishing.push(
+        directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, private=private, weights=weights
+    )
+    console.data({"url": url}) if as_json else console.line(url)

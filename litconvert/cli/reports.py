@@ -1,0 +1,191 @@
+"""What commands print for people: a source, a plan, estimates, scores, results."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from litconvert.common.quantities import count, size
+
+if TYPE_CHECKING:
+    from litconvert.conversion.plan import ConversionPlan
+    from litconvert.estimates.stage import StageEstimate
+    from litconvert.families.sources import Findings, OpenSource
+    from litconvert.workflow import LineResult
+from litconvert.cli.terminal import line, table
+
+
+def show_source(source: "OpenSource", findings: "Findings | None" = None) -> None:
+    """What a checkpoint is, and with `findings` what its values showed."""
+    from litconvert.families.sources import describe
+
+    facts = describe(source)
+    config = facts["config"]
+    weights = f"{facts['weights']} (of {', '.join(facts['sets'])})" if facts["weights"] else "the only set"
+    side = config["sample_size"]
+    rows = [
+        ("recognised as", f"{facts['title']}, {facts['layout']} layout, because {facts['because']}"),
+        ("weights", weights),
+        ("tensors", f"{facts['tensors']}, {size(facts['bytes'])}, {facts['dtype']}"),
+        ("parameters", count(facts["parameters"])),
+        (
+            "size",
+            f"{config['num_layers']} layers, width {config['hidden_size']}, {config['num_attention_heads']} heads",
+        ),
+        ("attention", _attention(config)),
+        (
+            "latent",
+            f"{config['in_channels']} x {side} x {side}, patch {config['patch_size']}, "
+            f"{config['out_channels']} output channels",
+        ),
+        ("condition", _condition(config)),
+        ("predicts", _prediction(config)),
+        *(("assumed", text) for text in facts["unsure"]),
+        *((("to download", size(facts["download_bytes"])),) if facts["download_bytes"] else ()),
+    ]
+    if findings is not None:
+        rows += [("values", text) for text in findings.facts]
+        rows += [("looks wrong", text) for text in (*findings.odd, *findings.broken)]
+    table(("", ""), rows, title=facts["path"])
+
+
+def _condition(config: Mapping[str, Any]) -> str:
+    if config["caption_channels"] is None:
+        return f"{config['num_classes']} classes{' and a null class' if config['null_class'] else ''}"
+    text = f"captions of up to {config['caption_tokens']} tokens, {config['caption_channels']} channels"
+    text += ", null caption stored" if config["null_caption"] else ", no null caption stored"
+    text += ", micro-conditions" if config["micro_conditions"] else ""
+    return f"{text}, positions interpolated by {config['interpolation_scale']:g}"
+
+
+def _attention(config: Mapping[str, Any]) -> str:
+    kinds = config["attention"]
+    text = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    if "linear" in kinds:
+        size = config["linear_conv_size"]
+        text += f" ({config['linear_num_heads']} heads, {config['linear_kernel']}, eps {config['linear_eps']:g}, "
+        text += f"convolution {size} x {size})" if size else "no convolution)"
+    return text
+
+
+def _prediction(config: Mapping[str, Any]) -> str:
+    if config["prediction"] == "velocity":
+        return f"velocity, data at t = {config['data_timestep']}"
+    return "noise and variance" if config["out_channels"] == 2 * config["in_channels"] else "noise"
+
+
+def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
+    """The plan: the four groups, parameters, multiply-accumulates, and with `tensors` every tensor."""
+    from litconvert.families.sources import describe
+
+    facts = describe(plan.source)
+    line(f"{facts['path']}: {facts['title']}, {facts['layout']} layout, because {facts['because']}")
+    for text in facts["unsure"]:
+        line(f"assumed: {text}")
+    line(f"recipe: {plan.recipe_name or 'none, the defaults'} (--recipe chooses another)")
+    if facts["download_bytes"]:
+        line(f"to be downloaded first: {size(facts['download_bytes'])}")
+    line("")
+    groups, totals = plan.groups, plan.totals
+    rows: list[tuple[Any, ...]] = [
+        (fate, g["source_tensors"] or "-", g["student_tensors"] or "-", count(g["parameters"]), size(g["bytes"]))
+        for fate, g in groups.items()
+    ]
+    sides = ("total", totals["source_tensors"], totals["student_tensors"], "", "")
+    table(("", "source", "student", "numbers", "bytes"), [*rows, sides], numbers=(1, 2, 3, 4), title="Tensors")
+    line("")
+    rows = [
+        ("source", count(totals["source_parameters"]), count(totals["source_parameters_with_pos_embed"])),
+        ("student", count(totals["student_parameters"]), count(totals["student_parameters_with_pos_embed"])),
+    ]
+    table(("", "parameters", "with the fixed pos_embed"), rows, numbers=(1, 2))
+    line("")
+    macs = [
+        (row["image_size"], row["tokens"], f"{row['source_macs'] / 1e9:,.2f}", f"{row['student_macs'] / 1e9:,.2f}",
+         f"{row['ratio']:.2f}")
+        for row in plan.macs
+    ]  # fmt: skip
+    table(("image", "tokens", "GMACs before", "after", "ratio"), macs, numbers=(0, 1, 2, 3, 4))
+    line("A ratio is arithmetic, not speed: linear attention saves nothing where images are small.")
+    if tensors:
+        line("")
+        rows = [
+            (entry.fate, entry.target or "-", _place(entry.source, entry.rows, len(entry.copies)), entry.shape)
+            for entry in plan.entries
+        ]
+        table(("fate", "student", "source", "shape"), rows)
+
+
+def _place(name: str | None, rows: tuple[int, int] | None, copies: int) -> str:
+    if name is None:
+        return "-"
+    return name + (f"[{rows[0]}:{rows[1]}]" if rows else "") + (f" ({copies} copies)" if copies > 1 else "")
+
+
+def show_scores(results: Mapping[str, Any]) -> None:
+    """Metrics of each model: mean and spread over seeds."""
+    rows = []
+    for name, scores in results["models"].items():
+        distance, accuracy = scores["frechet_distance"], scores["class_accuracy"]
+        rows.append((name, _spread(distance, "{:.2f}"), _spread(accuracy, "{:.1%}")))
+    title = f"{results['num_samples']} samples a seed, {len(results['seeds'])} seeds, "
+    title += f"{results['scheduler']} in {results['steps']} steps"
+    table(("", "Fréchet distance to the teacher", "read as the class asked for"), rows, numbers=(1, 2), title=title)
+
+
+def _spread(score: Mapping[str, Any], form: str) -> str:
+    spread = score["standard_deviation"]
+    return form.format(score["mean"]) + (f" ± {form.format(spread)}" if spread is not None else "")
+
+
+def show_result(result: "LineResult") -> None:
+    """One screen: what became of the tensors, what was measured, and where everything is."""
+    line("")
+    groups, totals = result.plan.groups, result.plan.totals
+    counts = ", ".join(f"{g['student_tensors'] or g['source_tensors']} {fate}" for fate, g in groups.items())
+    line(f"Tensors: {counts}")
+    line(f"Parameters: {count(totals['source_parameters'])} before, {count(totals['student_parameters'])} after")
+    ratios = ", ".join(f"{row['ratio']:.2f} at {row['image_size']}px" for row in result.plan.macs)
+    line(f"Multiply-accumulates, before over after: {ratios}")
+    if result.scores is not None:
+        line("")
+        show_scores(result.scores)
+    line("")
+    rows: list[tuple[str, Any]] = [
+        ("model", result.run / "model"),
+        ("samples on the same noise", result.run / "comparison.png"),
+        ("loss curves", result.run / "curves.png"),
+        ("every step", result.run / "metrics.csv"),
+    ]
+    if result.url is not None:
+        rows.append(("published", result.url))
+    for name, path in rows:
+        line(f"{name}: {path}")
+
+
+def show_estimates(estimates: Sequence["StageEstimate"]) -> None:
+    """Memory and time of stages, side by side."""
+    first = estimates[0]
+    kinds = {kind: None for estimate in estimates for kind in estimate.memory}  # in order, each once
+    rows: list[tuple[Any, ...]] = [
+        ("parameters trained", *(count(estimate.parameters) for estimate in estimates)),
+        ("samples at a time", *(estimate.micro_batch for estimate in estimates)),
+        *((kind, *(size(estimate.memory.get(kind, 0)) for estimate in estimates)) for kind in kinds),
+        ("memory at the peak", *(size(estimate.peak) for estimate in estimates)),
+        ("time of a step", *(_time(estimate.step_seconds) for estimate in estimates)),
+        ("time of the stage", *(_time(estimate.seconds) for estimate in estimates)),
+    ]
+    headers = ("", *(f"{estimate.stage}: {estimate.objective}" for estimate in estimates))
+    precision = "bf16 autocast" if first.bf16 else "float32"
+    split = f", one of {first.processes} processes" if first.processes > 1 else ""
+    title = f"On this device: {first.device}, {precision}{split}"
+    table(headers, rows, numbers=tuple(range(1, len(headers))), title=title)
+    line(f"Memory free here: {size(first.available)}.")
+    for estimate in estimates:
+        if estimate.advice is not None:
+            line(f"Stage {estimate.stage} does not fit: {estimate.advice}.")
+    line("Activations are counted, blocks timed now. Left out: reading data, checkpoints, pictures, torch.compile.")
+
+
+def _time(seconds: float) -> str:
+    from litconvert.common.quantities import duration
+
+    return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)

@@ -1,0 +1,135 @@
+"""What the user sees: data on stdout, everything else on stderr."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from litconvert.common.versions import DISTILLATION_PACKAGES
+from litconvert.errors import LitconvertError, system_cause
+
+if TYPE_CHECKING:
+    pass
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+_settings = {"quiet": False}
+
+
+def be_quiet(quiet: bool) -> None:
+    """-q: errors alone on stderr."""
+    _settings["quiet"] = quiet
+
+
+def is_quiet() -> bool:
+    """Whether -q was given."""
+    return _settings["quiet"]
+
+
+def is_live() -> bool:
+    """Whether stderr is a terminal that can draw over what it has drawn."""
+    return err.is_terminal and err.is_interactive
+
+
+def note(message: str) -> None:
+    """A line on stderr."""
+    if not _settings["quiet"]:
+        err.print(message, markup=False, soft_wrap=True)
+
+
+def data(value: Any) -> None:
+    """JSON on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def line(text: str) -> None:
+    """A line of data on stdout, as it is."""
+    sys.stdout.write(text + "\n")
+
+
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[int] = (), title: str = ""
+) -> None:
+    """A table on stdout; the columns in `numbers` are right-aligned."""
+    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, header in enumerate(headers):
+        made.add_column(header, justify="right" if index in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(str(cell)) for cell in row))
+    out.print(made)
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr, plain lines where there is no terminal; call what it gives with (done, total, remark)."""
+    if _settings["quiet"]:
+
+        def silent(done: int, total: int, remark: str = "") -> None: ...
+
+        yield silent
+        return
+    if not is_live():
+        last = [-1]
+
+        def plain(done: int, total: int, remark: str = "") -> None:
+            tenth = 10 * done // max(total, 1)
+            if tenth != last[0]:
+                last[0] = tenth
+                note(f"{description}: {done}/{total} {remark}".rstrip())
+
+        yield plain
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[remark]}"),
+    )
+    with Progress(*columns, console=err, transient=False) as bar:
+        task = bar.add_task(description, total=None, remark="")
+
+        def show(done: int, total: int, remark: str = "") -> None:
+            bar.update(task, completed=done, total=total, remark=remark)
+
+        yield show
+
+
+def fail(error: BaseException) -> int:
+    """Print an error as its message alone; returns the exit code. A traceback only with LITCONVERT_DEBUG=1."""
+    if os.environ.get("LITCONVERT_DEBUG") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, LitconvertError):
+        err.print(f"litconvert: {error}", markup=False, soft_wrap=True)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        err.print("litconvert: interrupted; run the same command to go on", markup=False)
+        return 130
+    cause = system_cause(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in DISTILLATION_PACKAGES:
+        cause = f"{error.name} is not installed; install what distillation needs: pip install 'litconvert[distill]'"
+    if cause is None and _is_out_of_memory(error):
+        cause = (
+            "out of memory; lower the batch size of what was at work: data.synthesize.batch_size, "
+            "data.encode.batch_size, sample.batch_size or evaluate.batch_size"
+        )
+    message = cause or f"unexpected {type(error).__name__}: {error} (LITCONVERT_DEBUG=1 shows where; please report it)"
+    err.print(f"litconvert: {message}", markup=False, soft_wrap=True)
+    return 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """`estimate.is_out_of_memory`, where torch is loaded at all: nothing else takes so much."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from litconvert.common.memory import is_out_of_memory
+
+    return is_out_of_memory(error)

@@ -1,0 +1,104 @@
+"""The Hugging Face Hub: what goes wrong with it in sentences, downloads, repository ids, the login."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from litconvert.common.tensors import WEIGHT_SUFFIXES
+from litconvert.errors import LitconvertError, UsageError, system_cause
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """What goes wrong while reading from the Hub, as a sentence."""
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise LitconvertError(
+            f"{repo_id}: access must be asked for on its Hub page, and you must be logged in"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise LitconvertError(
+            f"{repo_id}: no such Hub repository, or it is private: log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise LitconvertError(f"{repo_id}: no such revision on the Hub") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise LitconvertError(
+            f"{repo_id}: the Hub cannot be reached, and there is no local copy; check the network (and HF_HUB_OFFLINE)"
+        ) from error
+    except EntryNotFoundError as error:
+        raise LitconvertError(f"{repo_id}: a file is missing on the Hub: {str(error).splitlines()[-1]}") from error
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id}: not a Hub id: {str(error).splitlines()[0]}") from error
+    except HfHubHTTPError as error:
+        reason = str(error).splitlines()[0]
+        if error.response.status_code == 401:
+            reason = "the token is not accepted; run `hf auth login` again, or set HF_TOKEN to a valid token"
+        raise LitconvertError(f"{repo_id}: the Hub refused: {reason}") from error
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise LitconvertError(f"{repo_id}: the Hub cannot be reached; check the network, then try again") from error
+    except OSError as error:
+        reason = system_cause(error) or str(error).splitlines()[0]
+        raise LitconvertError(f"{repo_id}: {reason}") from error
+
+
+def download(repo_id: str, filename: str, *, revision: str | None) -> Path:
+    """One file of a Hub repository, through the Hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(repo_id):
+        return Path(hf_hub_download(repo_id, filename, revision=revision))
+
+
+REPO_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises UsageError for what the Hub would not take as a repository's name."""
+    if not REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        raise UsageError(
+            f"{repo_id!r} is not the id of a Hub repository: write it as owner/name, letters, digits, '-', '_' and '.' "
+            "only (`hf auth whoami` tells your name)"
+        )
+
+
+def require_login(repo_id: str) -> None:
+    """Refuse before the work what cannot end in a push."""
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import is_offline_mode
+
+    if is_offline_mode():
+        raise LitconvertError(
+            f"{repo_id}: HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or look with --dry-run"
+        )
+    token = get_token()
+    if token is None:
+        raise LitconvertError(f"{repo_id}: not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+    # A header refused by the HTTP library would be quoted in its error, token and all.
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise LitconvertError(
+            f"{repo_id}: the Hub token holds characters that no token has: set HF_TOKEN again, or run `hf auth login`"
+        )
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a recorded source is a repository of the Hub rather than a file."""
+    path = Path(source)
+    return HUB_ID.fullmatch(source) is not None and path.suffix not in WEIGHT_SUFFIXES and not path.exists()

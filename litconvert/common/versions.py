@@ -1,0 +1,18 @@
+"""What a result is made with: packages and their versions."""
+
+import platform
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def versions() -> dict[str, str]:
+    """What the result was made with."""
+    packages = {name: version(name) for name in ("litconvert", "torch", "diffusers", "safetensors")}
+    return {"python": platform.python_version(), **packages}
+
+
+# What `pip install 'litconvert[distill]'` brings.
+DISTILLATION_PACKAGES = ("datasets", "matplotlib", "pyarrow", "torchmetrics")

@@ -1,0 +1,210 @@
+"""Carrying out the plan of a conversion."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litconvert.checkpoints.checkpoint import Extent
+from litconvert.common.files import digest_of, refuse_source, require_space, whole_directory, write_whole
+from litconvert.common.tensors import DTYPES, TensorInfo
+from litconvert.common.versions import versions
+from litconvert.conversion.directory import FORMAT_VERSION, already_done, write_model_directory
+from litconvert.conversion.plan import ConversionPlan, Entry, plan
+from litconvert.families.sources import OpenSource
+from litconvert.model.shapes import given_config
+from litconvert.recipe.inputs import Inputs, given
+from litconvert.recipe.resolve import read_recorded
+from litconvert.recipe.schema import Recipe, Source
+from litconvert.runs.directory import model_of
+
+
+def fresh_tensor(name: str, info: TensorInfo, seed: int, conv_size: int) -> Tensor:
+    """Initial values of a new tensor, float32, a function of the seed and the name alone.
+
+    Projections: Xavier-uniform weights, zero bias. Convolution: Conv2d's default, which for a depth-wise k x k is
+    U(-1/k, 1/k), bias included.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    tensor = torch.empty(info.shape)
+    if ".dwc." in name:
+        return tensor.uniform_(-1 / conv_size, 1 / conv_size, generator=generator)
+    if tensor.dim() == 1:
+        return tensor.zero_()
+    return nn.init.xavier_uniform_(tensor, generator=generator)
+
+
+def conversion_inputs(plan: ConversionPlan, sha256: str) -> Inputs:
+    """What determines the result."""
+    recipe = plan.recipe
+    # The source section is recorded with the result, and read again by distill and push: the licence, the decoder, the
+    # hints. Its path is not: a source may be moved.
+    values = {
+        "file": {
+            "sha256": sha256,
+            "weights": plan.source.checkpoint.weights,
+            "config": given_config(plan.source.reading.config),
+        },
+        "source": given(recipe.source, exclude={"path"}),
+        "student": given(recipe.student),
+        "inherit": {"attention": list(recipe.inherit.attention)},
+        "seed": recipe.seed,
+    }
+    first = {
+        "format": FORMAT_VERSION,
+        "source": sha256,
+        "weights": plan.source.checkpoint.weights,
+        "source_config": plan.source.reading.config,
+        "recorded": recipe.source.model_dump(mode="json", exclude={"path"}),
+        "student": recipe.student.model_dump(mode="json"),
+        "inherit": recipe.inherit.attention,
+        "license": recipe.source.license.model_dump(mode="json"),
+        "seed": recipe.seed,
+    }
+    return Inputs(values, digest_of(first))
+
+
+def convert(
+    source: str | Path | None,
+    out: str | Path,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    force: bool = False,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> Path:
+    """Convert a checkpoint to a linear model directory, written whole or not at all.
+
+    Args:
+        source: file, folder, Hub id or `asset:NAME`; None: the recipe's.
+        out: the model directory. One made from the same inputs is left as it is.
+        recipe, overrides: as for `plan`.
+        force: replace an `out` that was made from other inputs.
+        on_tensor: called with the name of each tensor written.
+
+    Returns: the model directory.
+    """
+    return carry_out(plan(source, recipe, overrides), Path(out), force=force, on_tensor=on_tensor)
+
+
+def carry_out(
+    plan: ConversionPlan, out: Path, *, force: bool = False, on_tensor: Callable[[str], None] = lambda name: None
+) -> Path:
+    """Write the student of a plan."""
+    refuse_source(out, plan.source.checkpoint.files)
+    checkpoint, recipe = plan.source.checkpoint, _with_absolute_sources(plan.recipe)
+    # The digest is reading and arithmetic: on a second core it costs the copying no time.
+    with ThreadPoolExecutor(max_workers=1) as pool, _one_thread():
+        hashing = pool.submit(checkpoint.sha256)
+
+        def inputs() -> Inputs:
+            return conversion_inputs(plan, hashing.result())
+
+        if out.exists() and already_done(out, inputs(), force=force):
+            # The weights are those of these inputs; what comes after them in the recipe may have changed.
+            recorded = read_recorded(out / "recipe.yaml").model_copy(update={"source": recipe.source})
+            if recorded != recipe:
+                write_whole(out / "recipe.yaml", recipe.to_yaml())
+            return out
+        require_space(out.parent, plan.totals["student_bytes"])
+        plan.source.check_recomputed()
+        for name in _unread(plan):
+            plan.source.values(name)
+        written = [entry for entry in plan.entries if entry.fate in ("inherited", "fresh")]
+        fates = {entry.target: entry.fate for entry in written}
+        written.sort(key=lambda entry: _place(plan.source, entry))
+        tensors = {str(entry.target): TensorInfo(entry.shape, DTYPES[entry.dtype]) for entry in written}
+
+        def produce(name: str) -> Tensor | Extent | Iterator[Tensor]:
+            if fates[name] == "fresh":
+                return fresh_tensor(name, tensors[name], plan.recipe.seed, plan.recipe.student.conv_size)
+            return plan.source.checked(name, tensors[name].dtype)
+
+        with whole_directory(out) as folder:
+            write_model_directory(
+                folder,
+                config=plan.config,
+                tensors=tensors,
+                produce=produce,
+                recipe=recipe,
+                provenance=lambda: _provenance(plan, recipe, inputs()),
+                on_tensor=on_tensor,
+            )
+    return out
+
+
+def _place(source: OpenSource, entry: Entry) -> tuple[int, str, int]:
+    """Where a tensor is written: those that are copied come first and as they lie in the source, so that neighbours are
+    copied together."""
+    extent = source.extent(str(entry.target)) if entry.fate == "inherited" else None
+    return (0, str(extent.path), extent.offset) if extent else (1, "", 0)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch: checks and casts are bound by memory, and two threads on busy cores wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _provenance(plan: ConversionPlan, recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """litconvert.json of a converted student."""
+    return {
+        "format": FORMAT_VERSION,
+        **inputs.record,
+        "source": {
+            "path": recipe.source.path,
+            "revision": plan.source.checkpoint.revision,
+            "sha256": inputs.values["file"]["sha256"],
+            "family": plan.source.reading.family,
+            "layout": plan.source.reading.layout,
+            "weights": plan.source.checkpoint.weights,
+            "license": recipe.source.license.model_dump(),
+        },
+        "plan": {"groups": plan.groups, "totals": plan.totals, "macs": plan.macs},
+        "versions": versions(),
+        "seed": plan.recipe.seed,
+        "metrics": {},
+    }
+
+
+def _unread(plan: ConversionPlan) -> Iterator[str]:
+    """Model tensors of the source that are dropped: their values are checked all the same."""
+    taken = {entry.target for entry in plan.entries if entry.fate == "inherited"}
+    return (name for name in plan.source.reading.origins if name not in taken)
+
+
+def _with_absolute_sources(recipe: Recipe) -> Recipe:
+    """Local paths made absolute, so that teachers, decoder and text encoder are found from any folder.
+
+    A run (RUN, RUN@STEP) becomes the model that it stands for now.
+    """
+
+    def resolved(path: str) -> str:
+        path = model_of(path)
+        return str(Path(path).resolve()) if os.path.exists(path) else path
+
+    def absolute(source: Source) -> Source:
+        parts = {
+            name: part.model_copy(update={"path": resolved(part.path)})
+            for name in ("vae", "text_encoder")
+            if (part := getattr(source, name)) is not None
+        }
+        if source.path is not None:
+            parts["path"] = resolved(source.path)
+        return source.model_copy(update=parts)
+
+    teacher = recipe.distill.teacher and absolute(recipe.distill.teacher)
+    distill = recipe.distill.model_copy(update={"teacher": teacher})
+    return recipe.model_copy(update={"source": absolute(recipe.source), "distill": distill})

@@ -1,0 +1,132 @@
+"""The model directory, what `convert` and `distill` write and `push` publishes."""
+
+import json
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from litconvert.checkpoints.checkpoint import RUN_INDEX
+from litconvert.checkpoints.writing import Produce, write_weights
+from litconvert.common.files import read_json
+from litconvert.common.tensors import TensorInfo
+from litconvert.errors import LitconvertError, UsageError
+from litconvert.recipe.inputs import Inputs
+from litconvert.recipe.schema import Recipe
+
+FORMAT_VERSION = 1
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+
+
+def write_description(
+    folder: Path, *, config: Mapping[str, Any], recipe: Recipe, provenance: Mapping[str, Any]
+) -> None:
+    """Write what says of weights what they are: config.json, recipe.yaml, litconvert.json."""
+    header = {
+        "_class_name": "LiTTransformer2DModel",
+        "_diffusers_version": version("diffusers"),
+        "auto_map": {"AutoModel": "modeling_lit.LiTTransformer2DModel"},
+    }
+    (folder / "config.json").write_text(json.dumps({**header, **config}, indent=2) + "\n")
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "litconvert.json").write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def model_source() -> str:
+    """The source of the model's class, which is shipped beside its weights."""
+    return (Path(__file__).parents[1] / "model" / "modeling_lit.py").read_text()
+
+
+def write_model_directory(
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    produce: Produce,
+    recipe: Recipe,
+    provenance: Callable[[], Mapping[str, Any]],
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Fill a (temporary) folder as a model directory: config, weights, the model's source, recipe and provenance.
+
+    `provenance` is asked for after the last tensor, so that its digests can be computed meanwhile.
+    """
+    (folder / "modeling_lit.py").write_text(model_source())
+    write_weights(
+        folder,
+        WEIGHTS_STEM,
+        tensors,
+        produce,
+        lambda: {"format": "pt", "litconvert": str(provenance()["digest"])},
+        max_shard_bytes=recipe.student.max_shard_bytes,
+        on_tensor=on_tensor,
+    )
+    write_description(folder, config=config, recipe=recipe, provenance=provenance())
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a model's folder is a checkpoint of a run, whose weights are in torch's distributed format."""
+    return (folder / RUN_INDEX).is_file()
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """The weight files of a model directory: one, or shards with their index; empty when some are missing."""
+    whole, index = folder / f"{WEIGHTS_STEM}.safetensors", folder / f"{WEIGHTS_STEM}.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+    shards = [folder / str(name) for name in sorted(names)]
+    return [index, *shards] if shards and all(shard.is_file() for shard in shards) else []
+
+
+def refuse_changed_source(folder: Path, provenance: Mapping[str, Any], path: str | None, sha256: str) -> None:
+    """Raise LitconvertError when a source is not the file any more that this model directory was converted from."""
+    if sha256 != provenance["source"]["sha256"]:
+        raise LitconvertError(
+            f"{path} has changed since {folder} was converted from it; convert it again, or restore it"
+        )
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """litconvert.json of a model directory.
+
+    Raises UsageError when the folder is none.
+    """
+    path = folder / "litconvert.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{folder}: not a model directory of litconvert (no litconvert.json); convert a checkpoint first"
+        )
+    data = read_json(path)
+    if data.get("format") != FORMAT_VERSION:
+        raise LitconvertError(
+            f"{path}: format {data.get('format')}, this litconvert reads {FORMAT_VERSION}; upgrade it"
+        )
+    return data
+
+
+def already_done(out: Path, inputs: Inputs, *, force: bool) -> bool:
+    """Whether `out` is the result of these very inputs. Raises when it is something else and is not to be replaced."""
+    if not out.exists():
+        return False
+    if force:
+        # Not even --force deletes what is not ours.
+        if not out.is_dir() or (any(out.iterdir()) and not (out / "litconvert.json").is_file()):
+            raise LitconvertError(
+                f"{out} exists and is not a result of litconvert; remove it yourself, or choose another path"
+            )
+        return False
+    try:
+        found = read_provenance(out) if out.is_dir() else {}
+    except LitconvertError:
+        found = {}
+    if inputs.made(found):
+        others = ("config.json", "modeling_lit.py", "recipe.yaml")
+        if not weights_of(out) or not all((out / name).is_file() for name in others):
+            raise LitconvertError(f"{out} is incomplete: a file was taken out of it; make it again with --force")
+        return True
+    if out.is_dir() and not any(out.iterdir()):
+        return False
+    what = f"was made from other inputs ({inputs.changes(found)})" if found else "is not a result of litconvert"
+    raise LitconvertError(f"{out} exists and {what}; choose another path, or replace it with --force")

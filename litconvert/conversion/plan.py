@@ -1,0 +1,285 @@
+"""The plan of a conversion, tensor by tensor, and carrying it out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from litconvert.common.tensors import DTYPES, TensorInfo
+from litconvert.errors import UsageError
+from litconvert.families.layout import Origin
+from litconvert.families.sources import OpenSource, describe, open_source
+from litconvert.model.shapes import count_macs, count_parameters, is_pixel_space, model_tensors
+from litconvert.recipe.packaged import recipe_of
+from litconvert.recipe.resolve import ResolvedRecipe, resolve, resolve_data, with_source
+from litconvert.recipe.schema import Recipe
+
+Fate = Literal["inherited", "fresh", "recomputed", "dropped"]
+
+FATES: tuple[Fate, ...] = ("inherited", "fresh", "recomputed", "dropped")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor's fate.
+
+    Attributes:
+        target: tensor of the student, None when dropped.
+        source: tensor of the source, None when fresh.
+        rows: which rows of the source tensor, None for all.
+        copies: how many equal source tensors stand behind it.
+    """
+
+    fate: Fate
+    target: str | None
+    source: str | None
+    rows: tuple[int, int] | None
+    copies: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def nbytes(self) -> int:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return self.numel * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What becomes of every tensor, and what it means in parameters, bytes and multiply-accumulates."""
+
+    source: OpenSource
+    recipe: Recipe
+    config: dict[str, Any]
+    entries: tuple[Entry, ...]
+    recipe_name: str | None = None
+
+    @cached_property
+    def groups(self) -> dict[str, dict[str, int]]:
+        """For each fate: tensors of the source and of the student, parameters and bytes.
+
+        A fused source tensor of which a part is inherited counts as inherited on the source's side; its dropped rows
+        are in the dropped parameters and bytes. Every source tensor is counted once, and every student tensor once.
+        """
+        fate_of_source: dict[str, str] = {}
+        for entry in self.entries:
+            for name in entry.copies:
+                if fate_of_source.get(name) != "inherited":
+                    fate_of_source[name] = entry.fate
+        groups: dict[str, dict[str, int]] = {}
+        for fate in FATES:
+            mine = [entry for entry in self.entries if entry.fate == fate]
+            groups[fate] = {
+                "source_tensors": sum(found == fate for found in fate_of_source.values()),
+                "student_tensors": sum(entry.target is not None for entry in mine),
+                "parameters": sum(entry.numel for entry in mine),
+                "bytes": sum(entry.nbytes for entry in mine),
+            }
+        return groups
+
+    @cached_property
+    def totals(self) -> dict[str, int]:
+        """Tensors and parameters of both sides, with and without the fixed position embedding."""
+        fixed = sum(entry.numel for entry in self.entries if entry.fate == "recomputed")
+        student, teacher = count_parameters(self.config), count_parameters(self.source.reading.config)
+        return {
+            "source_tensors": len(self.source.checkpoint.tensors),
+            "student_tensors": sum(entry.target is not None for entry in self.entries),
+            "student_tensors_stored": sum(entry.fate in ("inherited", "fresh") for entry in self.entries),
+            "source_parameters": teacher,
+            "source_parameters_with_pos_embed": teacher + fixed,
+            "student_parameters": student,
+            "student_parameters_with_pos_embed": student + fixed,
+            "student_bytes": sum(entry.nbytes for entry in self.entries if entry.fate in ("inherited", "fresh")),
+        }
+
+    @cached_property
+    def macs(self) -> list[dict[str, int | float]]:
+        """Multiply-accumulates of a forward pass before and after, by image size.
+
+        Latent models (a VAE of factor 8) at 256, 512, 1024 and 2048 pixels; pixel-space models at 1, 2, 4 and 8 times
+        their own size.
+        """
+        native = self.config["sample_size"]
+        pixel_space = is_pixel_space(self.config["in_channels"])
+        sizes = [native * factor for factor in (1, 2, 4, 8)] if pixel_space else [32, 64, 128, 256]
+        rows: list[dict[str, int | float]] = []
+        for size in sizes:
+            before, after = count_macs(self.source.reading.config, size), count_macs(self.config, size)
+            rows.append(
+                {
+                    "image_size": size if pixel_space else size * 8,
+                    "tokens": (size // self.config["patch_size"]) ** 2,
+                    "source_macs": before,
+                    "student_macs": after,
+                    "ratio": before / after,
+                }
+            )
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole plan as plain data."""
+        return {
+            "source": describe(self.source),
+            "recipe": self.recipe_name,
+            "student_config": self.config,
+            "groups": self.groups,
+            "totals": self.totals,
+            "macs": self.macs,
+            "tensors": [{**asdict(entry), "parameters": entry.numel, "bytes": entry.nbytes} for entry in self.entries],
+        }
+
+
+def student_config(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The source's config with its attention replaced as the recipe says. Linear layers of the source stay as they are.
+
+    Raises UsageError for layers that do not exist, heads that do not divide the width, and linear layers other than the
+    source's own.
+    """
+    student, num_layers = recipe.student, config["num_layers"]
+    wanted = {
+        "linear_num_heads": student.num_attention_heads,
+        "linear_kernel": student.kernel,
+        "linear_conv_size": student.conv_size,
+        "linear_eps": student.eps,
+    }
+    if "linear" in config["attention"]:
+        for key, value in wanted.items():
+            if config[key] != value:
+                setting = key.removeprefix("linear_").replace("num_heads", "num_attention_heads")
+                raise UsageError(
+                    f"the source has linear layers already, with {key}={config[key]}, and student.{setting} is "
+                    f"{value}; go on with its own (--set student.{setting}={config[key]}), or take a softmax model"
+                )
+    missing = [layer for layer in student.softmax_layers if layer >= num_layers]
+    if missing:
+        raise UsageError(
+            f"student.softmax_layers names layer {missing[0]}, but the source has layers 0 to {num_layers - 1}"
+        )
+    kinds = [kind if layer in student.softmax_layers else "linear" for layer, kind in enumerate(config["attention"])]
+    if "linear" in kinds and config["hidden_size"] % student.num_attention_heads:
+        raise UsageError(
+            f"student.num_attention_heads={student.num_attention_heads} does not divide the width "
+            f"{config['hidden_size']}; set one that does (--set student.num_attention_heads=N)"
+        )
+    return {**config, **wanted, "attention": kinds}
+
+
+def _inherits(name: str, source: Sequence[str], student: Sequence[str], inherited: Sequence[str]) -> bool:
+    """Whether a student tensor that the source has is taken over; `source` and `student` are the kinds of layers."""
+    if ".attn." not in name:
+        return True
+    _, layer, _, projection, _ = name.split(".")
+    if source[int(layer)] == student[int(layer)]:  # a layer that keeps its kind of attention keeps all of it
+        return True
+    return {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o"}[projection] in inherited
+
+
+def plan_conversion(source: OpenSource, recipe: Recipe, recipe_name: str | None = None) -> ConversionPlan:
+    """The plan, from headers alone. `recipe_name` is for people; None: no recipe, the defaults."""
+    config = student_config(source.reading.config, recipe)
+    kinds, checkpoint = (source.reading.config["attention"], config["attention"]), source.checkpoint
+    wanted = recipe.student.dtype
+
+    def name_of(dtype: torch.dtype) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    def entry(fate: Fate, target: str | None, origin: Origin | None, info: TensorInfo, dtype: str) -> Entry:
+        rows, names = None, origin.names if origin else ()
+        if origin and origin.parts > 1:
+            rows = (origin.part * info.shape[0], (origin.part + 1) * info.shape[0])
+        return Entry(fate, target, names[0] if names else None, rows, names, info.shape, dtype)
+
+    entries = []
+    own_dtype = name_of(source.dtype())
+    taken = set()
+    for name, info in model_tensors(config).items():
+        origin = source.reading.origins.get(name)
+        if origin is not None and _inherits(name, *kinds, recipe.inherit.attention):
+            taken.add(name)
+            dtype = wanted or name_of(checkpoint.tensors[origin.names[0]].dtype)
+            if dtype not in DTYPES:
+                raise UsageError(f"{checkpoint.source}: {origin.names[0]} is {dtype}; set student.dtype=float32")
+            entries.append(entry("inherited", name, origin, info, dtype))
+        else:
+            entries.append(entry("fresh", name, None, info, wanted or own_dtype))
+    side = config["sample_size"] // config["patch_size"]
+    stored = next(iter(source.reading.recomputed), None)
+    fixed = TensorInfo((1, side * side, config["hidden_size"]), torch.float32)
+    entries.append(entry("recomputed", "pos_embed", Origin((stored,)) if stored else None, fixed, "float32"))
+    for name, info in model_tensors(source.reading.config).items():
+        if name not in taken:
+            origin = source.reading.origins[name]
+            dtype = name_of(checkpoint.tensors[origin.names[0]].dtype)
+            entries.append(entry("dropped", None, origin, info, dtype))
+    return ConversionPlan(source, recipe, config, tuple(entries), recipe_name)
+
+
+def plan(source: str | Path | None, recipe: str | None = None, overrides: Sequence[str] = ()) -> ConversionPlan:
+    """Plan a conversion: headers are read, weights are not.
+
+    Args:
+        source: file, folder, Hub id or `asset:NAME`; None: the recipe's.
+        recipe: name or path; None: the packaged one for what the source is, or else the defaults.
+        overrides: `key=value`, over the recipe.
+    """
+    if recipe is None:
+        bare = with_source(resolve_data({}, overrides, "command line"), source)
+        opened = open_source(bare.recipe.source, bare.recipe.inherit.weights)
+        if (own := _own_recipe(opened)) is not None:
+            return plan_conversion(opened, _going_on(own, bare.recipe, overrides), str(own))
+        recipe = recipe_of(opened.reading.family, opened.reading.config)
+        if recipe is None:
+            return plan_conversion(opened, bare.recipe)
+        found = resolve(recipe, overrides).recipe
+        # Its hints are of the released checkpoint; what this source is was read without them.
+        about = {name: getattr(found.source, name) for name in ("license", "vae", "text_encoder")}
+        settings = found.model_copy(update={"source": bare.recipe.source.model_copy(update=about)})
+        return plan_conversion(opened, settings, recipe)
+    resolved = with_source(resolve(recipe, overrides), source)
+    opened = open_source(resolved.recipe.source, resolved.recipe.inherit.weights)
+    return plan_conversion(opened, resolved.recipe, recipe)
+
+
+def _own_recipe(source: OpenSource) -> Path | None:
+    """The recipe recorded with one of our own linear models, None where there is none."""
+    if source.reading.family != "litconvert" or "linear" not in source.reading.config["attention"]:
+        return None
+    if source.checkpoint.download_bytes:  # of the Hub, not downloaded
+        return None
+    path = source.checkpoint.files[0].parent / "recipe.yaml"
+    return path if path.is_file() else None
+
+
+def _going_on(own: Path, bare: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe to go on with from a student of ours: its own, taught by who taught it."""
+    recorded = resolve(str(own), overrides).recipe
+    about = {name: getattr(recorded.source, name) for name in ("license", "vae", "text_encoder")}
+    teacher = recorded.distill.teacher or recorded.source
+    return recorded.model_copy(
+        update={
+            "source": bare.source.model_copy(update=about),
+            "inherit": bare.inherit,
+            "distill": recorded.distill.model_copy(update={"teacher": teacher, "start": None}),
+        }
+    )
+
+
+def resolve_for(recipe: str | None, overrides: Sequence[str], source: str | Path | None) -> ResolvedRecipe:
+    """The recipe with its source; without one the packaged recipe for what the source is, or else the defaults.
+
+    Raises UsageError when neither is named.
+    """
+    if recipe is not None:
+        return with_source(resolve(recipe, overrides), source)
+    if source is None:
+        raise UsageError("--recipe or --source says which model the data is for; give one")
+    planned = plan(source, None, overrides)
+    return ResolvedRecipe(planned.recipe_name or "defaults", planned.recipe, {})

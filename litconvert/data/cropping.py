@@ -1,0 +1,67 @@
+"""An image as a model is trained on it: whole, of the right mode, cropped to one of the sizes."""
+
+import math
+from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from litconvert.data.images import BrokenSample, ImageSample, content
+
+
+def nearest_size(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of several heights and widths, that whose aspect ratio is nearest by factor; of equal ones the first."""
+    ratio = math.log(size[0] / size[1])
+    return min(sizes, key=lambda one: round(abs(math.log(one[0] / one[1]) - ratio), 9))
+
+
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize so that the image just covers height and width, and cut out its centre.
+
+    As ADM's `center_crop_arr`, which DiT uses (guided-diffusion, image_datasets.py), for any aspect ratio: halved by
+    box filter while it stays large enough, then bicubic.
+    """
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(resized, resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 bits as one of 8, which Pillow would clip; modes whose white is unknown raise ValueError."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its mode {image.mode} does not say which value is white: save it with 8 or 16 bits")
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+
+
+def read_image(sample: ImageSample, mode: str, sizes: Sequence[tuple[int, int]]) -> NDArray[np.uint8]:
+    """An image as its viewer shows it, on white where it is transparent, cropped to the nearest size: (C, H, W).
+
+    Raises BrokenSample for an image that cannot be read whole.
+    """
+    data = content(sample)
+    try:
+        with Image.open(BytesIO(data) if isinstance(data, bytes) else data) as opened:
+            image = _eight_bits(ImageOps.exif_transpose(opened))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert(mode)
+            height, width = nearest_size((image.height, image.width), sizes)
+            cropped = np.asarray(center_crop(image, height, width))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds for a broken file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BrokenSample(
+            f"{sample.name}: not a whole image ({reason}); replace or remove it, or leave broken ones out with "
+            "--skip-broken"
+        ) from error
+    return cropped[None] if cropped.ndim == 2 else cropped.transpose(2, 0, 1)

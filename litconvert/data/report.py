@@ -1,0 +1,142 @@
+"""What a data set holds, as plain data and as a sheet of pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from litconvert.common.files import read_json
+from litconvert.common.quantities import size
+from litconvert.data.dataset import RECORD, Bucket, LatentDataset, open_latents
+from litconvert.errors import UsageError
+from litconvert.model.shapes import is_pixel_space
+from litconvert.recipe.schema import Vae
+from litconvert.sampling.pictures import load_vae, save_grid, to_images
+
+
+def describe_data(path: str | Path) -> dict[str, Any]:
+    """Samples, shapes, kind, conditions and bytes of a data set."""
+    folder, data = Path(path), open_latents(path)
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    facts: dict[str, Any] = {
+        "path": str(folder),
+        "samples": len(data),
+        "buckets": [{"shape": list(bucket.shape), "samples": len(bucket)} for bucket in data.buckets],
+        "kind": "pixels" if data.pixels else data.kind,
+        "flipped": data.flipped,
+        "condition": data.condition,
+        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "digest": data.digest,
+        "skipped": record.get("skipped", 0),
+    }
+    if data.kind == "moments":
+        facts["scaling_factor"] = data.scaling_factor
+    if data.condition == "class":
+        facts["classes"] = _classes(data)
+        facts |= {name: record[name] for name in ("class_names", "num_classes") if name in record}
+    elif data.condition == "caption":
+        lengths = np.concatenate([_column(bucket, "caption_tokens") for bucket in data.buckets])
+        facts["caption_tokens"] = _spread(lengths)
+        facts["caption_channels"] = data.caption_channels
+        facts["null_caption"] = data.null_caption is not None
+    else:
+        texts = (bucket.data.data.column("caption") for bucket in data.buckets)
+        facts["caption_characters"] = _spread(np.array([len(text) for one in texts for text in one.to_pylist()]))
+    return facts
+
+
+def _column(bucket: Bucket, name: str) -> NDArray[Any]:
+    return np.asarray(bucket.data.data.column(name).to_numpy())
+
+
+def _spread(lengths: NDArray[Any]) -> dict[str, float]:
+    return {"min": int(lengths.min()), "median": float(np.median(lengths)), "max": int(lengths.max())}
+
+
+def _classes(data: LatentDataset) -> dict[int, int]:
+    """Samples of each class."""
+    labels, counts = np.unique(
+        np.concatenate([_column(bucket, "class_label") for bucket in data.buckets]), return_counts=True
+    )
+    return dict(zip(labels.tolist(), counts.tolist(), strict=True))
+
+
+def classes_remark(record: Mapping[str, Any]) -> str | None:
+    """That the images have fewer classes than the model they were encoded for, of its record; None: they do not."""
+    names, known = record.get("class_names"), record.get("num_classes")
+    if names is None or known is None or len(names) >= known:
+        return None
+    return f"{len(names):,} classes, the model has {known:,}: is label 0, {names[0]}, the model's class 0, and so on?"
+
+
+def rows_of(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The same facts for people."""
+    shapes = ", ".join(f"{'x'.join(map(str, one['shape']))} ({one['samples']:,})" for one in facts["buckets"])
+    kinds = {
+        "pixels": "pixels",
+        "latents": "latents",
+        "moments": "VAE posteriors, drawn from at each visit",
+    }
+    mirrored = " (and of the mirrored images)" if facts["flipped"] else ""
+    rows = [
+        ("samples", f"{facts['samples']:,}" + (f", {facts['skipped']:,} left out" if facts["skipped"] else "")),
+        ("shapes", shapes),
+        ("kind", kinds[facts["kind"]] + mirrored),
+    ]
+    if "scaling_factor" in facts:
+        rows.append(("scaling factor", f"{facts['scaling_factor']:g}"))
+    if "classes" in facts:
+        counts = sorted(facts["classes"].values())
+        rows.append(("classes", f"{len(counts)}, labels {min(facts['classes'])} to {max(facts['classes'])}"))
+        rows.append(("samples a class", f"{counts[0]:,} to {counts[-1]:,}, median {counts[len(counts) // 2]:,}"))
+    if names := facts.get("class_names"):
+        rows.append(("class names", ", ".join(names[:5]) + (f", ... ({len(names):,} in all)" if names[5:] else "")))
+    if remark := classes_remark(facts):
+        rows.append(("note", remark))
+    for key, unit in (("caption_tokens", "tokens"), ("caption_characters", "characters, encoded on the fly")):
+        if key in facts:
+            spread = facts[key]
+            rows.append(("captions", f"{spread['min']} to {spread['max']}, median {spread['median']:g} {unit}"))
+    if "caption_channels" in facts:
+        rows.append(("text features", f"{facts['caption_channels']} channels, float16"))
+        rows.append(("null caption", "stored" if facts["null_caption"] else "none"))
+    return [*rows, ("size", size(facts["bytes"])), ("digest", facts["digest"][:12])]
+
+
+def draw_sheet(path: str | Path, out: Path, *, vae: Vae | None = None, count: int = 32) -> Path:
+    """Write a PNG sheet of samples, spread evenly over the data set; of a posterior its mean.
+
+    Args:
+        vae: decodes latents; None: the one recorded with the data.
+
+    Raises UsageError for latents that nothing decodes.
+    """
+    folder, data = Path(path), open_latents(path)
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    if vae is None and record.get("vae"):
+        vae = Vae.model_validate(record["vae"])
+    if not data.pixels and vae is None and not is_pixel_space(data.buckets[0].shape[0]):
+        raise UsageError(
+            f"{folder}: holds latents, and no VAE is recorded to decode them; name a recipe that has one (--recipe)"
+        )
+    decoder = load_vae(vae) if vae is not None and not data.pixels else None
+    images = []
+    for index, bucket in enumerate(data.buckets):
+        some = np.linspace(0, len(bucket) - 1, min(len(bucket), max(1, round(count * len(bucket) / len(data)))))
+        indices = sorted({int(one) for one in some})
+        noise = torch.zeros(len(indices), *bucket.shape)
+        clean = data.read(index, indices, noise=noise).clean
+        images += list(to_images(clean, decoder, vae.scaling_factor if vae else 1.0))
+    height, width = (max(image.shape[side] for image in images) for side in (0, 1))
+    save_grid(np.stack([_framed(image, height, width) for image in images]), out, columns=8, scale=max(1, 64 // height))
+    return out
+
+
+def _framed(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """In the middle of a white frame."""
+    top, left = height - image.shape[0], width - image.shape[1]
+    margins = ((top // 2, top - top // 2), (left // 2, left - left // 2), (0, 0))
+    return np.pad(image, margins, constant_values=255)

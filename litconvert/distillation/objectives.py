@@ -1,0 +1,62 @@
+"""The loss of a student: its diffusion terms, and what its teacher adds."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from litconvert.model.diffusion import DDPM, FlowMatching, _mean
+from litconvert.recipe.schema import FlowMatching as FlowMatchingStage
+from litconvert.recipe.schema import Hybrid
+
+
+def distillation_terms(
+    stage: Hybrid | FlowMatchingStage,
+    diffusion: DDPM | FlowMatching,
+    student: Tensor,
+    teacher: Tensor | None,
+    clean: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+) -> dict[str, Tensor]:
+    """The diffusion loss and the teacher's terms on top, each a scalar that is already weighted; their sum is the loss.
+
+    Every term is a mean over samples, so that a batch split over processes and micro-batches has the same loss.
+    Stage `hybrid` (LiT, arXiv 2501.12976, section 3; lambda1 = noise_weight, lambda2 = variance_weight):
+    L = MSE(eps) + L_vb + lambda1 MSE(eps_student, eps_teacher) + lambda2 MSE(v_student, v_teacher), with v the raw
+    variance output. Stage `flow_matching`: L = MSE(u) + velocity_weight MSE(u_student, u_teacher), with u the velocity.
+
+    Args:
+        student, teacher: outputs for the same x_t, timestep and condition, (N, 2C, H, W), or (N, C, H, W) of
+            velocities; no teacher when its weights are 0.
+    """
+    terms = {name: value.mean() for name, value in diffusion.terms(student, clean, noise, timestep).items()}
+    if isinstance(stage, FlowMatchingStage):
+        if teacher is not None and stage.velocity_weight:
+            terms["teacher_velocity"] = stage.velocity_weight * F.mse_loss(student.float(), teacher.float())
+        return terms
+    if not stage.variational_bound:
+        del terms["variational_bound"]
+    if teacher is None:
+        return terms
+    student_noise, student_variance = student.float().chunk(2, dim=1)
+    teacher_noise, teacher_variance = teacher.float().chunk(2, dim=1)
+    if stage.noise_weight:
+        terms["teacher_noise"] = stage.noise_weight * F.mse_loss(student_noise, teacher_noise)
+    if stage.variance_weight:
+        terms["teacher_variance"] = stage.variance_weight * F.mse_loss(student_variance, teacher_variance)
+    return terms
+
+
+def attention_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """How much of each layer's attention output (N, T, D) is not reproduced, averaged over layers; a scalar.
+
+    Squared error over the teacher output's mean square, sample by sample: 0 is perfect, 1 knows nothing, whatever the
+    layer's scale and however the batch is split.
+    """
+    losses = [
+        (_mean((mine.float() - theirs.float()) ** 2) / _mean(theirs.float() ** 2).clamp(min=1e-12)).mean()
+        for mine, theirs in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(losses).mean()

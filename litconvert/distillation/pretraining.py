@@ -1,0 +1,127 @@
+"""Training a softmax model from nothing, with the same trainer: how a teacher comes about."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litconvert.common.listener import StepReport
+from litconvert.data.dataset import open_latents
+from litconvert.distillation.teaching import Teachers
+from litconvert.errors import UsageError
+from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.model.shapes import full_config
+from litconvert.recipe.resolve import resolve
+from litconvert.recipe.schema import Recipe, Scratch, teacher_weights
+from litconvert.runs.directory import RunDirectory
+from litconvert.runs.trackers import tracker_packages
+from litconvert.training.checks import check_data, check_model
+from litconvert.training.engine import Engine
+from litconvert.training.fitting import begin, fit_and_write, refuse_inputs_in, trained_record
+from litconvert.training.optimization import trained_names
+from litconvert.training.run_inputs import RunInputs
+
+
+def scratch_config(scratch: Scratch) -> dict[str, Any]:
+    """The config of a model that is trained from nothing, softmax in every layer.
+
+    Raises UsageError for sizes that do not fit each other.
+    """
+    settings = scratch.model_dump()
+    return full_config(
+        {
+            **settings,
+            "out_channels": 2 * scratch.in_channels,  # noise and variance; a velocity has an unused half, as SiT's
+            "null_class": scratch.num_classes is not None,
+        }
+    )
+
+
+def train(
+    out: str | Path,
+    recipe: str,
+    *,
+    data: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> Path:
+    """Train a softmax model from nothing. Called again with the same inputs, it goes on where it was.
+
+    Args:
+        out: run directory, as of `distill`; out/model is a source for `convert`.
+        recipe: name or path of a recipe with a `scratch` section.
+        data: dataset folder; None: the recipe's.
+        overrides: `key=value`, over the recipe.
+        force: replace a run of other inputs.
+        on_step, on_note: for the console.
+
+    Returns: the run directory.
+
+    Raises UsageError for inputs that do not fit, LitconvertError when it had to stop, Interrupted after a signal.
+    """
+    out, settings = Path(out), resolve(recipe, overrides).recipe
+    tracker_packages(settings.distill.trackers)
+    config = checked_config(settings)
+    folder = data or settings.data.path
+    if folder is None:
+        raise UsageError(
+            "training from nothing needs data: encode some with `litconvert latents encode`, and give it with --data"
+        )
+    refuse_inputs_in(out, folder)
+    engine = Engine(settings.distill.mixed_precision)
+    dataset = open_latents(folder)
+    check_data(config, dataset, settings)
+    run = RunDirectory(out)
+    wanted = RunInputs({"scratch": config}, {}, dataset.digest, dataset.condition == "text", settings)
+    if begin(engine, run, wanted, {}, force=force, on_note=on_note):
+        return out
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = LiTTransformer2DModel(**config)
+    names = [name for name, _ in model.named_parameters()]
+    for index, stage in enumerate(settings.distill.stages):
+        trained_names(config, names, stage, f"distill.stages.{index}")
+    source = {"path": None, "sha256": None, "license": settings.source.license.model_dump()}
+    fit_and_write(
+        engine,
+        model,
+        config,
+        Teachers(engine, None, None, [], settings.distill),
+        dataset,
+        settings,
+        run,
+        fresh=frozenset(names),
+        dtypes={},
+        record={
+            **wanted.inputs.record,
+            "source": source,
+            "training": trained_record(settings, dataset),
+            "seed": settings.seed,
+        },
+        on_step=on_step,
+        on_note=on_note,
+    )
+    return out
+
+
+def checked_config(recipe: Recipe) -> dict[str, Any]:
+    """The config of the recipe's model, whose stages ask for no teacher. Raises UsageError."""
+    if recipe.scratch is None:
+        raise UsageError(
+            "the recipe has no scratch section, which says what model to train; `litconvert recipes show "
+            "digits-teacher` shows one, and `litconvert distill` trains a converted student"
+        )
+    if recipe.distill.start is not None:
+        raise UsageError("distill.start is of distillation, and a model that is trained from nothing has no start")
+    config = scratch_config(recipe.scratch)
+    check_model(config, recipe)
+    for index, stage in enumerate(recipe.distill.stages):
+        if any(teacher_weights(stage)):
+            raise UsageError(
+                f"distill.stages.{index} asks for a teacher, and a model that is trained from nothing has none: set "
+                "noise_weight, variance_weight, velocity_weight and feature_weight to 0"
+            )
+    return config

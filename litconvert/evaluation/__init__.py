@@ -1,0 +1,1 @@
+"""How good a model is: scores, and what each layer costs and loses."""

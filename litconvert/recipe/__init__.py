@@ -1,0 +1,1 @@
+"""Recipes: what can be asked for, found, read, overridden, and remembered as inputs."""

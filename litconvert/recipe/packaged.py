@@ -1,0 +1,44 @@
+"""The recipes that ship with litconvert. Apart from `recipe`, so that listing them does not wait for the schema."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# The recipe for a source: by family, width and side of the latent.
+_RECIPES = {
+    ("dit", 384, 32): "dit-s-2-256",
+    ("dit", 768, 32): "dit-b-2-256",
+    ("dit", 1024, 32): "dit-l-2-256",
+    ("dit", 1152, 32): "dit-xl-2-256",
+    ("dit", 1152, 64): "dit-xl-2-512",
+    ("sit", 1152, 32): "sit-xl-2-256",
+    ("pixart-alpha", 1152, 64): "pixart-alpha-512",
+    ("pixart-alpha", 1152, 128): "pixart-alpha-1024",
+    ("pixart-sigma", 1152, 64): "pixart-sigma-512",
+    ("pixart-sigma", 1152, 128): "pixart-sigma-1024",
+    ("pixart-sigma", 1152, 256): "pixart-sigma-2k",
+}
+
+
+def recipe_of(family: str, config: Mapping[str, Any]) -> str | None:
+    """The packaged recipe for a source of this family and config, None where there is none."""
+    if (config["patch_size"], config["in_channels"]) != (2, 4):
+        return None
+    return _RECIPES.get((family, config["hidden_size"], config["sample_size"]))
+
+
+def recipes_directory() -> Path:
+    """Where the packaged recipes are: inside the wheel, beside the package in a checkout."""
+    packaged = Path(__file__).parents[1] / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Name to file."""
+    return {path.stem: path for path in sorted(recipes_directory().glob("*.yaml"))}
+
+
+def summary(path: Path) -> str:
+    """A packaged recipe's second comment line."""
+    lines = path.read_text().splitlines()
+    return lines[1].removeprefix("# ") if len(lines) > 1 and lines[1].startswith("#") else ""

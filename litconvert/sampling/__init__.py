@@ -1,0 +1,1 @@
+"""Drawing samples, captions for them, and pictures of them."""

@@ -1,0 +1,144 @@
+"""From latents to images: decoders, grids, files, and the sheets of a run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from litconvert.common.device import default_device
+from litconvert.common.hub import hub_errors
+from litconvert.errors import LitconvertError, UsageError
+from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.model.shapes import is_pixel_space
+from litconvert.recipe.schema import Recipe, Vae
+from litconvert.sampling.captions import Captions, encode_prompts
+from litconvert.sampling.draw import cycled, draw
+
+
+def load_vae(vae: Vae) -> Any:
+    """The image decoder of a recipe, in eval mode.
+
+    Raises LitconvertError when it is not an AutoencoderKL, whole.
+    """
+    from diffusers import AutoencoderKL
+
+    try:
+        with hub_errors(vae.path):
+            model, loaded = AutoencoderKL.from_pretrained(vae.path, subfolder=vae.subfolder, output_loading_info=True)
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise LitconvertError(
+            f"{vae.path}: not a diffusers AutoencoderKL ({reason}); set source.vae.path to one"
+        ) from error
+    # diffusers fills what is missing with random values, and says so in a log alone.
+    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
+    if wrong:
+        raise LitconvertError(
+            f"{vae.path}: not a complete AutoencoderKL ({wrong[0]}, and {len(wrong) - 1} more, do not fit); "
+            "set source.vae.path to one"
+        )
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def to_images(latents: Tensor, vae: Any | None, scaling_factor: float = 1.0) -> NDArray[np.uint8]:
+    """Latents or pixels (N, C, H, W) in [-1, 1] to images (N, H, W, C), uint8; C is 1 or 3."""
+    if vae is not None:
+        latents = torch.cat(
+            [vae.decode(one.to(vae.device, vae.dtype) / scaling_factor).sample for one in latents.split(8)]
+        )
+    if not is_pixel_space(latents.shape[1]):
+        raise UsageError(
+            f"these are latents of {latents.shape[1]} channels, and no decoder is named: "
+            "give one (--set source.vae.path=stabilityai/sd-vae-ft-ema), or write them undecoded (--latents FILE)"
+        )
+    scaled = (latents.float().cpu() * 127.5 + 128).clamp(0, 255)
+    return scaled.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+def save_grid(images: NDArray[np.uint8], path: Path, *, columns: int = 10, gap: int = 2, scale: int = 1) -> None:
+    """Write images (N, H, W, C) as one PNG, row by row."""
+    count, height, width, channels = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = np.full(
+        (rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, channels), 255, dtype=np.uint8
+    )
+    for index, image in enumerate(images):
+        top = gap + (index // columns) * (height * scale + gap)
+        left = gap + (index % columns) * (width * scale + gap)
+        large = image.repeat(scale, axis=0).repeat(scale, axis=1)
+        canvas[top : top + height * scale, left : left + width * scale] = large
+    save_image(canvas, path)
+
+
+def save_image(image: NDArray[np.uint8], path: Path) -> None:
+    """Write one image (H, W, C) as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
+
+
+def save_npz(images: NDArray[np.uint8], labels: Tensor | None, path: Path) -> None:
+    """Write images in the ADM evaluator's layout: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels where there are any."""
+    if images.shape[-1] == 1:
+        images = images.repeat(3, axis=-1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels.numpy()}
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+class SampleSheet:
+    """Pictures of a run: every model's samples on the same noise and condition.
+
+    Args:
+        recipe: its `sample` section, VAE and, for captions, T5, which encodes the prompts at once and is freed.
+        config: of the models that are drawn.
+        folder: where the PNGs go.
+    """
+
+    def __init__(self, recipe: Recipe, config: Mapping[str, Any], folder: Path) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        device = default_device()
+        self.vae = load_vae(recipe.source.vae).to(device) if recipe.source.vae else None
+        count = recipe.sample.num_images
+        # Latents without a decoder have no picture, and captions without an encoder cannot be read.
+        self.drawable = self.vae is not None or is_pixel_space(config["in_channels"])
+        self.conditions: Tensor | Captions
+        if config["caption_channels"] is None:
+            self.conditions = torch.arange(count or NUM_IMAGES) % config["num_classes"]
+        elif self.drawable and recipe.source.text_encoder is not None:
+            captions = encode_prompts(recipe, config)
+            self.conditions = cycled(captions, count or len(captions))
+        else:
+            self.drawable = False
+
+    def images(self, model: LiTTransformer2DModel) -> NDArray[np.uint8]:
+        """The sheet's images (N, H, W, C)."""
+        settings = self.recipe.sample
+        batches = draw(
+            model,
+            settings,
+            self.conditions,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            num_timesteps=self.recipe.diffusion.num_timesteps,
+        )
+        factor = self.recipe.source.vae.scaling_factor if self.recipe.source.vae else 1.0
+        return to_images(torch.cat(list(batches)), self.vae, factor)
+
+    def draw(self, model: LiTTransformer2DModel, name: str) -> None:
+        """Write NAME.png, where there is a picture to be drawn."""
+        if self.drawable:
+            images = self.images(model)
+            save_grid(images, self.folder / f"{name}.png", scale=max(1, 64 // images.shape[1]))
+
+
+# Samples that are drawn of a model of classes when nobody says how many.
+NUM_IMAGES = 40

@@ -1,0 +1,261 @@
+"""The command line as its users meet it: start-up, help, the README's promises, and the whole line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from litconvert.recipe.packaged import packaged_recipes
+from litconvert.workflow import run_line
+from tests.helpers.command import command
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = ["inspect", "plan", "convert", "distill", "sample", "evaluate", "push", "run", "demo", "env", "latents"]
+COMMANDS += ["latents-synthesize", "latents-encode", "latents-show", "probe", "train", "recipes"]
+COMMANDS += [f"recipes-{verb}" for verb in ("ls", "show", "copy", "validate", "schema")]
+
+
+def test_converting_does_not_import_diffusers(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> None:
+    """Seconds and a hundred megabytes, of which inspecting, planning and converting need nothing."""
+    script = (
+        "import sys\n"
+        "from litconvert.cli import app as cli\n"
+        "again = ['convert', sys.argv[3], '--to', 'original']\n"
+        "for command in (['inspect'], ['plan'], ['convert', sys.argv[2]], again):\n"
+        "    arguments = [command[0], sys.argv[1], *command[1:], '--recipe', sys.argv[4]]\n"
+        "    cli.app(arguments, standalone_mode=False)\n"
+        "heavy = {'diffusers', 'accelerate', 'transformers', 'litconvert.model.modeling_lit'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    arguments = [pico_checkpoint, tmp_path / "student", tmp_path / "again.pt", pico_recipe]
+    subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True, capture_output=True)
+    assert (tmp_path / "student" / "config.json").is_file()
+    assert (tmp_path / "again.pt").is_file()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes", "ls"], ["convert", "--help"]])
+def test_help_and_the_list_of_recipes_do_not_import_torch(arguments: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "from litconvert.cli.app import main\n"
+        f"sys.argv = ['litconvert', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = {'torch', 'diffusers', 'numpy', 'datasets', 'accelerate'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    result = command(*name.split("-"), "--help")
+    assert result.code == 0
+    assert "Usage:" in result.out
+    assert name in ("latents", "recipes", "env") or "Example: litconvert" in result.out
+
+
+def readme_commands() -> list[str]:
+    """Every `litconvert ...` line and span of the README."""
+    blocks = re.findall(r"^    (litconvert .+)$", README, flags=re.MULTILINE)
+    spans = re.findall(r"`(litconvert [^`]+)`", README)
+    return blocks + spans
+
+
+def test_the_readme_names_only_commands_and_options_that_exist() -> None:
+    found = readme_commands()
+    assert len(found) > 15
+    for line in found:
+        words = line.split()[1:]
+        if words[0] == "--help":
+            continue
+        path = [word for word in words[:2] if re.fullmatch(r"[a-z]+", word) and word in " ".join(COMMANDS)]
+        path = path[:1] if path[0] not in ("recipes", "latents") else path
+        result = command(*path, "--help")
+        assert result.code == 0, line
+        for option in [word for word in words if word.startswith("--")]:
+            assert option in result.out, f"{line}: no option {option}"
+
+
+def test_options_named_in_the_readme_s_table_exist() -> None:
+    rows = re.findall(r"^\| `litconvert ([a-z]+)(?: ([a-z]+))?[^`]*` \|(.*)\|$", README, flags=re.MULTILINE)
+    assert len(rows) >= 12
+    for first, second, text in rows:
+        path = [first, second] if first in ("latents", "recipes") and second else [first]
+        help_text = command(*path, "--help").out
+        for option in re.findall(r"`(--[a-z-]+)`", text):
+            assert option in help_text, f"{first}: no option {option}"
+
+
+def test_the_readme_s_make_targets_and_modules_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z]+)\b", README)) - {"it"}:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for module in set(re.findall(r"python -m (benchmarks\.[a-z_]+)", README)):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+def test_the_readme_s_recipes_exist() -> None:
+    for name in set(re.findall(r"\bdit-[a-z]+-2-\d+\b", README)):
+        assert name in packaged_recipes()
+
+
+def test_the_readme_has_no_blanks_left() -> None:
+    assert not re.findall(r"@[A-Z_]+@", README)
+
+
+def test_the_wheel_carries_recipes_and_assets(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run(
+        [*build, str(tmp_path), str(ROOT)], check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"litconvert/recipes/{name}.yaml" for name in packaged_recipes()} <= names
+    assert {"litconvert/assets/dit-digits.safetensors", "litconvert/assets/digits-classifier.safetensors"} <= names
+    assert "litconvert/py.typed" in names
+
+
+def test_data_goes_to_stdout_and_the_rest_to_stderr(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> None:
+    out = tmp_path / "student"
+    result = command("convert", str(pico_checkpoint), str(out), "--recipe", str(pico_recipe), "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["groups"]["inherited"]["student_tensors"] > 0
+    assert "written" in result.err
+    quiet = command("convert", str(pico_checkpoint), str(out), "--recipe", str(pico_recipe), "--json", "-q")
+    assert quiet.err == ""
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    result = command("convert", str(pico_checkpoint), str(tmp_path / "x"), "--recipe", str(pico_recipe), "--dry-run")
+    assert result.code == 0
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_sampling_draws_teacher_and_student_on_the_same_noise(
+    tmp_path: Path, pico_checkpoint: Path, pico_student: Path
+) -> None:
+    picture, npz = tmp_path / "grid.png", tmp_path / "images.npz"
+    result = command(
+        *("sample", str(pico_student), "--teacher", str(pico_checkpoint), "--out", str(picture), "--npz", str(npz)),
+        *("--num", "6", "--classes", "0,3", "--scheduler", "ddpm", "--steps", "3", "--guidance", "1.5"),
+    )
+    assert result.code == 0, result.err
+    assert result.out.split() == [str(picture), str(npz)]
+    assert picture.stat().st_size > 0
+
+
+def test_the_whole_line_runs_and_a_second_run_skips_what_is_done(
+    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
+) -> None:
+    first = run_line(str(pico_recipe), tmp_path / "out", source=str(pico_checkpoint))
+    assert first.scores is None
+    assert (first.run / "comparison.png").is_file()
+
+    def weights() -> dict[Path, int]:
+        files = [path for kind in ("safetensors", "distcp") for path in (tmp_path / "out").rglob(f"*.{kind}")]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    written = weights()
+    assert len(written) == 2 + 2  # student, model and two checkpoints
+    run_line(str(pico_recipe), tmp_path / "out", source=str(pico_checkpoint))
+    assert weights() == written
+
+
+def test_the_whole_line_is_of_one_process(pico_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = command("run", pico_recipe, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "then launch `latents synthesize` and `distill`" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_anywhere_names_the_batch_sizes(
+    pico_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("litconvert.data.synthesize.read_model", full)
+    result = command(
+        "latents", "synthesize", tmp_path / "data", "--source", pico_checkpoint, "--num-attention-heads", 2
+    )
+    assert result.code == 1
+    assert "out of memory; lower the batch size" in result.err
+    assert "data.synthesize.batch_size" in result.err
+
+
+def test_drawing_needs_a_model(tmp_path: Path) -> None:
+    result = command("latents", "synthesize", tmp_path / "data")
+    assert result.code == 2
+    assert "--recipe or --source" in result.err
+
+
+def test_the_embedded_line_converts_distils_and_scores(tmp_path: Path) -> None:
+    sets = [
+        "data.synthesize.num_samples=16",
+        "data.synthesize.steps=2",
+        "distill.stages.0.steps=1",
+        "distill.stages.1.steps=1",
+        "distill.stages.0.batch_size=4",
+        "distill.stages.1.batch_size=4",
+        "sample.num_images=10",
+        "sample.steps=2",
+        "evaluate.num_samples=70",
+        "evaluate.steps=2",
+        "evaluate.seeds=[100, 101]",
+    ]
+    given = [part for one in sets for part in ("--set", one)]
+    result = command("demo", "--out", str(tmp_path / "digits"), *given)
+    assert result.code == 0, result.err
+    for text in ("47 inherited, 60 fresh, 1 recomputed, 24 dropped", "4,163,720 before, 4,178,696 after", "2 seeds"):
+        assert text in result.out
+    scores = json.loads((tmp_path / "digits" / "distilled" / "evaluation.json").read_text())
+    student, floor = scores["models"]["student"], scores["models"]["teacher against itself"]
+    assert len(student["frechet_distance"]["values"]) == 2
+    # Two steps teach nothing: the untrained student is far from the teacher, the teacher is not far from itself.
+    assert student["frechet_distance"]["mean"] > 3 * floor["frechet_distance"]["mean"]
+    recorded = json.loads((tmp_path / "digits" / "distilled" / "model" / "litconvert.json").read_text())
+    assert recorded["metrics"]["frechet_distance"]["num_samples"] == 70
+
+
+def test_evaluate_of_a_model_without_a_known_metric_says_so(tmp_path: Path, pico_student: Path) -> None:
+    result = command("evaluate", str(pico_student))
+    assert result.code == 2
+    assert "no metric is known for this data" in result.err
+    result = command("evaluate", str(tmp_path))
+    assert result.code == 2
+    assert "not a run of `litconvert distill`, nor a model that one wrote" in result.err
+
+
+def test_the_schema_that_recipes_name_is_the_one_printed() -> None:
+    assert json.loads((ROOT / "recipes" / "recipe.schema.json").read_text()) == json.loads(
+        command("recipes", "schema").out
+    )
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
+) -> None:
+    arguments = ("latents", "synthesize", tmp_path / "data", "--source", pico_checkpoint, "--recipe", pico_recipe)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        result = command(*arguments)
+    assert result.code == 1
+    assert "pip install 'litconvert[distill]'" in result.err
+    assert not (tmp_path / "data").exists()
+    assert command(*arguments).code == 0
+
+
+def test_env_names_versions() -> None:
+    facts = json.loads(command("env", "--json").out)
+    assert facts["torch"].startswith("2.")

@@ -1,0 +1,31 @@
+"""The table of defaults that digests of inputs rest on; `python -m tests.helpers.defaults` writes it anew."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from litconvert.model.shapes import CONFIG_DEFAULTS
+from litconvert.recipe import schema as recipe
+
+TABLE = Path(__file__).with_name("defaults.json")
+
+
+def current_defaults() -> dict[str, Any]:
+    """The default of every key: `Section.key` of a recipe's sections, `config.key` of the model's config."""
+    found = {f"config.{key}": value for key, value in CONFIG_DEFAULTS.items()}
+    for name, section in vars(recipe).items():
+        if isinstance(section, type) and issubclass(section, recipe.Section):
+            for key, field in section.model_fields.items():
+                if field.default is not PydanticUndefined:
+                    found[f"{name}.{key}"] = to_jsonable_python(field.default)
+    return dict(sorted(found.items()))
+
+
+if __name__ == "__main__":
+    kept = json.loads(TABLE.read_text())
+    changed = [key for key, value in kept["defaults"].items() if current_defaults().get(key, ...) != value]
+    if changed and kept["number"] == recipe.DEFAULTS:
+        raise SystemExit(f"raise litconvert.recipe.schema.DEFAULTS first: other defaults for {', '.join(changed)}")
+    TABLE.write_text(json.dumps({"number": recipe.DEFAULTS, "defaults": current_defaults()}, indent=1) + "\n")
