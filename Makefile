@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-precision lint format benchmarks table clean
+.PHONY: demo quick test test-precision lint format benchmarks table clean
 
 demo: $(INSTALLED)        ## the whole line on the embedded model: no network, no GPU, results on one screen
 	$(BIN)/litconvert demo
+
+quick: $(INSTALLED)       ## all tests but those marked slow: under a minute and a half on two cores
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "not slow"
 
 test: $(INSTALLED)        ## all tests, two at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup

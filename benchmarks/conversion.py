@@ -44,6 +44,7 @@ from litconvert.common.tensors import TensorInfo
 from litconvert.conversion import convert as conversion
 from litconvert.conversion.plan import plan as plan_of
 from litconvert.families.sources import OpenSource
+from litconvert.model.config import ModelConfig
 from tests.helpers.checkpoint_files import dit_shapes, pixart_shapes
 
 ROUNDS = 5
@@ -58,7 +59,7 @@ def make(work: Path) -> None:
 
     def state(shapes: dict[str, tuple[int, ...]], size: int, width: int) -> dict[str, torch.Tensor]:
         values = {name: torch.empty(shape).uniform_(-0.05, 0.05) for name, shape in shapes.items()}
-        config = {"hidden_size": width, "sample_size": size, "patch_size": 2, "interpolation_scale": 1.0}
+        config = ModelConfig(hidden_size=width, sample_size=size, patch_size=2)
         return {**values, "pos_embed": position_embedding(config)}
 
     sigma, dit, training = work / "PixArt-Sigma.safetensors", work / "DiT-XL-2.pt", work / "training.pt"

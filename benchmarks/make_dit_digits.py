@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from litconvert.checkpoints.opening import open_checkpoint
-from litconvert.checkpoints.writing import write_safetensors
+from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.tensors import TensorInfo
 
 ASSETS = Path(__file__).parents[1] / "litconvert" / "assets"
@@ -25,7 +25,7 @@ def main(source: str) -> None:
     }
     out = ASSETS / "dit-digits.safetensors"
     metadata = {"format": "pt", "source": Path(source).name, "weights": "ema"}
-    write_safetensors(out, tensors, checkpoint.read, metadata)
+    write_safetensors(out, LazyTensors(tensors, checkpoint.read), metadata)
     print(f"{out}: {len(tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -36,17 +36,18 @@ from torch import Tensor, nn
 
 from benchmarks.provenance import provenance
 from litconvert.common.device import bf16_in_hardware
-from litconvert.common.listener import StepReport
+from litconvert.common.listener import Listener, StepReport
 from litconvert.data.conditions import Conditioner
 from litconvert.data.dataset import Bucket, LatentDataset
 from litconvert.distillation.teaching import Teachers
+from litconvert.model.config import ModelConfig
 from litconvert.model.diffusion import DDPM
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.model.shapes import full_config
 from litconvert.recipe.schema import Distill, Hybrid, Recipe
 from litconvert.runs.directory import RunDirectory
 from litconvert.runs.throughput import peak_flops, training_flops
 from litconvert.training.engine import Engine
+from litconvert.training.objective import TrainingRun
 from litconvert.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
@@ -170,6 +171,16 @@ def random_latents(size: Size) -> LatentDataset:
     return LatentDataset((bucket,), "latents", "class", (0, CLASSES - 1), "random")
 
 
+class Calls(Listener):
+    """Calls a function after each step."""
+
+    def __init__(self, on_step: Callable[[StepReport], None]) -> None:
+        self.on_step = on_step
+
+    def step(self, report: StepReport) -> None:
+        self.on_step(report)
+
+
 def run_litconvert(size: Size, folder: Path, on_step: Callable[[StepReport], None]) -> None:
     """litconvert's own trainer, until `on_step` raises Measured."""
     engine = Engine("auto")
@@ -179,15 +190,10 @@ def run_litconvert(size: Size, folder: Path, on_step: Callable[[StepReport], Non
     teacher = random_weights(LiTTransformer2DModel(**model_config(size, "softmax")))
     run = RunDirectory(folder / "run")
     run.start({"digest": "random"}, recipe.to_yaml())
+    teachers = Teachers(engine, None, teacher, list(range(size.layers)), recipe.distill)
+    training = TrainingRun(engine, recipe, run, random_latents(size), student, teachers)
     trainer = Trainer(
-        engine,
-        student,
-        Teachers(engine, None, teacher, list(range(size.layers)), recipe.distill),
-        random_latents(size),
-        Conditioner(student.config, device=engine.device),
-        recipe,
-        run,
-        on_step=on_step,
+        training, Conditioner(ModelConfig.of(student.config), device=engine.device), listener=Calls(on_step)
     )
     try:
         trainer.fit()
@@ -250,12 +256,12 @@ def summary(size: Size, times: dict[Side, list[tuple[float, float]]], device: to
         return {"median": round(middle, 3), "quartile_1": round(low, 3), "quartile_3": round(high, 3)}
 
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
-    teacher = full_config(model_config(size, "softmax"))
+    teacher = ModelConfig.of(model_config(size, "softmax"))
     result: dict[str, Any] = {**asdict(size), "tokens": size.tokens, "rounds": len(times["plain"])}
     students: dict[Side, str] = {"litconvert": "linear", "plain": "softmax"}
     for side, kind in students.items():
         seconds = median(wall for wall, _ in times[side])
-        flops = size.batch * training_flops(STAGE, full_config(model_config(size, kind)), teacher)
+        flops = size.batch * training_flops(STAGE, ModelConfig.of(model_config(size, kind)), teacher)
         result[side] = {
             "seconds": round(seconds, 4),
             "cpu_seconds": round(median(cpu for _, cpu in times[side]), 4),

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from litconvert.checkpoints.writing import write_safetensors
-from litconvert.common.tensors import TensorInfo
+from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.evaluation.metrics import DigitsClassifier
 
 TEST_IMAGES = 360
@@ -58,8 +57,7 @@ def main() -> None:
     model, accuracy = train()
     state = {name: value.detach() for name, value in model.state_dict().items()}
     out = ASSETS / "digits-classifier.safetensors"
-    tensors = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in state.items()}
-    write_safetensors(out, tensors, state.__getitem__, {"format": "pt", "test_accuracy": f"{accuracy:.4f}"})
+    write_safetensors(out, LazyTensors.of(state), {"format": "pt", "test_accuracy": f"{accuracy:.4f}"})
     print(f"{out}: accuracy {accuracy:.1%} on {TEST_IMAGES} test images")
 
 

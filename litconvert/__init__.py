@@ -10,17 +10,17 @@ if TYPE_CHECKING:
     from litconvert.conversion.convert import convert
     from litconvert.conversion.plan import plan
     from litconvert.data.dataset import open_latents
-    from litconvert.distillation.distillation import distill
     from litconvert.families.sources import load
     from litconvert.publishing.push import push
     from litconvert.sampling.draw import sample
+    from litconvert.workflow import distill
 
 __version__ = "0.1.0"
 __all__ = ["LitconvertError", "convert", "distill", "load", "objectives", "open_latents", "plan", "push", "sample"]
 
 _HOMES = {
     "convert": "conversion.convert",
-    "distill": "distillation.distillation",
+    "distill": "workflow",
     "load": "families.sources",
     "open_latents": "data.dataset",
     "plan": "conversion.plan",

@@ -3,6 +3,10 @@
 import difflib
 import errno
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
 
 
 class LitconvertError(Exception):
@@ -61,3 +65,7 @@ def system_cause(error: BaseException) -> str | None:
                 return where + cause
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return None
+
+
+# What `pip install 'litconvert[distill]'` brings.
+DISTILLATION_PACKAGES = ("datasets", "matplotlib", "pyarrow", "torchmetrics")

@@ -1,26 +1,104 @@
-"""The whole line for one recipe: convert, latents, distil, sample, evaluate, push; what is done already is skipped."""
+"""What composes several rooms: distillation with its estimates, and the whole line for one recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litconvert.cli import terminal as console
-from litconvert.cli.live import screen
 from litconvert.common.launch import launched_processes
+from litconvert.common.listener import SILENT, Listener
 from litconvert.common.quantities import duration, size
 from litconvert.conversion.convert import carry_out
 from litconvert.conversion.plan import ConversionPlan, plan_conversion
 from litconvert.data.synthesize import synthesize_resolved
-from litconvert.distillation.distillation import distill
+from litconvert.distillation.distillation import Distillation, Request, fit, prepare
 from litconvert.errors import UsageError
-from litconvert.estimates.stage import StageEstimate
-from litconvert.evaluation.scores import score_run
-from litconvert.families.sources import open_source
-from litconvert.recipe.resolve import resolve, with_source
-from litconvert.runs.directory import RunDirectory
+from litconvert.estimates.stage import StageEstimate, Workload, estimate_stages
+from litconvert.evaluation.run_scores import score_run
+from litconvert.families.sources import open_source_of
+from litconvert.publishing.push import push
+from litconvert.recipe.resolve import resolve
 from litconvert.runs.plots import compare
 from litconvert.training.checks import check_model
+
+
+def distill(
+    student: str | Path,
+    out: str | Path,
+    recipe: str | None = None,
+    *,
+    teacher: str | None = None,
+    data: str | Path | None = None,
+    start: str | None = None,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    listener: Listener = SILENT,
+) -> Path:
+    """Teach a converted student with its softmax teacher. Called again with the same inputs, it goes on where it was.
+
+    Args:
+        student: model directory that `convert` wrote.
+        out: run directory: recipe.yaml, metrics.csv, curves.png, samples/, checkpoints/, model/.
+        recipe: name or path; None: the one recorded in the student.
+        teacher: another checkpoint for the stages after attention transfer; None: the recipe's, or else the source.
+        data: dataset folder; None: the recipe's, or else the teacher draws it into a folder `out`-latents.
+        start: RUN or RUN@STEP, another run whose weights are trained on with a new optimiser; None: the recipe's, or
+            else the student's own.
+        overrides: `key=value`, over the recipe. Stages of a run that is there may be given more steps.
+        force: replace a run of other inputs.
+        listener: hears notes and steps; with `wants_estimates` what each stage will take, before models are read, and
+            what it took (usage.json).
+
+    Returns: the run directory.
+
+    Raises UsageError for inputs that do not fit, LitconvertError when it had to stop, Interrupted after a signal.
+    """
+    asked = Request(Path(student), Path(out), recipe, teacher, data, start, overrides, force)
+    prepared = prepare(asked, listener)
+    estimates: list[StageEstimate] = []
+    if not prepared.finished:
+        if listener.wants_estimates and prepared.engine.is_main:
+            estimates = _estimates(prepared)
+            _say_estimates(estimates, listener)
+        fit(prepared, listener)
+    _say_usage(estimates, prepared.directory.read_usage(), listener)
+    return asked.out
+
+
+def _estimates(prepared: Distillation) -> list[StageEstimate]:
+    """What each stage will take; before models are read, since what this process takes now counts as its libraries."""
+    lineage, engine = prepared.lineage, prepared.engine
+    return estimate_stages(
+        Workload(
+            prepared.recipe,
+            lineage.config,
+            teacher=lineage.teacher.config,
+            source=lineage.source.config,
+            mapped_bytes=lineage.nbytes,
+            processes=engine.processes,
+            sharded=engine.sharded,
+        )
+    )
+
+
+def _say_estimates(estimates: Sequence[StageEstimate], listener: Listener) -> None:
+    for one in estimates:
+        listener.note(f"stage {one.stage}, {one.objective}: about {_taken(one.peak, one.seconds)}")
+        if one.advice is not None:
+            listener.note(f"stage {one.stage} may not fit: {one.advice}")
+
+
+def _say_usage(estimates: Sequence[StageEstimate], usage: Mapping[str, Any], listener: Listener) -> None:
+    """What was estimated beside what it came to."""
+    for one in estimates:
+        if (used := usage.get(str(one.stage))) is not None:
+            taken, foreseen = _taken(used["peak_bytes"], used["seconds"]), _taken(one.peak, one.seconds)
+            listener.note(f"stage {one.stage} took {taken}; estimated: {foreseen}")
+
+
+def _taken(peak_bytes: float, seconds: float) -> str:
+    """`1.2 GB and 3.4 s`."""
+    return f"{size(int(peak_bytes))} and {duration(seconds) if seconds >= 60 else f'{seconds:.3g} s'}"
 
 
 @dataclass(frozen=True)
@@ -34,9 +112,17 @@ class LineResult:
 
 
 def run_line(
-    recipe: str, out: Path, *, source: str | None = None, overrides: Sequence[str] = (), force: bool = False
+    recipe: str,
+    out: Path,
+    *,
+    source: str | None = None,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    listener: Listener = SILENT,
 ) -> LineResult:
     """Run a recipe from checkpoint to result in `out`: student/, latents/, distilled/ and evaluation.json.
+
+    What is done already is skipped.
 
     Raises UsageError where several processes were launched.
     """
@@ -45,76 +131,21 @@ def run_line(
             "`run` is of one process, and several were launched: `litconvert convert` first, then launch `latents "
             "synthesize` and `distill`"
         )
-    resolved = with_source(resolve(recipe, overrides), source)
+    resolved = resolve(recipe, overrides, source)
     settings = resolved.recipe
-    plan = plan_conversion(open_source(settings.source, settings.inherit.weights), settings)
+    plan = plan_conversion(open_source_of(settings), settings)
     check_model(plan.config, settings)
     student = carry_out(plan, out / "student", force=force)
-    console.note(f"converted: {student}")
+    listener.note(f"converted: {student}")
     data = settings.data.path
     if data is None:
-        with console.progress("teacher draws the training set") as show:
-            data = str(
-                synthesize_resolved(
-                    resolved, out / "latents", force, lambda done, all_: show(done, all_, ""), console.note
-                )
-            )
-    run = distill_with_progress(student, out / "distilled", recipe, None, data, overrides, force)
+        data = str(synthesize_resolved(resolved, out / "latents", listener, force=force))
+    run = distill(student, out / "distilled", recipe, data=data, overrides=overrides, force=force, listener=listener)
     scores = None
     if settings.evaluate.features is not None:
-        scores = score_run(run, settings, force=force)
+        scores = score_run(run, settings, force=force, listener=listener)
     compare(run)
     url = None
     if settings.publish.repo_id is not None:
-        from litconvert.publishing.push import push
-
         url = push(run, settings.publish.repo_id, private=settings.publish.private, pipeline=settings.publish.pipeline)
     return LineResult(plan, run, scores, url)
-
-
-def distill_with_progress(
-    student: Path,
-    out: Path,
-    recipe: str | None,
-    teacher: str | None,
-    data: str | Path | None,
-    overrides: Sequence[str],
-    force: bool,
-    start: str | None = None,
-) -> Path:
-    """`distill`, seen while it runs."""
-    estimates: list[StageEstimate] = []
-
-    def on_estimates(found: Sequence[StageEstimate]) -> None:
-        estimates.extend(found)
-        for one in found:
-            console.note(f"stage {one.stage}, {one.objective}: about {_taken(one.peak, one.seconds)}")
-            if one.advice is not None:
-                console.note(f"stage {one.stage} may not fit: {one.advice}")
-
-    listener = screen()
-    with listener.training("distil"):
-        run = distill(
-            student,
-            out,
-            recipe,
-            teacher=teacher,
-            data=data,
-            start=start,
-            overrides=overrides,
-            force=force,
-            on_estimates=None if console.is_quiet() else on_estimates,
-            on_step=listener.step,
-            on_note=console.note,
-        )
-    usage = RunDirectory(run).read_usage()
-    for one in estimates:
-        if (used := usage.get(str(one.stage))) is not None:
-            foreseen = _taken(one.peak, one.seconds)
-            console.note(f"stage {one.stage} took {_taken(used['peak_bytes'], used['seconds'])}; estimated: {foreseen}")
-    return run
-
-
-def _taken(peak_bytes: float, seconds: float) -> str:
-    """`1.2 GB and 3.4 s`."""
-    return f"{size(int(peak_bytes))} and {duration(seconds) if seconds >= 60 else f'{seconds:.3g} s'}"

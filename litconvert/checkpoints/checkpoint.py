@@ -10,15 +10,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from litconvert.checkpoints.pickles import (
-    first_line,
-)
+from litconvert.checkpoints.pickles import first_line
 from litconvert.common.tensors import TensorInfo
 from litconvert.errors import LitconvertError, system_cause
 
 # What torch's distributed checkpoints have, those of runs among them.
 RUN_INDEX = ".metadata"
-
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "base_model.")
 

@@ -3,12 +3,12 @@
 import errno
 import io
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from glob import escape
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litconvert.checkpoints.checkpoint import Checkpoint, Stored, wrapper_prefix
 from litconvert.checkpoints.local import open_local, shards_of_index
@@ -17,6 +17,9 @@ from litconvert.common.files import read_json
 from litconvert.common.hub import download, hub_errors
 from litconvert.common.tensors import WEIGHT_SUFFIXES, TensorInfo, info_of_header
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 # A zip's directory and the pickle in it are fetched in pieces of this size.
 BLOCK_BYTES = 1 << 16
@@ -31,58 +34,26 @@ def open_hub_checkpoint(source: str, repo_id: str, revision: str | None, file: s
         source: what the user named.
         repo_id, revision, file, weights: as for `open_checkpoint`.
     """
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        HfHubHTTPError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub import try_to_load_from_cache
 
-    def opened(root: str) -> Checkpoint:
-        place = _cached_weights(Path(root), file)
-        local = open_local(str(place), place, weights=weights)
-        return replace(local, source=source, revision=Path(root).name)
-
+    repository = _Repository(source, repo_id, revision, file, weights)
     with hub_errors(repo_id):
-        try:
-            info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
-        except HfHubHTTPError:
-            raise
-        except (HTTPError, OfflineModeIsEnabled):
-            # No file has this name: nothing is asked for but the folder.
-            root = snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns="no such file")
-            if not _is_cached(Path(root), file):
-                raise LocalEntryNotFoundError("opened before, but its weights were never downloaded") from None
-            return opened(root)
+        info = repository.info()
+        if info is None:
+            return repository.cached()
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-        wanted = _wanted_files(repo_id, set(sizes), file)
-        for name in [one for one in wanted if one.endswith(".index.json")]:
-            folder = PurePosixPath(name).parent
-            shards = shards_of_index(download(repo_id, name, revision=revision))
-            wanted += [str(folder / shard) for shard in shards]
-        if lost := next((name for name in wanted if name not in sizes), None):
-            raise LitconvertError(
-                f"{repo_id}: its index names {lost}, which is not on the Hub; choose another revision"
-            )
+        wanted = repository.files_wanted(set(sizes))
         holders = [name for name in wanted if Path(name).suffix in WEIGHT_SUFFIXES]
         missing = [
             name for name in holders if not isinstance(try_to_load_from_cache(repo_id, name, revision=info.sha), str)
         ]
-
-        def fetch() -> Checkpoint:
-            # By the name asked for, not by the commit: so the cache knows it by that name when there is no network.
-            return opened(
-                snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in wanted])
-            )
-
         headers = (
             _remote_headers(source, repo_id, str(info.sha), {name: sizes[name] for name in holders}, weights)
             if missing
             else None
         )
         if headers is None:
-            return fetch()
+            return repository.fetched(wanted)
         tensors, chosen, sets = headers
         small = [Path(download(repo_id, name, revision=revision)) for name in wanted if name not in holders]
         config = next((read_json(path) for path in small if path.name == "config.json"), None)
@@ -90,13 +61,79 @@ def open_hub_checkpoint(source: str, repo_id: str, revision: str | None, file: s
     @cache
     def stored() -> Stored:
         with hub_errors(repo_id):
-            local = fetch()
+            local = repository.fetched(wanted)
         if local.revision != info.sha or dict(local.tensors) != tensors:
             raise LitconvertError(f"{source}: changed on the Hub meanwhile; run the command again")
         return local.stored()
 
     size = sum(sizes[name] for name in missing)
     return Checkpoint(source, config, tensors, chosen, sets, info.sha, size, stored)
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """A repository of the Hub, and what of it is asked for. Attributes are the arguments of `open_hub_checkpoint`."""
+
+    source: str
+    repo_id: str
+    revision: str | None
+    file: str | None
+    weights: str
+
+    def info(self) -> "ModelInfo | None":
+        """What the Hub says of it: its commit and its files; None where the Hub cannot be reached."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import (  # type: ignore[attr-defined]
+            HfHubHTTPError,
+            HTTPError,
+            OfflineModeIsEnabled,
+        )
+
+        try:
+            return HfApi().model_info(self.repo_id, revision=self.revision, files_metadata=True)
+        except HfHubHTTPError:
+            raise
+        except (HTTPError, OfflineModeIsEnabled):
+            return None
+
+    def files_wanted(self, names: set[str]) -> list[str]:
+        """Which of the repository's files are needed, shards and all."""
+        wanted = _wanted_files(self.repo_id, names, self.file)
+        for name in [one for one in wanted if one.endswith(".index.json")]:
+            folder = PurePosixPath(name).parent
+            shards = shards_of_index(download(self.repo_id, name, revision=self.revision))
+            wanted += [str(folder / shard) for shard in shards]
+        if lost := next((name for name in wanted if name not in names), None):
+            raise LitconvertError(
+                f"{self.repo_id}: its index names {lost}, which is not on the Hub; choose another revision"
+            )
+        return wanted
+
+    def fetched(self, names: Sequence[str]) -> Checkpoint:
+        """The checkpoint in these files, which are downloaded where the cache lacks them."""
+        from huggingface_hub import snapshot_download
+
+        # By the name asked for, not by the commit: so the cache knows it by that name when there is no network.
+        patterns = [escape(name) for name in names]
+        return self._opened(snapshot_download(self.repo_id, revision=self.revision, allow_patterns=patterns))
+
+    def cached(self) -> Checkpoint:
+        """The checkpoint that an earlier download left in the cache."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        # No file has this name: nothing is asked for but the folder.
+        nothing = "no such file"
+        root = snapshot_download(self.repo_id, revision=self.revision, local_files_only=True, allow_patterns=nothing)
+        if not _is_cached(Path(root), self.file):
+            raise LocalEntryNotFoundError("opened before, but its weights were never downloaded")
+        return self._opened(root)
+
+    def _opened(self, root: str) -> Checkpoint:
+        """The checkpoint in a snapshot on this machine."""
+        place = _cached_weights(Path(root), self.file)
+        local = open_local(str(place), place, weights=self.weights)
+        return replace(local, source=self.source, revision=Path(root).name)
 
 
 def _remote_headers(

@@ -6,7 +6,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from litconvert.checkpoints.checkpoint import Extent
+from litconvert.common.listener import UNSEEN, Task
 from litconvert.common.tensors import SAFETENSORS_DTYPES, TensorInfo
 from litconvert.errors import LitconvertError
 
@@ -27,31 +28,35 @@ PAGE_BYTES = 4096
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
 
-def write_safetensors(
-    path: Path,
-    tensors: Mapping[str, TensorInfo],
-    produce: Produce,
-    metadata: Metadata,
-    *,
-    on_tensor: Callable[[str], None] = lambda name: None,
-) -> None:
-    """Write a safetensors file one tensor at a time, so that memory holds one at most; flushed to disk.
+@dataclass(frozen=True)
+class LazyTensors:
+    """Tensors whose values are asked for when they are written.
 
-    Args:
-        path: the file.
-        tensors: header of every tensor, in the order of the file.
+    Attributes:
+        infos: header of every tensor, in the order of the file.
         produce: values by name: a tensor of that shape or pieces (n,) of it, row-major, which are cast to that dtype;
             or an extent that holds it in that dtype, which is copied from file to file.
-        metadata: strings for the header; a function is asked for them after the last tensor.
-        on_tensor: called after each tensor.
-
-    Raises LitconvertError when a file that is copied from became shorter meanwhile.
     """
 
-    def encode(strings: Mapping[str, str]) -> bytes:
-        header: dict[str, Any] = {"__metadata__": dict(strings)}
+    infos: Mapping[str, TensorInfo]
+    produce: Produce
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> "LazyTensors":
+        """Tensors in memory, as they are."""
+        infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in state.items()}
+        return cls(infos, state.__getitem__)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(info.nbytes for info in self.infos.values())
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """What a safetensors file says of these tensors before their values, but for its length."""
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
         offset = 0
-        for name, info in tensors.items():
+        for name, info in self.infos.items():
             header[name] = {
                 "dtype": SAFETENSORS_DTYPES[info.dtype],
                 "shape": list(info.shape),
@@ -60,55 +65,88 @@ def write_safetensors(
             offset += info.nbytes
         return json.dumps(header, separators=(",", ":")).encode()
 
-    length = len(encode({})) + METADATA_ROOM if callable(metadata) else len(encode(metadata))
+
+def write_safetensors(path: Path, tensors: LazyTensors, metadata: Metadata, *, task: Task = UNSEEN) -> None:
+    """Write a safetensors file one tensor at a time, so that memory holds one at most; flushed to disk.
+
+    Args:
+        path: the file.
+        tensors: what is written.
+        metadata: strings for the header; a function is asked for them after the last tensor.
+        task: advanced by one after each tensor.
+
+    Raises LitconvertError when a file that is copied from became shorter meanwhile.
+    """
+    known = {} if callable(metadata) else metadata
+    length = len(tensors.header(known)) + (METADATA_ROOM if callable(metadata) else 0)
     length += -length % 8
-    first = produce(next(iter(tensors))) if tensors else None
+    first = tensors.produce(next(iter(tensors.infos))) if tensors.infos else None
     if isinstance(first, Extent) and first.offset % 8 == 0:
         # In step with the pages of the source, whose copying is then that of whole pages.
         length += (first.offset - 8 - length) % PAGE_BYTES
-    total = 8 + length + sum(info.nbytes for info in tensors.values())
     with path.open("w+b", buffering=0) as file:
         descriptor = file.fileno()
-        with suppress(AttributeError):  # not on every system
-            try:
-                # A full disk shows here, before anything is copied.
-                os.posix_fallocate(descriptor, 0, total)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-        position = 8 + length
-        run: Extent | None = None  # ends at `position` in the file that is written, and is yet to be copied
-
-        def copy_run() -> None:
-            if run is not None:
-                _copy(run, descriptor, position - run.nbytes)
-                _start_flushing(descriptor, position - run.nbytes, run.nbytes)
-
-        for name, info in tensors.items():
-            value = produce(name) if first is None else first
+        _allocate(descriptor, 8 + length + tensors.nbytes)
+        values = _Values(descriptor, 8 + length)
+        for name, info in tensors.infos.items():
+            value = tensors.produce(name) if first is None else first
             first = None
-            if isinstance(value, Extent):
-                assert (value.nbytes, value.dtype) == (info.nbytes, info.dtype), name
-                if run is not None and run.followed_by(value) and run.nbytes < RUN_BYTES:
-                    run = replace(run, nbytes=run.nbytes + value.nbytes)
-                else:
-                    copy_run()
-                    run = value
-            else:
-                copy_run()
-                run = None
-                if isinstance(value, Tensor):
-                    assert tuple(value.shape) == info.shape, name
-                    value = iter([value.contiguous().view(-1)])
-                _write_pieces(value, info, descriptor, position)
-                _start_flushing(descriptor, position, info.nbytes)
-            position += info.nbytes
-            on_tensor(name)
-        copy_run()
-        encoded = encode(metadata() if callable(metadata) else metadata)
+            values.append(name, info, value)
+            task.advance()
+        values.copy_run()
+        encoded = tensors.header(metadata() if callable(metadata) else metadata)
         assert len(encoded) <= length, "the metadata is longer than the room for it"
         _write(descriptor, memoryview(struct.pack("<Q", length) + encoded.ljust(length)), 0)
         os.fsync(descriptor)
+
+
+def _allocate(descriptor: int, nbytes: int) -> None:
+    """Take the room of a whole file: a full disk shows here, before anything is copied."""
+    with suppress(AttributeError):  # not on every system
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
+class _Values:
+    """The values of a file, written one after the other. Those that are copied wait for their neighbours.
+
+    Args:
+        descriptor: of the file.
+        position: where the first value begins.
+    """
+
+    def __init__(self, descriptor: int, position: int) -> None:
+        self.descriptor, self.position = descriptor, position
+        self.run: Extent | None = None  # ends at `position` in the file that is written, and is yet to be copied
+
+    def append(self, name: str, info: TensorInfo, value: Tensor | Extent | Iterator[Tensor]) -> None:
+        """The next tensor's values."""
+        if isinstance(value, Extent):
+            assert (value.nbytes, value.dtype) == (info.nbytes, info.dtype), name
+            if self.run is not None and self.run.followed_by(value) and self.run.nbytes < RUN_BYTES:
+                self.run = replace(self.run, nbytes=self.run.nbytes + value.nbytes)
+            else:
+                self.copy_run()
+                self.run = value
+        else:
+            self.copy_run()
+            if isinstance(value, Tensor):
+                assert tuple(value.shape) == info.shape, name
+                value = iter([value.contiguous().view(-1)])
+            _write_pieces(value, info, self.descriptor, self.position)
+            _start_flushing(self.descriptor, self.position, info.nbytes)
+        self.position += info.nbytes
+
+    def copy_run(self) -> None:
+        """Copy the neighbours that wait."""
+        if self.run is not None:
+            start = self.position - self.run.nbytes
+            _copy(self.run, self.descriptor, start)
+            _start_flushing(self.descriptor, start, self.run.nbytes)
+            self.run = None
 
 
 def _start_flushing(descriptor: int, position: int, nbytes: int) -> None:
@@ -163,14 +201,7 @@ def _copy(extent: Extent, descriptor: int, position: int) -> None:
 
 
 def write_weights(
-    folder: Path,
-    stem: str,
-    tensors: Mapping[str, TensorInfo],
-    produce: Produce,
-    metadata: Metadata,
-    *,
-    max_shard_bytes: int,
-    on_tensor: Callable[[str], None] = lambda name: None,
+    folder: Path, stem: str, tensors: LazyTensors, metadata: Metadata, *, max_shard_bytes: int, task: Task = UNSEEN
 ) -> list[Path]:
     """Write STEM.safetensors or, above `max_shard_bytes`, shards of at most that (or of one tensor) and their index.
 
@@ -178,7 +209,7 @@ def write_weights(
     """
     shards: list[dict[str, TensorInfo]] = [{}]
     filled = 0
-    for name, info in tensors.items():
+    for name, info in tensors.infos.items():
         if shards[-1] and filled + info.nbytes > max_shard_bytes:
             shards.append({})
             filled = 0
@@ -186,13 +217,13 @@ def write_weights(
         filled += info.nbytes
     if len(shards) == 1:
         path = folder / f"{stem}.safetensors"
-        write_safetensors(path, tensors, produce, metadata, on_tensor=on_tensor)
+        write_safetensors(path, tensors, metadata, task=task)
         return [path]
     paths = [folder / f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for path, shard in zip(paths, shards, strict=True):
-        write_safetensors(path, shard, produce, metadata, on_tensor=on_tensor)
+        write_safetensors(path, LazyTensors(shard, tensors.produce), metadata, task=task)
     index = {
-        "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
+        "metadata": {"total_size": tensors.nbytes},
         "weight_map": {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard},
     }
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

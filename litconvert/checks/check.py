@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from litconvert.common.versions import DISTILLATION_PACKAGES
-from litconvert.errors import LitconvertError
+from litconvert.errors import DISTILLATION_PACKAGES, LitconvertError
 
 NO_TIME = "no time left (--minutes)"
 Status = Literal["passed", "failed", "skipped"]

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
 from litconvert.checks.check import Context, Error, Finding, Skipped, judge
-from litconvert.distillation.teaching import compile_blocks
-from litconvert.estimates.activations import draw_inputs
+from litconvert.estimates.activations import random_inputs
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.training.student import compile_blocks
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ LONG, LONG_BYTES = 16384, 16e9
 
 
 def check_compiled(context: Context, cases: Sequence[Case] | None = None) -> Finding:
-    """Outputs and gradients of `teaching.compile_blocks` against the same model's without it."""
+    """Outputs and gradients of `training.student.compile_blocks` against the same model's without it."""
     if reason := why_not(context.device):
         raise Skipped(reason)
     errors, rows, left_out = [], [], []
@@ -105,7 +106,7 @@ def compare(case: Case, device: str) -> tuple[float, dict[str, float]]:
         model = LiTTransformer2DModel(**_config(case))
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.05)
-        clean, _, timestep, condition = draw_inputs({**model.config, "sample_size": case.latent[0]}, case.batch)
+        clean, _, timestep, condition = random_inputs(ModelConfig.of(model.config), case.batch)
         noisy = torch.randn(case.batch, clean.shape[1], *case.latent)
         compiled = copy.deepcopy(model)
         compile_blocks(compiled, recorded=False)

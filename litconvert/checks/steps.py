@@ -1,7 +1,6 @@
 """A training step of each size: memory and time as `plan --stage` estimates them, against a step of the trainer."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -11,20 +10,21 @@ import torch
 
 from litconvert.checks.check import NO_TIME, Context, Finding, Skipped
 from litconvert.checks.compiled import why_not
-from litconvert.common.listener import StepReport
+from litconvert.common.listener import Listener, StepReport
 from litconvert.common.memory import available_memory, measured_peak
 from litconvert.common.quantities import size as text_of
 from litconvert.data.conditions import Conditioner
 from litconvert.data.dataset import Bucket, LatentDataset, quiet_datasets
 from litconvert.distillation.teaching import Teachers
-from litconvert.estimates.stage import StageEstimate, estimate_stage
+from litconvert.estimates.stage import StageEstimate, Workload, estimate_stage
 from litconvert.estimates.states import weights_bytes
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.model.shapes import full_config
 from litconvert.recipe.schema import Distill, Hybrid, Recipe
 from litconvert.runs.directory import RunDirectory
 from litconvert.runs.throughput import peak_flops, training_flops
 from litconvert.training.engine import Engine
+from litconvert.training.objective import TrainingRun
 from litconvert.training.trainer import Trainer
 
 # Estimate over measurement. Times are of blocks alone, on a machine that others may use.
@@ -52,7 +52,7 @@ class Size:
     captions: bool = False
     batches: tuple[int, ...] = (32, 8, 1)
 
-    def config(self, kind: str) -> dict[str, Any]:
+    def config(self, kind: str) -> ModelConfig:
         """The model's, with one kind of attention."""
         known: dict[str, Any] = {
             "sample_size": self.sample_size,
@@ -64,7 +64,7 @@ class Size:
         }
         if self.captions:
             known |= {"num_classes": None, "caption_channels": 4096, "caption_tokens": 300}
-        return full_config(known)
+        return ModelConfig.of(known)
 
 
 SIZES = {
@@ -78,6 +78,21 @@ SIZES = {
 
 class Measured(Exception):
     """Ends the trainer's loop: there are steps enough."""
+
+
+class Timed(Listener):
+    """Notes when each step ends. Raises Measured after the last one that is asked for."""
+
+    def __init__(self, device: torch.device, steps: int) -> None:
+        self.device, self.steps, self.ends = device, steps, list[float]()
+
+    def step(self, report: StepReport) -> None:
+        """A step is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        if report.step == self.steps:
+            raise Measured
 
 
 def check_step(context: Context, size: str) -> Finding:
@@ -115,7 +130,7 @@ def fitting(size: Size, device: str) -> StageEstimate:
     needed = 5 * weights_bytes(student)
     batches = size.batches if device == "cuda" else (1,)
     for batch in batches if needed <= room else ():
-        estimate = estimate_stage(recipe_of(batch), student, teacher, 0, device=torch.device(device))
+        estimate = estimate_stage(Workload(recipe_of(batch), student, teacher, device=torch.device(device)), 0)
         if estimate.peak <= room:
             return estimate
         needed = estimate.peak
@@ -135,42 +150,35 @@ def measure(size: Size, batch: int, context: Context, compile: str) -> tuple[flo
     engine = Engine()
     recipe = recipe_of(batch, compile)
     with engine.device:
-        student, teacher = (LiTTransformer2DModel(**size.config(kind)) for kind in ("linear", "softmax"))
+        student, teacher = (LiTTransformer2DModel(**size.config(kind).values) for kind in ("linear", "softmax"))
     run = RunDirectory(context.folder / f"step-{time.monotonic_ns()}")
     run.path.mkdir()
     warm_up, timed = STEPS[context.device]
-    ends = []
-
-    def on_step(report: StepReport) -> None:
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
-        if report.step == warm_up + timed:
-            raise Measured
-
+    steps = Timed(engine.device, warm_up + timed)
     teachers = Teachers(engine, None, teacher, list(range(size.layers)), recipe.distill)
-    conditioner = Conditioner(student.config, device=engine.device)
-    data = random_data(student.config, max(batch, 8))
+    conditioner = Conditioner(size.config("linear"), device=engine.device)
+    data = random_data(size.config("linear"), max(batch, 8))
     try:
-        Trainer(engine, student, teachers, data, conditioner, recipe, run, on_step=on_step).fit()
+        training = TrainingRun(engine, recipe, run, data, student, teachers)
+        Trainer(training, conditioner, listener=steps).fit()
     except Measured:
         peak = measured_peak()
-    times = [after - before for before, after in pairwise(ends[warm_up - 1 :])]
+    times = [after - before for before, after in pairwise(steps.ends[warm_up - 1 :])]
     return median(times), peak
 
 
-def random_data(config: Mapping[str, Any], count: int) -> LatentDataset:
+def random_data(config: ModelConfig, count: int) -> LatentDataset:
     """Latents with classes, or with captions of the longest length, in memory."""
     from datasets import Dataset
 
     quiet_datasets()
-    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    shape = (config.in_channels, config.sample_size, config.sample_size)
     columns: dict[str, Any] = {"latent": list(torch.randn(count, *shape).flatten(1).numpy())}
-    channels, tokens = config["caption_channels"], config["caption_tokens"]
+    channels, tokens = config.caption_channels, config.caption_tokens
     if channels is None:
-        columns["class_label"] = [index % config["num_classes"] for index in range(count)]
+        columns["class_label"] = [index % config.classes for index in range(count)]
         bucket = Bucket(shape, Dataset.from_dict(columns))
-        return LatentDataset((bucket,), "latents", "class", (0, config["num_classes"] - 1), "random")
+        return LatentDataset((bucket,), "latents", "class", (0, config.classes - 1), "random")
     columns["caption_features"] = list(torch.randn(count, tokens * channels).half().numpy())
     columns["caption_tokens"] = [tokens] * count
     bucket = Bucket(shape, Dataset.from_dict(columns))

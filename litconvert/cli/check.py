@@ -4,26 +4,16 @@ The checks are in `litconvert.checks`, and run in another process. What is said 
 holds no user's name, nor a path with one.
 """
 
-import json
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from litconvert.checks.report import MINUTES, all_checks, report_of, without_people
 from litconvert.cli import terminal as console
 from litconvert.cli.options import DeviceOption, JsonOption, MinutesOption, ReportOption, use_device
 from litconvert.errors import GateError, UsageError
-
-if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_machine(
@@ -35,6 +25,11 @@ def check_machine(
 
     Example: python -m litconvert.gpu_check --out check.json
     """
+    import json
+    import tempfile
+    import time
+
+    from litconvert.checks.report import MINUTES, all_checks, report_of, without_people
     from litconvert.checks.runner import run_checks
     from litconvert.common.device import choose_device, chosen_device, default_device
     from litconvert.common.files import write_whole

@@ -20,11 +20,11 @@ from litconvert.cli.options import (
     overrides_of,
     use_device,
 )
-from litconvert.cli.reports import show_estimates, show_plan, show_source
 from litconvert.errors import LitconvertError, UsageError
 
 if TYPE_CHECKING:
-    pass
+    from litconvert.estimates.stage import StageEstimate
+    from litconvert.recipe.schema import Recipe
 
 
 def inspect(
@@ -44,13 +44,12 @@ def inspect(
 
     Example: litconvert inspect DiT-XL-2-256x256.pt
     """
-    from litconvert.families.sources import describe, examine, open_source
-    from litconvert.recipe.resolve import resolve, resolve_data, with_source
+    from litconvert.cli.reports import show_source
+    from litconvert.families.sources import describe, examine, open_source_of
+    from litconvert.recipe.resolve import resolve
 
     given = overrides_of(sets, num_attention_heads, sample_size)
-    resolved = resolve(recipe, given) if recipe else resolve_data({}, given, "command line")
-    settings = with_source(resolved, source).recipe
-    opened = open_source(settings.source, settings.inherit.weights)
+    opened = open_source_of(resolve(recipe, given, source).recipe)
     findings = examine(opened) if weights else None
     if as_json:
         console.data(describe(opened, findings))
@@ -83,15 +82,20 @@ def plan(
 
     Example: litconvert plan DiT-XL-2-256x256.pt --recipe dit-xl-2-256 --stage all --processes 8
     """
+    from litconvert.cli.reports import show_estimates, show_plan
+
+    given = overrides_of(sets, num_attention_heads, sample_size)
     if stage is not None:
         use_device(device)
-        _plan_stages(
-            source, recipe, overrides_of(sets, num_attention_heads, sample_size), stage, processes, micro_batch, as_json
-        )
+        estimates = _plan_stages(source, recipe, given, stage, processes, micro_batch)
+        if as_json:
+            console.data([estimate.to_json() for estimate in estimates])
+        else:
+            show_estimates(estimates)
         return
     from litconvert.conversion.plan import plan as make_plan
 
-    made = make_plan(source, recipe, overrides_of(sets, num_attention_heads, sample_size))
+    made = make_plan(source, recipe, given)
     if as_json:
         console.data(made.to_json())
     else:
@@ -105,8 +109,7 @@ def _plan_stages(
     stage: str,
     processes: int,
     micro_batch: int | None,
-    as_json: bool,
-) -> None:
+) -> "list[StageEstimate]":
     """`plan --stage`."""
     if stage != "all" and not stage.isdecimal():
         raise UsageError(f"--stage {stage}: give the number of a stage, counted from 0, or all")
@@ -115,11 +118,7 @@ def _plan_stages(
     from litconvert.estimates.plan_stages import plan_stages
 
     index = None if stage == "all" else int(stage)
-    made = plan_stages(source, recipe, overrides, stage=index, processes=processes, micro_batch=micro_batch)
-    if as_json:
-        console.data([estimate.to_json() for estimate in made])
-    else:
-        show_estimates(made)
+    return plan_stages(source, recipe, overrides, stage=index, processes=processes, micro_batch=micro_batch)
 
 
 def convert(
@@ -145,26 +144,25 @@ def convert(
 
     Example: litconvert convert PixArt-Sigma-XL-2-1024-MS.pth sigma --to diffusers
     """
+    from litconvert.cli.live import screen
+    from litconvert.cli.reports import show_plan
     from litconvert.conversion.convert import carry_out
     from litconvert.conversion.plan import plan as plan_of
+    from litconvert.conversion.relayout import TARGETS
+    from litconvert.recipe.resolve import resolve
 
     console.be_quiet(quiet)
     given = overrides_of(sets, num_attention_heads, sample_size, seed)
     if to is not None:
         if seed is not None:
             raise UsageError("--to writes the source's own weights: --seed means nothing there, leave it out")
-        _rewrite(source, out, recipe, given, to, dry_run=dry_run, force=force, as_json=as_json)
+        if to not in TARGETS:
+            raise UsageError(f"--to {to}: there are {' and '.join(TARGETS)}")
+        _rewrite(resolve(recipe, given, source).recipe, out, to, dry_run=dry_run, force=force, as_json=as_json)
         return
     made = plan_of(source, recipe, given)
     if not dry_run:
-        with console.progress("convert") as show:
-            total, done = made.totals["student_tensors_stored"], [0]
-
-            def on_tensor(name: str) -> None:
-                done[0] += 1
-                show(done[0], total, "")
-
-            carry_out(made, out, force=force, on_tensor=on_tensor)
+        carry_out(made, out, force=force, listener=screen())
     if as_json:
         console.data({"out": None if dry_run else str(out), **made.to_json()})
     else:
@@ -172,45 +170,25 @@ def convert(
     console.note(f"nothing written (--dry-run); would write {out}" if dry_run else f"written: {out}")
 
 
-def _rewrite(
-    source: str,
-    out: Path,
-    recipe: str | None,
-    overrides: list[str],
-    to: str,
-    *,
-    dry_run: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
+def _rewrite(settings: "Recipe", out: Path, to: str, *, dry_run: bool, force: bool, as_json: bool) -> None:
     """`convert --to`: the source's own weights in another layout."""
-    from litconvert.conversion.relayout import TARGETS, write_layout
-    from litconvert.families.sources import open_source
-    from litconvert.recipe.resolve import resolve, resolve_data, with_source
+    from litconvert.cli.live import screen
+    from litconvert.conversion.relayout import plan_layout
+    from litconvert.families.sources import open_source_of
 
-    if to not in TARGETS:
-        raise UsageError(f"--to {to}: there are {' and '.join(TARGETS)}")
-    resolved = resolve(recipe, overrides) if recipe else resolve_data({}, overrides, "command line")
-    settings = with_source(resolved, source).recipe
     if settings.student.dtype is not None:
         raise UsageError("--to writes weights exactly as they are; leave student.dtype out")
-    opened = open_source(settings.source, settings.inherit.weights)
-    with console.progress("write") as show:
-        notes, total = write_layout(
-            opened,
-            out,
-            to,
-            force=force,
-            dry_run=dry_run,
-            max_shard_bytes=settings.student.max_shard_bytes,
-            on_tensor=lambda done, total: show(done, total, ""),
-        )
+    opened = open_source_of(settings)
+    made = plan_layout(opened, out, to, force=force)
+    if not dry_run:
+        made.write(max_shard_bytes=settings.student.max_shard_bytes, listener=screen())
+    total = len(made.infos)
     for text in opened.reading.unsure:
         console.note(f"assumed: {text}")
-    for text in notes:
+    for text in made.notes:
         console.note(f"note: {text}")
     console.note(f"nothing written (--dry-run); would write {total} tensors" if dry_run else f"{total} tensors")
     if as_json:
-        console.data({"out": None if dry_run else str(out), "layout": to, "tensors": total, "notes": notes})
+        console.data({"out": None if dry_run else str(out), "layout": to, "tensors": total, "notes": made.notes})
     else:
         console.line(str(out))

@@ -1,7 +1,7 @@
 """`litconvert latents`: training data."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,6 @@ from litconvert.cli.options import (
     overrides_of,
     use_device,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def latents_synthesize(
@@ -39,21 +36,12 @@ def latents_synthesize(
 
     Example: litconvert latents synthesize latents/ --recipe digits
     """
+    from litconvert.cli.live import screen
     from litconvert.data.synthesize import synthesize
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
-    with console.progress("draw") as show:
-        given = overrides_of(sets, num_attention_heads)
-        synthesize(
-            source,
-            out,
-            recipe,
-            given,
-            force=force,
-            on_progress=lambda done, total: show(done, total, ""),
-            on_note=console.note,
-        )
+    synthesize(source, out, recipe, overrides_of(sets, num_attention_heads), force=force, listener=screen())
     if is_first():
         console.line(str(out))
 
@@ -90,8 +78,9 @@ def latents_encode(
 
     Example: litconvert latents encode imagenet/train latents/ --recipe dit-xl-2-256 --source DiT-XL-2-256x256.pt --flip
     """
-    from litconvert.common.files import read_json
-    from litconvert.data.dataset import RECORD
+    from litconvert.cli.live import screen
+    from litconvert.conversion.plan import resolve_for
+    from litconvert.data.dataset import read_record
     from litconvert.data.encode import encode_images
     from litconvert.data.report import classes_remark
 
@@ -100,19 +89,9 @@ def latents_encode(
     given = overrides_of(sets, num_attention_heads)
     given += [f"source.vae.path={vae}"] if vae else []
     given += ["data.flip=true"] if flip else []
-    with console.progress("encode") as show:
-        encode_images(
-            images,
-            out,
-            recipe,
-            given,
-            source=source,
-            force=force,
-            skip_broken=skip_broken,
-            on_progress=show,
-            on_note=console.note,
-        )
-    if remark := classes_remark(read_json(out / RECORD)):
+    resolved = resolve_for(recipe, given, source)
+    encode_images(images, out, resolved, force=force, skip_broken=skip_broken, listener=screen())
+    if remark := classes_remark(read_record(out)):
         console.note(f"note: {remark}")
     if is_first():
         console.line(str(out))
@@ -133,16 +112,17 @@ def latents_show(
 
     Example: litconvert latents show latents/ --out sheet.png
     """
-    from litconvert.data.report import describe_data, draw_sheet, rows_of
-    from litconvert.recipe.resolve import resolve, resolve_data
+    from litconvert.cli.reports import show_data
+    from litconvert.data.report import describe_data, write_sheet
+    from litconvert.recipe.resolve import resolve
 
     console.be_quiet(quiet)
     facts = describe_data(data)
     if out is not None:
-        resolved = resolve(recipe, sets or []) if recipe else resolve_data({}, sets or [], "command line")
-        draw_sheet(data, out, vae=resolved.recipe.source.vae, count=count)
+        resolved = resolve(recipe, sets or [])
+        write_sheet(data, out, vae=resolved.recipe.source.vae, count=count)
         console.note(f"written: {out}")
     if as_json:
         console.data(facts)
     else:
-        console.table(("", ""), rows_of(facts))
+        show_data(facts)

@@ -13,9 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from litconvert.cli import terminal as console
-from litconvert.common.listener import Listener, StepReport, Task
+from litconvert.common.listener import TERMS, Listener, StepReport, Task
 from litconvert.common.quantities import duration, size
-from litconvert.runs.directory import TERMS
 
 # A log gets a line at most so often: two a minute are 20,000 in a week.
 SECONDS_BETWEEN_LINES = 30.0

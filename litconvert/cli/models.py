@@ -1,7 +1,7 @@
 """`litconvert probe`, `sample`, `evaluate`, `push`: what is done with a model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,15 +15,12 @@ from litconvert.cli.options import (
     RawOption,
     SeedOption,
     SetOption,
+    assignments,
     overrides_of,
     use_device,
 )
-from litconvert.cli.reports import show_scores
 from litconvert.common.quantities import count
 from litconvert.errors import UsageError
-
-if TYPE_CHECKING:
-    from litconvert.evaluation.probe import ProbeResult
 
 
 def probe(
@@ -57,58 +54,34 @@ def probe(
 
     Example: litconvert probe runs/lit-xl --data latents/ --budget 1.05 --at 1024 --write hybrid.yaml
     """
+    from litconvert.cli.live import screen
+    from litconvert.cli.reports import show_probe
+    from litconvert.evaluation.probe import ProbeRequest
     from litconvert.evaluation.probe import probe as measure
 
     console.be_quiet(quiet)
     use_device(device)
-    with console.progress("probe") as show:
-        result = measure(
-            student,
-            data,
-            recipe,
-            overrides_of(sets, seed=seed),
-            num_samples=num_samples,
-            image_size=at,
-            budget=budget,
-            budget_ms=budget_ms,
-            write=write,
-            force=force,
-            on_progress=lambda done, total: show(done, total, ""),
-        )
+    asked = ProbeRequest(
+        student,
+        data,
+        recipe,
+        overrides_of(sets, seed=seed),
+        num_samples=num_samples,
+        image_size=at,
+        budget=budget,
+        budget_ms=budget_ms,
+        write=write,
+        force=force,
+    )
+    result = measure(asked, screen())
     for text in result.notes:
         console.note(f"note: {text}")
     if as_json:
         console.data(result.to_json())
     else:
-        _show_probe(result)
+        show_probe(result)
     if write is not None:
         console.note(f"written: {write}")
-
-
-def _show_probe(result: "ProbeResult") -> None:
-    """Layers by error, and the suggestion."""
-    timed, chosen = result.linear_milliseconds is not None, result.softmax_layers is not None
-    headers = ["layer", "error", "spread", "+ MMACs", "x MACs", *(("+ ms", "ms") if timed else ())]
-    rows = []
-    for row in result.rows:
-        cells = [
-            row.layer,
-            f"{row.error:.2e}",
-            f"{row.deviation:.1e}",
-            f"{row.macs / 1e6:,.2f}",
-            f"{row.macs_ratio:.3f}",
-        ]
-        cells += [f"{row.milliseconds:.3f}", f"{row.total_milliseconds:.2f}"] if timed else []
-        rows.append([*cells, row.keeps if row.suggested else "linear"] if chosen else cells)
-    size = f"{result.image_size} pixels, {result.tokens} tokens"
-    console.line(f"{result.num_samples} samples; costs of one image of {size}")
-    console.table([*headers, "suggested"] if chosen else headers, rows, numbers=range(1, len(headers)))
-    console.line("error: ||output - teacher's||^2 / ||teacher's||^2, this layer alone linear; spread over samples")
-    console.line("+: more when the layer is kept; x MACs and ms: with those above it kept too, ms of self-attention")
-    if result.kept:
-        console.line(f"kept already, and not probed: {', '.join(map(str, result.kept))}")
-    if result.softmax_layers is not None:
-        console.line(f"--set 'student.softmax_layers=[{', '.join(map(str, result.softmax_layers))}]'")
 
 
 def sample(
@@ -162,11 +135,12 @@ def sample(
 
     Example: litconvert sample runs/lit-xl@20000
     """
-    from litconvert.sampling.request import sample_to_files
+    from litconvert.cli.live import screen
+    from litconvert.sampling.request import SampleRequest, sample_to_files
 
     console.be_quiet(quiet)
     use_device(device)
-    named: dict[str, Any] = {
+    named = {
         "sample.num_images": num,
         "sample.scheduler": scheduler,
         "sample.steps": steps,
@@ -174,27 +148,23 @@ def sample(
         "sample.guidance_channels": guidance_channels,
         "sample.seed": seed,
     }
-    given = [*overrides_of(sets), *(f"{key}={value}" for key, value in named.items() if value is not None)]
-    with console.progress("sample") as show:
-        written = sample_to_files(
-            model,
-            out=out,
-            teacher=teacher,
-            recipe=recipe,
-            overrides=given,
-            classes=classes,
-            prompts=prompts or (),
-            negative_prompt=negative_prompt,
-            embeddings=embeddings,
-            save_embeddings=save_embeddings,
-            npz=npz,
-            latents=latents,
-            num_attention_heads=num_attention_heads,
-            weights="model" if raw else "auto",
-            on_progress=lambda done, total: show(done, total, ""),
-            on_note=console.note,
-        )
-    for path in written:
+    request = SampleRequest(
+        model,
+        out,
+        teacher=teacher,
+        recipe=recipe,
+        overrides=[*(sets or []), *assignments(named)],
+        classes=classes,
+        prompts=prompts or (),
+        negative_prompt=negative_prompt,
+        embeddings=embeddings,
+        save_embeddings=save_embeddings,
+        npz=npz,
+        latents=latents,
+        num_attention_heads=num_attention_heads,
+        weights="model" if raw else "auto",
+    )
+    for path in sample_to_files(request, screen()):
         console.line(str(path))
 
 
@@ -211,7 +181,9 @@ def evaluate(
 
     Example: litconvert evaluate runs/digits/distilled --set evaluate.num_samples=1000
     """
-    from litconvert.evaluation.scores import score_run
+    from litconvert.cli.live import screen
+    from litconvert.cli.reports import show_scores
+    from litconvert.evaluation.run_scores import score_run
     from litconvert.recipe.resolve import resolve
     from litconvert.runs.directory import model_of
 
@@ -220,8 +192,8 @@ def evaluate(
     model = model_of(str(run), raw=raw)
     if not (Path(model) / "litconvert.json").is_file():
         raise UsageError(f"{run}: not a run of `litconvert distill`, nor a model that one wrote (no litconvert.json)")
-    weights = "model" if raw else "auto"
-    scores = score_run(model, resolve(model, sets or []).recipe, weights=weights, force=force)
+    settings, weights = resolve(model, sets or []).recipe, "model" if raw else "auto"
+    scores = score_run(model, settings, weights=weights, force=force, listener=screen())
     if as_json:
         console.data(scores)
     else:

@@ -1,6 +1,7 @@
 """Options that several commands have."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +52,12 @@ def overrides_of(
         "source.sample_size": sample_size,
         "seed": seed,
     }
-    return [*(sets or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
+    return [*(sets or []), *assignments(named)]
+
+
+def assignments(named: Mapping[str, object]) -> list[str]:
+    """`key=value` of those options that are given."""
+    return [f"{key}={value}" for key, value in named.items() if value is not None]
 
 
 def use_device(name: str | None) -> None:

@@ -1,16 +1,13 @@
 """`litconvert recipes`: listed, shown, copied, checked."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from litconvert.cli import terminal as console
 from litconvert.cli.options import ForceOption, JsonOption, SetOption
 from litconvert.errors import LitconvertError, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def recipes_ls(as_json: JsonOption = False) -> None:

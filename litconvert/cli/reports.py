@@ -3,14 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from litconvert.common.quantities import count, size
+from litconvert.cli.terminal import line, table
+from litconvert.common.quantities import count, duration, size
 
 if TYPE_CHECKING:
     from litconvert.conversion.plan import ConversionPlan
     from litconvert.estimates.stage import StageEstimate
+    from litconvert.evaluation.probe_result import ProbeResult
     from litconvert.families.sources import Findings, OpenSource
     from litconvert.workflow import LineResult
-from litconvert.cli.terminal import line, table
 
 
 def show_source(source: "OpenSource", findings: "Findings | None" = None) -> None:
@@ -60,9 +61,9 @@ def _attention(config: Mapping[str, Any]) -> str:
     kinds = config["attention"]
     text = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     if "linear" in kinds:
-        size = config["linear_conv_size"]
+        conv_size = config["linear_conv_size"]
         text += f" ({config['linear_num_heads']} heads, {config['linear_kernel']}, eps {config['linear_eps']:g}, "
-        text += f"convolution {size} x {size})" if size else "no convolution)"
+        text += f"convolution {conv_size} x {conv_size})" if conv_size else "no convolution)"
     return text
 
 
@@ -118,6 +119,68 @@ def _place(name: str | None, rows: tuple[int, int] | None, copies: int) -> str:
     if name is None:
         return "-"
     return name + (f"[{rows[0]}:{rows[1]}]" if rows else "") + (f" ({copies} copies)" if copies > 1 else "")
+
+
+def show_data(facts: Mapping[str, Any]) -> None:
+    """What `describe_data` says of a data set."""
+    from litconvert.data.report import classes_remark
+
+    shapes = ", ".join(f"{'x'.join(map(str, one['shape']))} ({one['samples']:,})" for one in facts["buckets"])
+    kinds = {
+        "pixels": "pixels",
+        "latents": "latents",
+        "moments": "VAE posteriors, drawn from at each visit",
+    }
+    mirrored = " (and of the mirrored images)" if facts["flipped"] else ""
+    rows = [
+        ("samples", f"{facts['samples']:,}" + (f", {facts['skipped']:,} left out" if facts["skipped"] else "")),
+        ("shapes", shapes),
+        ("kind", kinds[facts["kind"]] + mirrored),
+    ]
+    if "scaling_factor" in facts:
+        rows.append(("scaling factor", f"{facts['scaling_factor']:g}"))
+    if "classes" in facts:
+        counts = sorted(facts["classes"].values())
+        rows.append(("classes", f"{len(counts)}, labels {min(facts['classes'])} to {max(facts['classes'])}"))
+        rows.append(("samples a class", f"{counts[0]:,} to {counts[-1]:,}, median {counts[len(counts) // 2]:,}"))
+    if names := facts.get("class_names"):
+        rows.append(("class names", ", ".join(names[:5]) + (f", ... ({len(names):,} in all)" if names[5:] else "")))
+    if remark := classes_remark(facts):
+        rows.append(("note", remark))
+    for key, unit in (("caption_tokens", "tokens"), ("caption_characters", "characters, encoded on the fly")):
+        if key in facts:
+            spread = facts[key]
+            rows.append(("captions", f"{spread['min']} to {spread['max']}, median {spread['median']:g} {unit}"))
+    if "caption_channels" in facts:
+        rows.append(("text features", f"{facts['caption_channels']} channels, float16"))
+        rows.append(("null caption", "stored" if facts["null_caption"] else "none"))
+    rows += [("size", size(facts["bytes"])), ("digest", facts["digest"][:12])]
+    table(("", ""), rows)
+
+
+def show_probe(result: "ProbeResult") -> None:
+    """Layers by error, and the suggestion."""
+    timed, chosen = result.linear_milliseconds is not None, result.softmax_layers is not None
+    headers = ["layer", "error", "spread", "+ MMACs", "x MACs", *(("+ ms", "ms") if timed else ())]
+    rows = []
+    for row in result.rows:
+        cells = [
+            row.layer,
+            f"{row.error:.2e}",
+            f"{row.deviation:.1e}",
+            f"{row.macs / 1e6:,.2f}",
+            f"{row.macs_ratio:.3f}",
+        ]
+        cells += [f"{row.milliseconds:.3f}", f"{row.total_milliseconds:.2f}"] if timed else []
+        rows.append([*cells, row.keeps if row.suggested else "linear"] if chosen else cells)
+    line(f"{result.num_samples} samples; costs of one image of {result.image_size} pixels, {result.tokens} tokens")
+    table([*headers, "suggested"] if chosen else headers, rows, numbers=range(1, len(headers)))
+    line("error: ||output - teacher's||^2 / ||teacher's||^2, this layer alone linear; spread over samples")
+    line("+: more when the layer is kept; x MACs and ms: with those above it kept too, ms of self-attention")
+    if result.kept:
+        line(f"kept already, and not probed: {', '.join(map(str, result.kept))}")
+    if result.softmax_layers is not None:
+        line(f"--set 'student.softmax_layers=[{', '.join(map(str, result.softmax_layers))}]'")
 
 
 def show_scores(results: Mapping[str, Any]) -> None:
@@ -186,6 +249,4 @@ def show_estimates(estimates: Sequence["StageEstimate"]) -> None:
 
 
 def _time(seconds: float) -> str:
-    from litconvert.common.quantities import duration
-
     return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)

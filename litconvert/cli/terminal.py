@@ -4,17 +4,14 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from litconvert.common.versions import DISTILLATION_PACKAGES
-from litconvert.errors import LitconvertError, system_cause
+from litconvert.errors import DISTILLATION_PACKAGES, LitconvertError, system_cause
 
 if TYPE_CHECKING:
     pass
@@ -67,42 +64,6 @@ def table(
     out.print(made)
 
 
-@contextmanager
-def progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr, plain lines where there is no terminal; call what it gives with (done, total, remark)."""
-    if _settings["quiet"]:
-
-        def silent(done: int, total: int, remark: str = "") -> None: ...
-
-        yield silent
-        return
-    if not is_live():
-        last = [-1]
-
-        def plain(done: int, total: int, remark: str = "") -> None:
-            tenth = 10 * done // max(total, 1)
-            if tenth != last[0]:
-                last[0] = tenth
-                note(f"{description}: {done}/{total} {remark}".rstrip())
-
-        yield plain
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[remark]}"),
-    )
-    with Progress(*columns, console=err, transient=False) as bar:
-        task = bar.add_task(description, total=None, remark="")
-
-        def show(done: int, total: int, remark: str = "") -> None:
-            bar.update(task, completed=done, total=total, remark=remark)
-
-        yield show
-
-
 def fail(error: BaseException) -> int:
     """Print an error as its message alone; returns the exit code. A traceback only with LITCONVERT_DEBUG=1."""
     if os.environ.get("LITCONVERT_DEBUG") == "1":
@@ -127,7 +88,7 @@ def fail(error: BaseException) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """`estimate.is_out_of_memory`, where torch is loaded at all: nothing else takes so much."""
+    """`common.memory.is_out_of_memory`, where torch is loaded at all: nothing else takes so much."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from litconvert.common.memory import is_out_of_memory

@@ -16,7 +16,6 @@ from litconvert.cli.options import (
     overrides_of,
     use_device,
 )
-from litconvert.cli.reports import show_result
 
 
 def distill(
@@ -43,12 +42,23 @@ def distill(
 
     Example: litconvert distill lit-xl runs/second --from runs/lit-xl@20000 --set distill.stages.0.learning_rate=5e-5
     """
+    from litconvert import workflow
+    from litconvert.cli.live import screen
     from litconvert.runs.plots import compare
-    from litconvert.workflow import distill_with_progress
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
-    run = distill_with_progress(student, out, recipe, teacher, data, overrides_of(sets, seed=seed), force, start)
+    run = workflow.distill(
+        student,
+        out,
+        recipe,
+        teacher=teacher,
+        data=data,
+        start=start,
+        overrides=overrides_of(sets, seed=seed),
+        force=force,
+        listener=screen(),
+    )
     if is_first():
         compare(run)
         console.line(str(run / "model"))
@@ -73,17 +83,7 @@ def train(
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
-    listener = screen()
-    with listener.training("train"):
-        run = train_model(
-            out,
-            recipe,
-            data=data,
-            overrides=overrides_of(sets, seed=seed),
-            force=force,
-            on_step=listener.step,
-            on_note=console.note,
-        )
+    run = train_model(out, recipe, data=data, overrides=overrides_of(sets, seed=seed), force=force, listener=screen())
     if is_first():
         console.line(str(run / "model"))
 
@@ -102,12 +102,15 @@ def run(
 
     Example: litconvert run digits
     """
+    from litconvert.cli.live import screen
+    from litconvert.cli.reports import show_result
     from litconvert.workflow import run_line
 
     console.be_quiet(quiet)
     use_device(device)
     place = out or Path("runs") / Path(recipe).stem
-    show_result(run_line(recipe, place, source=source, overrides=overrides_of(sets, seed=seed), force=force))
+    overrides = overrides_of(sets, seed=seed)
+    show_result(run_line(recipe, place, source=source, overrides=overrides, force=force, listener=screen()))
 
 
 def demo(

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from litconvert.common.listener import SILENT, Listener
 from litconvert.errors import LitconvertError, UsageError, system_cause
 
 LOCK = ".lock"
@@ -147,10 +148,10 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def held(folder: Path, on_note: Callable[[str], None] = lambda note: None) -> Iterator[None]:
+def held(folder: Path, listener: Listener = SILENT) -> Iterator[None]:
     """Keep a folder to this process while the block runs; the system lets go of it however the process ends.
 
-    A predecessor that is ending has a few seconds. A file system without locks lets everyone in, and `on_note` is told.
+    A predecessor that is ending has a few seconds. A file system without locks lets everyone in, and a note says so.
 
     Raises LitconvertError when another process keeps it.
     """
@@ -167,7 +168,7 @@ def held(folder: Path, on_note: Callable[[str], None] = lambda note: None) -> It
     except (NotImplementedError, OSError) as error:
         # Where there is no place for a lock, whoever writes next says what is wrong with it.
         if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
-            on_note(
+            listener.note(
                 f"{folder} is on a file system without locks: nothing keeps a second command from working in it at the "
                 "same time, so start only one"
             )

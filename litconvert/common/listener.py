@@ -5,6 +5,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 
+# The terms that a loss may be the sum of, by their names in metrics.csv.
+TERMS = (
+    "attention",
+    "noise",
+    "variational_bound",
+    "velocity",
+    "teacher_noise",
+    "teacher_variance",
+    "teacher_velocity",
+    "features",
+)
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -35,6 +47,10 @@ class Task(AbstractContextManager["Task"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+
+# Of work that nobody has begun as a task.
+UNSEEN = Task()
 
 
 class Listener:

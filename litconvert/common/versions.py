@@ -12,7 +12,3 @@ def versions() -> dict[str, str]:
     """What the result was made with."""
     packages = {name: version(name) for name in ("litconvert", "torch", "diffusers", "safetensors")}
     return {"python": platform.python_version(), **packages}
-
-
-# What `pip install 'litconvert[distill]'` brings.
-DISTILLATION_PACKAGES = ("datasets", "matplotlib", "pyarrow", "torchmetrics")

@@ -2,23 +2,23 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from litconvert.checkpoints.checkpoint import Extent
+from litconvert.checkpoints.writing import LazyTensors
 from litconvert.common.files import digest_of, refuse_source, require_space, whole_directory, write_whole
+from litconvert.common.listener import SILENT, Listener
 from litconvert.common.tensors import DTYPES, TensorInfo
-from litconvert.common.versions import versions
-from litconvert.conversion.directory import FORMAT_VERSION, already_done, write_model_directory
+from litconvert.conversion.directory import already_done, write_model_directory
 from litconvert.conversion.plan import ConversionPlan, Entry, plan
+from litconvert.conversion.provenance import FORMAT_VERSION, Provenance
 from litconvert.families.sources import OpenSource
-from litconvert.model.shapes import given_config
 from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.resolve import read_recorded
 from litconvert.recipe.schema import Recipe, Source
@@ -50,7 +50,7 @@ def conversion_inputs(plan: ConversionPlan, sha256: str) -> Inputs:
         "file": {
             "sha256": sha256,
             "weights": plan.source.checkpoint.weights,
-            "config": given_config(plan.source.reading.config),
+            "config": plan.source.config.given,
         },
         "source": given(recipe.source, exclude={"path"}),
         "student": given(recipe.student),
@@ -61,7 +61,7 @@ def conversion_inputs(plan: ConversionPlan, sha256: str) -> Inputs:
         "format": FORMAT_VERSION,
         "source": sha256,
         "weights": plan.source.checkpoint.weights,
-        "source_config": plan.source.reading.config,
+        "source_config": plan.source.config.values,
         "recorded": recipe.source.model_dump(mode="json", exclude={"path"}),
         "student": recipe.student.model_dump(mode="json"),
         "inherit": recipe.inherit.attention,
@@ -78,7 +78,7 @@ def convert(
     overrides: Sequence[str] = (),
     *,
     force: bool = False,
-    on_tensor: Callable[[str], None] = lambda name: None,
+    listener: Listener = SILENT,
 ) -> Path:
     """Convert a checkpoint to a linear model directory, written whole or not at all.
 
@@ -87,17 +87,15 @@ def convert(
         out: the model directory. One made from the same inputs is left as it is.
         recipe, overrides: as for `plan`.
         force: replace an `out` that was made from other inputs.
-        on_tensor: called with the name of each tensor written.
+        listener: hears of each tensor that is written.
 
     Returns: the model directory.
     """
-    return carry_out(plan(source, recipe, overrides), Path(out), force=force, on_tensor=on_tensor)
+    return carry_out(plan(source, recipe, overrides), Path(out), force=force, listener=listener)
 
 
-def carry_out(
-    plan: ConversionPlan, out: Path, *, force: bool = False, on_tensor: Callable[[str], None] = lambda name: None
-) -> Path:
-    """Write the student of a plan."""
+def carry_out(plan: ConversionPlan, out: Path, *, force: bool = False, listener: Listener = SILENT) -> Path:
+    """Write the student of a plan. Arguments as of `convert`."""
     refuse_source(out, plan.source.checkpoint.files)
     checkpoint, recipe = plan.source.checkpoint, _with_absolute_sources(plan.recipe)
     # The digest is reading and arithmetic: on a second core it costs the copying no time.
@@ -117,27 +115,32 @@ def carry_out(
         plan.source.check_recomputed()
         for name in _unread(plan):
             plan.source.values(name)
-        written = [entry for entry in plan.entries if entry.fate in ("inherited", "fresh")]
-        fates = {entry.target: entry.fate for entry in written}
-        written.sort(key=lambda entry: _place(plan.source, entry))
-        tensors = {str(entry.target): TensorInfo(entry.shape, DTYPES[entry.dtype]) for entry in written}
-
-        def produce(name: str) -> Tensor | Extent | Iterator[Tensor]:
-            if fates[name] == "fresh":
-                return fresh_tensor(name, tensors[name], plan.recipe.seed, plan.recipe.student.conv_size)
-            return plan.source.checked(name, tensors[name].dtype)
-
-        with whole_directory(out) as folder:
+        tensors = _student_tensors(plan)
+        with whole_directory(out) as folder, listener.task("convert", len(tensors.infos)) as task:
             write_model_directory(
                 folder,
                 config=plan.config,
                 tensors=tensors,
-                produce=produce,
                 recipe=recipe,
                 provenance=lambda: _provenance(plan, recipe, inputs()),
-                on_tensor=on_tensor,
+                task=task,
             )
     return out
+
+
+def _student_tensors(plan: ConversionPlan) -> LazyTensors:
+    """The student's weights: inherited ones checked, fresh ones made."""
+    written = [entry for entry in plan.entries if entry.fate in ("inherited", "fresh")]
+    fates = {entry.target: entry.fate for entry in written}
+    written.sort(key=lambda entry: _place(plan.source, entry))
+    infos = {str(entry.target): TensorInfo(entry.shape, DTYPES[entry.dtype]) for entry in written}
+
+    def produce(name: str) -> Tensor | Extent | Iterator[Tensor]:
+        if fates[name] == "fresh":
+            return fresh_tensor(name, infos[name], plan.recipe.seed, plan.recipe.student.conv_size)
+        return plan.source.checked(name, infos[name].dtype)
+
+    return LazyTensors(infos, produce)
 
 
 def _place(source: OpenSource, entry: Entry) -> tuple[int, str, int]:
@@ -158,12 +161,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _provenance(plan: ConversionPlan, recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """litconvert.json of a converted student."""
-    return {
-        "format": FORMAT_VERSION,
+def _provenance(plan: ConversionPlan, recipe: Recipe, inputs: Inputs) -> Provenance:
+    """That of a converted student."""
+    return Provenance(
         **inputs.record,
-        "source": {
+        source={
             "path": recipe.source.path,
             "revision": plan.source.checkpoint.revision,
             "sha256": inputs.values["file"]["sha256"],
@@ -172,11 +174,9 @@ def _provenance(plan: ConversionPlan, recipe: Recipe, inputs: Inputs) -> dict[st
             "weights": plan.source.checkpoint.weights,
             "license": recipe.source.license.model_dump(),
         },
-        "plan": {"groups": plan.groups, "totals": plan.totals, "macs": plan.macs},
-        "versions": versions(),
-        "seed": plan.recipe.seed,
-        "metrics": {},
-    }
+        plan={"groups": plan.groups, "totals": plan.totals, "macs": plan.macs},
+        seed=plan.recipe.seed,
+    )
 
 
 def _unread(plan: ConversionPlan) -> Iterator[str]:

@@ -1,36 +1,33 @@
 """The model directory, what `convert` and `distill` write and `push` publishes."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from litconvert.checkpoints.checkpoint import RUN_INDEX
-from litconvert.checkpoints.writing import Produce, write_weights
+from litconvert.checkpoints.writing import LazyTensors, write_weights
 from litconvert.common.files import read_json
-from litconvert.common.tensors import TensorInfo
-from litconvert.errors import LitconvertError, UsageError
+from litconvert.common.listener import UNSEEN, Task
+from litconvert.conversion.provenance import Provenance
+from litconvert.errors import LitconvertError
+from litconvert.model.config import ModelConfig
 from litconvert.recipe.inputs import Inputs
 from litconvert.recipe.schema import Recipe
-
-FORMAT_VERSION = 1
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 
 
-def write_description(
-    folder: Path, *, config: Mapping[str, Any], recipe: Recipe, provenance: Mapping[str, Any]
-) -> None:
+def write_description(folder: Path, *, config: ModelConfig, recipe: Recipe, provenance: Provenance) -> None:
     """Write what says of weights what they are: config.json, recipe.yaml, litconvert.json."""
     header = {
         "_class_name": "LiTTransformer2DModel",
         "_diffusers_version": version("diffusers"),
         "auto_map": {"AutoModel": "modeling_lit.LiTTransformer2DModel"},
     }
-    (folder / "config.json").write_text(json.dumps({**header, **config}, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({**header, **config.values}, indent=2) + "\n")
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    (folder / "litconvert.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    (folder / "litconvert.json").write_text(json.dumps(provenance.record, indent=2) + "\n")
 
 
 def model_source() -> str:
@@ -41,26 +38,25 @@ def model_source() -> str:
 def write_model_directory(
     folder: Path,
     *,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    produce: Produce,
+    config: ModelConfig,
+    tensors: LazyTensors,
     recipe: Recipe,
-    provenance: Callable[[], Mapping[str, Any]],
-    on_tensor: Callable[[str], None] = lambda name: None,
+    provenance: Callable[[], Provenance],
+    task: Task = UNSEEN,
 ) -> None:
     """Fill a (temporary) folder as a model directory: config, weights, the model's source, recipe and provenance.
 
-    `provenance` is asked for after the last tensor, so that its digests can be computed meanwhile.
+    `provenance` is asked for after the last tensor, so that its digests can be computed meanwhile. `task` is advanced
+    by one after each tensor.
     """
     (folder / "modeling_lit.py").write_text(model_source())
     write_weights(
         folder,
         WEIGHTS_STEM,
         tensors,
-        produce,
-        lambda: {"format": "pt", "litconvert": str(provenance()["digest"])},
+        lambda: {"format": "pt", "litconvert": provenance().digest},
         max_shard_bytes=recipe.student.max_shard_bytes,
-        on_tensor=on_tensor,
+        task=task,
     )
     write_description(folder, config=config, recipe=recipe, provenance=provenance())
 
@@ -80,30 +76,12 @@ def weights_of(folder: Path) -> list[Path]:
     return [index, *shards] if shards and all(shard.is_file() for shard in shards) else []
 
 
-def refuse_changed_source(folder: Path, provenance: Mapping[str, Any], path: str | None, sha256: str) -> None:
+def refuse_changed_source(folder: Path, provenance: Provenance, path: str | None, sha256: str) -> None:
     """Raise LitconvertError when a source is not the file any more that this model directory was converted from."""
-    if sha256 != provenance["source"]["sha256"]:
+    if sha256 != provenance.source.get("sha256"):
         raise LitconvertError(
             f"{path} has changed since {folder} was converted from it; convert it again, or restore it"
         )
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """litconvert.json of a model directory.
-
-    Raises UsageError when the folder is none.
-    """
-    path = folder / "litconvert.json"
-    if not path.is_file():
-        raise UsageError(
-            f"{folder}: not a model directory of litconvert (no litconvert.json); convert a checkpoint first"
-        )
-    data = read_json(path)
-    if data.get("format") != FORMAT_VERSION:
-        raise LitconvertError(
-            f"{path}: format {data.get('format')}, this litconvert reads {FORMAT_VERSION}; upgrade it"
-        )
-    return data
 
 
 def already_done(out: Path, inputs: Inputs, *, force: bool) -> bool:
@@ -118,7 +96,7 @@ def already_done(out: Path, inputs: Inputs, *, force: bool) -> bool:
             )
         return False
     try:
-        found = read_provenance(out) if out.is_dir() else {}
+        found = Provenance.read(out).record if out.is_dir() else {}
     except LitconvertError:
         found = {}
     if inputs.made(found):

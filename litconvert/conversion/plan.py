@@ -1,6 +1,6 @@
-"""The plan of a conversion, tensor by tensor, and carrying it out."""
+"""The plan of a conversion, tensor by tensor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +11,12 @@ import torch
 from litconvert.common.tensors import DTYPES, TensorInfo
 from litconvert.errors import UsageError
 from litconvert.families.layout import Origin
-from litconvert.families.sources import OpenSource, describe, open_source
-from litconvert.model.shapes import count_macs, count_parameters, is_pixel_space, model_tensors
+from litconvert.families.sources import OpenSource, describe, open_source_of
+from litconvert.model.config import ModelConfig
+from litconvert.model.shapes import count_macs, count_parameters, model_tensors
 from litconvert.recipe.packaged import recipe_of
-from litconvert.recipe.resolve import ResolvedRecipe, resolve, resolve_data, with_source
-from litconvert.recipe.schema import Recipe
+from litconvert.recipe.resolve import ResolvedRecipe, resolve
+from litconvert.recipe.schema import Recipe, Source
 
 Fate = Literal["inherited", "fresh", "recomputed", "dropped"]
 
@@ -57,7 +58,7 @@ class ConversionPlan:
 
     source: OpenSource
     recipe: Recipe
-    config: dict[str, Any]
+    config: ModelConfig
     entries: tuple[Entry, ...]
     recipe_name: str | None = None
 
@@ -88,7 +89,7 @@ class ConversionPlan:
     def totals(self) -> dict[str, int]:
         """Tensors and parameters of both sides, with and without the fixed position embedding."""
         fixed = sum(entry.numel for entry in self.entries if entry.fate == "recomputed")
-        student, teacher = count_parameters(self.config), count_parameters(self.source.reading.config)
+        student, teacher = count_parameters(self.config), count_parameters(self.source.config)
         return {
             "source_tensors": len(self.source.checkpoint.tensors),
             "student_tensors": sum(entry.target is not None for entry in self.entries),
@@ -107,16 +108,16 @@ class ConversionPlan:
         Latent models (a VAE of factor 8) at 256, 512, 1024 and 2048 pixels; pixel-space models at 1, 2, 4 and 8 times
         their own size.
         """
-        native = self.config["sample_size"]
-        pixel_space = is_pixel_space(self.config["in_channels"])
+        native = self.config.sample_size
+        pixel_space = self.config.is_pixel_space
         sizes = [native * factor for factor in (1, 2, 4, 8)] if pixel_space else [32, 64, 128, 256]
         rows: list[dict[str, int | float]] = []
         for size in sizes:
-            before, after = count_macs(self.source.reading.config, size), count_macs(self.config, size)
+            before, after = count_macs(self.source.config, size), count_macs(self.config, size)
             rows.append(
                 {
                     "image_size": size if pixel_space else size * 8,
-                    "tokens": (size // self.config["patch_size"]) ** 2,
+                    "tokens": (size // self.config.patch_size) ** 2,
                     "source_macs": before,
                     "student_macs": after,
                     "ratio": before / after,
@@ -129,7 +130,7 @@ class ConversionPlan:
         return {
             "source": describe(self.source),
             "recipe": self.recipe_name,
-            "student_config": self.config,
+            "student_config": self.config.values,
             "groups": self.groups,
             "totals": self.totals,
             "macs": self.macs,
@@ -137,39 +138,39 @@ class ConversionPlan:
         }
 
 
-def student_config(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+def student_config(config: ModelConfig, recipe: Recipe) -> ModelConfig:
     """The source's config with its attention replaced as the recipe says. Linear layers of the source stay as they are.
 
     Raises UsageError for layers that do not exist, heads that do not divide the width, and linear layers other than the
     source's own.
     """
-    student, num_layers = recipe.student, config["num_layers"]
+    student, num_layers = recipe.student, config.num_layers
     wanted = {
         "linear_num_heads": student.num_attention_heads,
         "linear_kernel": student.kernel,
         "linear_conv_size": student.conv_size,
         "linear_eps": student.eps,
     }
-    if "linear" in config["attention"]:
+    if "linear" in config.attention:
         for key, value in wanted.items():
-            if config[key] != value:
+            if (own := getattr(config, key)) != value:
                 setting = key.removeprefix("linear_").replace("num_heads", "num_attention_heads")
                 raise UsageError(
-                    f"the source has linear layers already, with {key}={config[key]}, and student.{setting} is "
-                    f"{value}; go on with its own (--set student.{setting}={config[key]}), or take a softmax model"
+                    f"the source has linear layers already, with {key}={own}, and student.{setting} is "
+                    f"{value}; go on with its own (--set student.{setting}={own}), or take a softmax model"
                 )
     missing = [layer for layer in student.softmax_layers if layer >= num_layers]
     if missing:
         raise UsageError(
             f"student.softmax_layers names layer {missing[0]}, but the source has layers 0 to {num_layers - 1}"
         )
-    kinds = [kind if layer in student.softmax_layers else "linear" for layer, kind in enumerate(config["attention"])]
-    if "linear" in kinds and config["hidden_size"] % student.num_attention_heads:
+    kinds = [kind if layer in student.softmax_layers else "linear" for layer, kind in enumerate(config.attention)]
+    if "linear" in kinds and config.hidden_size % student.num_attention_heads:
         raise UsageError(
             f"student.num_attention_heads={student.num_attention_heads} does not divide the width "
-            f"{config['hidden_size']}; set one that does (--set student.num_attention_heads=N)"
+            f"{config.hidden_size}; set one that does (--set student.num_attention_heads=N)"
         )
-    return {**config, **wanted, "attention": kinds}
+    return ModelConfig.of({**config.values, **wanted, "attention": kinds})
 
 
 def _inherits(name: str, source: Sequence[str], student: Sequence[str], inherited: Sequence[str]) -> bool:
@@ -184,8 +185,8 @@ def _inherits(name: str, source: Sequence[str], student: Sequence[str], inherite
 
 def plan_conversion(source: OpenSource, recipe: Recipe, recipe_name: str | None = None) -> ConversionPlan:
     """The plan, from headers alone. `recipe_name` is for people; None: no recipe, the defaults."""
-    config = student_config(source.reading.config, recipe)
-    kinds, checkpoint = (source.reading.config["attention"], config["attention"]), source.checkpoint
+    config = student_config(source.config, recipe)
+    kinds, checkpoint = (source.config.attention, config.attention), source.checkpoint
     wanted = recipe.student.dtype
 
     def name_of(dtype: torch.dtype) -> str:
@@ -210,11 +211,11 @@ def plan_conversion(source: OpenSource, recipe: Recipe, recipe_name: str | None 
             entries.append(entry("inherited", name, origin, info, dtype))
         else:
             entries.append(entry("fresh", name, None, info, wanted or own_dtype))
-    side = config["sample_size"] // config["patch_size"]
+    side = config.sample_size // config.patch_size
     stored = next(iter(source.reading.recomputed), None)
-    fixed = TensorInfo((1, side * side, config["hidden_size"]), torch.float32)
+    fixed = TensorInfo((1, side * side, config.hidden_size), torch.float32)
     entries.append(entry("recomputed", "pos_embed", Origin((stored,)) if stored else None, fixed, "float32"))
-    for name, info in model_tensors(source.reading.config).items():
+    for name, info in model_tensors(source.config).items():
         if name not in taken:
             origin = source.reading.origins[name]
             dtype = name_of(checkpoint.tensors[origin.names[0]].dtype)
@@ -230,27 +231,29 @@ def plan(source: str | Path | None, recipe: str | None = None, overrides: Sequen
         recipe: name or path; None: the packaged one for what the source is, or else the defaults.
         overrides: `key=value`, over the recipe.
     """
-    if recipe is None:
-        bare = with_source(resolve_data({}, overrides, "command line"), source)
-        opened = open_source(bare.recipe.source, bare.recipe.inherit.weights)
-        if (own := _own_recipe(opened)) is not None:
-            return plan_conversion(opened, _going_on(own, bare.recipe, overrides), str(own))
-        recipe = recipe_of(opened.reading.family, opened.reading.config)
-        if recipe is None:
-            return plan_conversion(opened, bare.recipe)
-        found = resolve(recipe, overrides).recipe
-        # Its hints are of the released checkpoint; what this source is was read without them.
-        about = {name: getattr(found.source, name) for name in ("license", "vae", "text_encoder")}
-        settings = found.model_copy(update={"source": bare.recipe.source.model_copy(update=about)})
-        return plan_conversion(opened, settings, recipe)
-    resolved = with_source(resolve(recipe, overrides), source)
-    opened = open_source(resolved.recipe.source, resolved.recipe.inherit.weights)
-    return plan_conversion(opened, resolved.recipe, recipe)
+    given = resolve(recipe, overrides, source).recipe
+    opened = open_source_of(given)
+    if recipe is not None:
+        return plan_conversion(opened, given, recipe)
+    if (own := _own_recipe(opened)) is not None:
+        return plan_conversion(opened, _going_on(own, given, overrides), str(own))
+    packaged = recipe_of(opened.reading.family, opened.config.values)
+    if packaged is None:
+        return plan_conversion(opened, given)
+    found = resolve(packaged, overrides).recipe
+    # Its hints are of the released checkpoint; what this source is was read without them.
+    settings = found.model_copy(update={"source": _described_as(given.source, found.source)})
+    return plan_conversion(opened, settings, packaged)
+
+
+def _described_as(source: Source, recorded: Source) -> Source:
+    """A source with what another recipe says of one like it: its licence, its decoder, its text encoder."""
+    return source.model_copy(update={name: getattr(recorded, name) for name in ("license", "vae", "text_encoder")})
 
 
 def _own_recipe(source: OpenSource) -> Path | None:
     """The recipe recorded with one of our own linear models, None where there is none."""
-    if source.reading.family != "litconvert" or "linear" not in source.reading.config["attention"]:
+    if source.reading.family != "litconvert" or "linear" not in source.config.attention:
         return None
     if source.checkpoint.download_bytes:  # of the Hub, not downloaded
         return None
@@ -261,11 +264,10 @@ def _own_recipe(source: OpenSource) -> Path | None:
 def _going_on(own: Path, bare: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe to go on with from a student of ours: its own, taught by who taught it."""
     recorded = resolve(str(own), overrides).recipe
-    about = {name: getattr(recorded.source, name) for name in ("license", "vae", "text_encoder")}
     teacher = recorded.distill.teacher or recorded.source
     return recorded.model_copy(
         update={
-            "source": bare.source.model_copy(update=about),
+            "source": _described_as(bare.source, recorded.source),
             "inherit": bare.inherit,
             "distill": recorded.distill.model_copy(update={"teacher": teacher, "start": None}),
         }
@@ -278,7 +280,7 @@ def resolve_for(recipe: str | None, overrides: Sequence[str], source: str | Path
     Raises UsageError when neither is named.
     """
     if recipe is not None:
-        return with_source(resolve(recipe, overrides), source)
+        return resolve(recipe, overrides, source)
     if source is None:
         raise UsageError("--recipe or --source says which model the data is for; give one")
     planned = plan(source, None, overrides)

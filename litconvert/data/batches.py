@@ -3,16 +3,13 @@
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from litconvert.common.seeds import generator_of, permutation
-
-if TYPE_CHECKING:
-    from litconvert.data.dataset import LatentDataset, Samples
+from litconvert.data.dataset import LatentDataset, Samples
 
 # No stage of training has this number: what is drawn for it was drawn for no student to learn from.
 NO_STAGE = -1
@@ -67,7 +64,7 @@ class Batch:
         rows: (N,) int64, a number for each (sample, noise) of the bucket where noise is drawn from a finite set.
     """
 
-    samples: "Samples"
+    samples: Samples
     noise: Tensor
     timestep: Tensor
     dropped: Tensor
@@ -82,7 +79,7 @@ def _leave_signals_alone(worker: int) -> None:
 
 
 @dataclass(frozen=True)
-class Draws(Dataset[Batch]):
+class MicroBatches(Dataset[Batch]):
     """The micro-batches of a stage, each a function of (seed, stage, step, position in the step's batch).
 
     Args:
@@ -98,7 +95,7 @@ class Draws(Dataset[Batch]):
         accumulation: parts that a process computes its share in.
     """
 
-    data: "LatentDataset"
+    data: LatentDataset
     seed: int
     stage: int
     batch_size: int

@@ -1,6 +1,6 @@
 """What a drawn batch is conditioned on, as the model's arguments: classes or captions, some of them dropped."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,13 @@ from torch import Tensor
 from litconvert.data.batches import Batch
 from litconvert.data.dataset import LatentDataset
 from litconvert.errors import UsageError
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import CaptionConditioning, LiTTransformer2DModel
 from litconvert.model.pipeline_lit import VAE_FACTOR
 from litconvert.recipe.schema import Recipe
 
 # Texts to their features (N, L, C) and mask (N, L).
-Encode = Callable[[list[str]], tuple[Tensor, Tensor]]
+EncodeTexts = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 
 class Conditioner:
@@ -35,11 +36,11 @@ class Conditioner:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: ModelConfig,
         *,
         own_null: Tensor | None = None,
         empty_prompt: tuple[Tensor, Tensor] | None = None,
-        encode: Encode | None = None,
+        encode: EncodeTexts | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.encode, self.device = config, encode, device
@@ -52,17 +53,17 @@ class Conditioner:
     @property
     def tokens(self) -> int:
         """Every caption's length."""
-        return int(self.config["caption_tokens"])
+        return int(self.config.caption_tokens)
 
     def _pad(self, features: Tensor) -> Tensor:
         return F.pad(features.float(), (0, 0, 0, self.tokens - len(features)))
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The model's arguments for a batch, on the device."""
-        if self.config["caption_channels"] is None:
+        if not self.config.reads_captions:
             labels = batch.samples.class_labels
             assert labels is not None
-            labels = torch.where(batch.dropped, torch.full_like(labels, self.config["num_classes"]), labels)
+            labels = torch.where(batch.dropped, torch.full_like(labels, self.config.classes), labels)
             return {"class_labels": labels.to(self.device)}
         features, mask = self._captions(batch)
         if bool(batch.dropped.any()):
@@ -75,7 +76,7 @@ class Conditioner:
             "encoder_hidden_states": features.to(self.device),
             "encoder_attention_mask": mask.to(self.device),
         }
-        if self.config["micro_conditions"]:
+        if self.config.micro_conditions:
             height, width = (side * VAE_FACTOR for side in batch.noise.shape[-2:])
             count = len(features)
             arguments["added_cond_kwargs"] = {
@@ -117,10 +118,10 @@ def make_conditioner(
             "dropping captions needs the null caption, and neither the model nor the data set holds one: encode the "
             "data with `litconvert latents encode`, or set condition_dropout to 0"
         )
-    return Conditioner(model.config, own_null=own, empty_prompt=empty, encode=encode, device=device)
+    return Conditioner(ModelConfig.of(model.config), own_null=own, empty_prompt=empty, encode=encode, device=device)
 
 
-def load_encode(recipe: Recipe, tokens: int, device: torch.device) -> Encode:
+def load_encode(recipe: Recipe, tokens: int, device: torch.device) -> EncodeTexts:
     """T5, kept loaded, for captions that are encoded on the fly."""
     from litconvert.sampling.captions import encode_texts, load_text_encoder
 

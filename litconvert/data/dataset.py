@@ -26,18 +26,18 @@ from torch import Tensor
 
 from litconvert.common.files import read_json, whole_directory, write_whole
 from litconvert.errors import UsageError
-from litconvert.model.shapes import is_pixel_space
+from litconvert.model.config import is_pixel_space
 from litconvert.sampling.captions import read_embeddings
 
-RECORD = "litconvert-latents.json"
+DATA_RECORD = "litconvert-latents.json"
 NULL_CAPTION = "null-caption.safetensors"
 FORMAT_VERSION = 2
 ADVICE = "draw one with `litconvert latents synthesize`, or make one of images with `litconvert latents encode`"
 
-Kind = Literal["latents", "moments"]
-Condition = Literal["class", "caption", "text"]
+LatentKind = Literal["latents", "moments"]
+ConditionKind = Literal["class", "caption", "text"]
 # The column that shows what samples are conditioned on. A caption's text is stored beside its features.
-CONDITION_COLUMNS: dict[str, Condition] = {"class_label": "class", "caption_features": "caption", "caption": "text"}
+CONDITION_COLUMNS: dict[str, ConditionKind] = {"class_label": "class", "caption_features": "caption", "caption": "text"}
 
 
 class Samples(NamedTuple):
@@ -126,8 +126,8 @@ class LatentDataset:
     """
 
     buckets: tuple[Bucket, ...]
-    kind: Kind
-    condition: Condition
+    kind: LatentKind
+    condition: ConditionKind
     labels: tuple[int, int] | None
     digest: str
     scaling_factor: float = 1.0
@@ -194,10 +194,10 @@ def open_latents(path: str | Path) -> LatentDataset:
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data set; {ADVICE}")
-    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    record = read_record(folder)
     if record.get("format", 1) > FORMAT_VERSION:
         raise UsageError(f"{folder}: written by a later litconvert; update this one")
-    kind: Kind = record.get("kind", "latents")
+    kind: LatentKind = record.get("kind", "latents")
     names = record.get("buckets") or ["."]
     buckets = tuple(_open_bucket(folder / name, kind) for name in names)
     present = set(buckets[0].data.column_names)
@@ -224,7 +224,7 @@ def open_latents(path: str | Path) -> LatentDataset:
     )
 
 
-def _open_bucket(folder: Path, kind: Kind) -> Bucket:
+def _open_bucket(folder: Path, kind: LatentKind) -> Bucket:
     from datasets import Array3D, load_from_disk
 
     state = folder / "state.json"
@@ -265,7 +265,7 @@ def _caption_sizes(buckets: Sequence[Bucket]) -> tuple[int, int]:
     return width, _bounds(buckets, "caption_tokens")[1]
 
 
-def features_of(arrays: Mapping[str, tuple[Sequence[int], str]], condition: Condition) -> Any:
+def features_of(arrays: Mapping[str, tuple[Sequence[int], str]], condition: ConditionKind) -> Any:
     """The schema of a bucket's folder.
 
     Args:
@@ -290,6 +290,11 @@ def quiet_datasets() -> None:
     disable_progress_bars()
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a data set; empty where there is none, as of data from elsewhere."""
+    return read_json(folder / DATA_RECORD) if (folder / DATA_RECORD).is_file() else {}
+
+
 def record_text(made_from: Mapping[str, Any], samples: int, **facts: Any) -> str:
     """The record: format, digest (and inputs), samples, and kind, condition, scaling_factor, pixels, buckets where they
     matter."""
@@ -305,5 +310,7 @@ def write_latents(latents: Tensor, labels: Tensor, out: Path, digest: str) -> Pa
     features = features_of({"latent": (latents.shape[1:], "float32")}, "class")
     with whole_directory(out) as folder:
         Dataset.from_dict(columns, features=features).save_to_disk(str(folder))
-        write_whole(folder / RECORD, record_text({"digest": digest}, len(labels), kind="latents", condition="class"))
+        write_whole(
+            folder / DATA_RECORD, record_text({"digest": digest}, len(labels), kind="latents", condition="class")
+        )
     return out

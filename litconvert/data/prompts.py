@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from litconvert.checkpoints.writing import write_safetensors
+from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.device import default_device
 from litconvert.common.files import whole_file
-from litconvert.common.tensors import TensorInfo
 from litconvert.data.dataset import NULL_CAPTION
 from litconvert.errors import UsageError
 from litconvert.recipe.schema import Recipe
@@ -44,9 +43,8 @@ def store_prompts(path: Path, recipe: Recipe, prompts: Sequence[str], tokens: in
     del encoder
     free_memory()
     tensors = {"features": torch.cat(features), "lengths": torch.tensor([len(one) for one in features])}
-    infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
     with whole_file(path) as temporary:
-        write_safetensors(temporary, infos, tensors.__getitem__, {"format": "pt"})
+        write_safetensors(temporary, LazyTensors.of(tensors), {"format": "pt"})
 
 
 class StoredPrompts:

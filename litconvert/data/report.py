@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from litconvert.common.files import read_json
-from litconvert.common.quantities import size
-from litconvert.data.dataset import RECORD, Bucket, LatentDataset, open_latents
+from litconvert.data.dataset import Bucket, LatentDataset, open_latents, read_record
 from litconvert.errors import UsageError
-from litconvert.model.shapes import is_pixel_space
+from litconvert.model.config import is_pixel_space
 from litconvert.recipe.schema import Vae
 from litconvert.sampling.pictures import load_vae, save_grid, to_images
 
@@ -20,7 +18,7 @@ from litconvert.sampling.pictures import load_vae, save_grid, to_images
 def describe_data(path: str | Path) -> dict[str, Any]:
     """Samples, shapes, kind, conditions and bytes of a data set."""
     folder, data = Path(path), open_latents(path)
-    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    record = read_record(folder)
     facts: dict[str, Any] = {
         "path": str(folder),
         "samples": len(data),
@@ -72,41 +70,7 @@ def classes_remark(record: Mapping[str, Any]) -> str | None:
     return f"{len(names):,} classes, the model has {known:,}: is label 0, {names[0]}, the model's class 0, and so on?"
 
 
-def rows_of(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The same facts for people."""
-    shapes = ", ".join(f"{'x'.join(map(str, one['shape']))} ({one['samples']:,})" for one in facts["buckets"])
-    kinds = {
-        "pixels": "pixels",
-        "latents": "latents",
-        "moments": "VAE posteriors, drawn from at each visit",
-    }
-    mirrored = " (and of the mirrored images)" if facts["flipped"] else ""
-    rows = [
-        ("samples", f"{facts['samples']:,}" + (f", {facts['skipped']:,} left out" if facts["skipped"] else "")),
-        ("shapes", shapes),
-        ("kind", kinds[facts["kind"]] + mirrored),
-    ]
-    if "scaling_factor" in facts:
-        rows.append(("scaling factor", f"{facts['scaling_factor']:g}"))
-    if "classes" in facts:
-        counts = sorted(facts["classes"].values())
-        rows.append(("classes", f"{len(counts)}, labels {min(facts['classes'])} to {max(facts['classes'])}"))
-        rows.append(("samples a class", f"{counts[0]:,} to {counts[-1]:,}, median {counts[len(counts) // 2]:,}"))
-    if names := facts.get("class_names"):
-        rows.append(("class names", ", ".join(names[:5]) + (f", ... ({len(names):,} in all)" if names[5:] else "")))
-    if remark := classes_remark(facts):
-        rows.append(("note", remark))
-    for key, unit in (("caption_tokens", "tokens"), ("caption_characters", "characters, encoded on the fly")):
-        if key in facts:
-            spread = facts[key]
-            rows.append(("captions", f"{spread['min']} to {spread['max']}, median {spread['median']:g} {unit}"))
-    if "caption_channels" in facts:
-        rows.append(("text features", f"{facts['caption_channels']} channels, float16"))
-        rows.append(("null caption", "stored" if facts["null_caption"] else "none"))
-    return [*rows, ("size", size(facts["bytes"])), ("digest", facts["digest"][:12])]
-
-
-def draw_sheet(path: str | Path, out: Path, *, vae: Vae | None = None, count: int = 32) -> Path:
+def write_sheet(path: str | Path, out: Path, *, vae: Vae | None = None, count: int = 32) -> Path:
     """Write a PNG sheet of samples, spread evenly over the data set; of a posterior its mean.
 
     Args:
@@ -115,7 +79,7 @@ def draw_sheet(path: str | Path, out: Path, *, vae: Vae | None = None, count: in
     Raises UsageError for latents that nothing decodes.
     """
     folder, data = Path(path), open_latents(path)
-    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    record = read_record(folder)
     if vae is None and record.get("vae"):
         vae = Vae.model_validate(record["vae"])
     if not data.pixels and vae is None and not is_pixel_space(data.buckets[0].shape[0]):

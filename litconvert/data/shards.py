@@ -4,15 +4,23 @@ import glob
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from litconvert.common.files import held, read_json, require_space, whole_directory, write_whole
-from litconvert.data.dataset import RECORD, Condition, features_of, quiet_datasets, record_text
+from litconvert.common.files import held, require_space, whole_directory, write_whole
+from litconvert.common.listener import SILENT, Listener, Task
+from litconvert.data.dataset import (
+    DATA_RECORD,
+    ConditionKind,
+    features_of,
+    quiet_datasets,
+    read_record,
+    record_text,
+)
 from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.recipe.inputs import Inputs
 
@@ -46,7 +54,7 @@ def is_finished(out: Path, inputs: Inputs, *, force: bool, remake: bool = False)
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    found = read_json(out / RECORD) if (out / RECORD).is_file() else {}
+    found = read_record(out)
     if found.get("digest") is None:
         raise LitconvertError(f"{out} exists and is not a data set of litconvert; choose another path")
     if inputs.made(found) and not remake:
@@ -67,7 +75,7 @@ class ShardWriter:
         dtype: of `latent` and `latent_flipped`.
     """
 
-    def __init__(self, folder: Path, condition: Condition, dtype: str) -> None:
+    def __init__(self, folder: Path, condition: ConditionKind, dtype: str) -> None:
         self.folder, self.condition, self.dtype = folder, condition, dtype
         self._writers: dict[str, Any] = {}
 
@@ -89,7 +97,7 @@ class ShardWriter:
 
 
 @contextmanager
-def shard_writer(folder: Path, condition: Condition, dtype: str) -> Iterator[ShardWriter]:
+def shard_writer(folder: Path, condition: ConditionKind, dtype: str) -> Iterator[ShardWriter]:
     """A writer that is closed when the block ends well."""
     quiet_datasets()
     writer = ShardWriter(folder, condition, dtype)
@@ -115,14 +123,14 @@ class Assembly:
         inputs: what determines it.
         shards: how many; shard i is that of process i modulo their number.
         group: the processes.
-        on_note: told where the file system has no locks.
+        listener: hears what the first process has to say.
     """
 
     out: Path
     inputs: Inputs
     shards: int
     group: Group
-    on_note: Callable[[str], None] = lambda note: None
+    listener: Listener = SILENT
 
     @property
     def folder(self) -> Path:
@@ -156,7 +164,7 @@ class Assembly:
                 f"process {self.group.process} does not see {self.folder}, which process 0 made; write to a file "
                 "system that all nodes share"
             )
-        with held(self.folder, self.on_note) if self.group.process == 0 else nullcontext():
+        with held(self.folder, self.listener) if self.group.process == 0 else nullcontext():
             yield
 
     def once(self, path: Path, make: Callable[[], None]) -> None:
@@ -165,10 +173,13 @@ class Assembly:
             make()
         _until(path.exists)
 
-    def make(self, index: int, write: Callable[[Path], None]) -> None:
-        """Write a shard, whole or not at all."""
-        with whole_directory(self.shard(index)) as folder:
-            write(folder)
+    def task(self, name: str, total: int) -> Task:
+        """The work of this process, of which the first one's is seen."""
+        return (self.listener if self.group.process == 0 else SILENT).task(name, total)
+
+    def make(self, index: int) -> AbstractContextManager[Path]:
+        """The folder of a shard to be written, whole or not at all."""
+        return whole_directory(self.shard(index))
 
     def join(self, facts: Callable[[Sequence[Path]], Mapping[str, Any]], extra: Callable[[Path], None]) -> Path:
         """Every process calls this last; the main one waits for the shards and makes them one data set.
@@ -209,7 +220,7 @@ class Assembly:
                 samples += len(data)
             extra(folder)
             some = {} if len(buckets) == 1 else {"buckets": buckets}
-            write_whole(folder / RECORD, record_text(self.inputs.record, samples, **facts, **some))
+            write_whole(folder / DATA_RECORD, record_text(self.inputs.record, samples, **facts, **some))
 
 
 @contextmanager

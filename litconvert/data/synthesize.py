@@ -1,6 +1,7 @@
 """The training set that the teacher draws, for classes or for prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,21 @@ import torch
 from torch import Tensor
 
 from litconvert.common.files import digest_of, require_space
+from litconvert.common.listener import SILENT, Listener, Task
 from litconvert.common.seeds import generator_of
 from litconvert.conversion.plan import resolve_for
-from litconvert.data.dataset import Condition
+from litconvert.data.dataset import ConditionKind
 from litconvert.data.prompts import StoredPrompts, read_prompts, store_prompts
 from litconvert.data.shards import Assembly, is_finished, launched_group, shard_writer, written
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.sources import OpenSource, open_teacher, read_model
+from litconvert.model.config import is_pixel_space
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.model.shapes import given_config, is_pixel_space
 from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.resolve import ResolvedRecipe
 from litconvert.recipe.schema import Recipe
 from litconvert.sampling.captions import Captions
-from litconvert.sampling.draw import draw, make_scheduler
+from litconvert.sampling.draw import SamplerSettings, draw, make_scheduler
 
 
 def synthesis_inputs(recipe: Recipe, teacher: OpenSource, prompts: Sequence[str]) -> Inputs:
@@ -34,7 +36,7 @@ def synthesis_inputs(recipe: Recipe, teacher: OpenSource, prompts: Sequence[str]
         "teacher": {
             "sha256": sha256,
             "weights": teacher.checkpoint.weights,
-            "config": given_config(teacher.reading.config),
+            "config": teacher.config.given,
         },
         "data": {"synthesize": given(recipe.data.synthesize, exclude=left_out)},
         "diffusion": given(recipe.diffusion),
@@ -42,7 +44,7 @@ def synthesis_inputs(recipe: Recipe, teacher: OpenSource, prompts: Sequence[str]
     first: dict[str, Any] = {
         "source": sha256,
         "weights": teacher.checkpoint.weights,
-        "config": teacher.reading.config,
+        "config": teacher.config.values,
         "synthesize": recipe.data.synthesize.model_dump(exclude=left_out),
         "timesteps": recipe.diffusion.num_timesteps,
     }
@@ -59,8 +61,7 @@ def synthesize(
     overrides: Sequence[str] = (),
     *,
     force: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    on_note: Callable[[str], None] = lambda note: None,
+    listener: Listener = SILENT,
 ) -> Path:
     """Let the teacher draw the training set. Every launched process must call it; each draws its share.
 
@@ -70,116 +71,134 @@ def synthesize(
         recipe, overrides: as for `plan`; the section is `data.synthesize`. Without a recipe it is the packaged one for
             what the source is, or else the defaults.
         force: replace an `out` that was made from other inputs.
-        on_progress: called in the first process, with the samples it has drawn and those it will have.
-        on_note: told in the first process what to know.
+        listener: hears in the first process what to know, and of the samples that it draws.
 
     Returns: the dataset folder.
     """
-    return synthesize_resolved(resolve_for(recipe, overrides, source), Path(out), force, on_progress, on_note)
+    return synthesize_resolved(resolve_for(recipe, overrides, source), Path(out), listener, force=force, name="draw")
 
 
 def synthesize_resolved(
     resolved: ResolvedRecipe,
     out: Path,
+    listener: Listener = SILENT,
+    *,
     force: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    on_note: Callable[[str], None] = lambda note: None,
+    name: str = "teacher draws the training set",
 ) -> Path:
-    """`synthesize` for a recipe that is resolved already."""
+    """`synthesize` for a recipe that is resolved already; `name` is what the listener hears the work called."""
     recipe = resolved.recipe
     settings = recipe.data.synthesize
     opened = open_teacher(recipe)
-    config = opened.reading.config
-    make_scheduler(settings.scheduler, recipe.diffusion.num_timesteps, config["prediction"])  # refuses before the work
-    prompts: list[str] = []
-    if config["caption_channels"] is not None:
-        if recipe.source.text_encoder is None:
-            raise UsageError(
-                "the teacher draws captions, and no text encoder is named: give one "
-                "(--set source.text_encoder.path=PixArt-alpha/PixArt-XL-2-1024-MS)"
-            )
-        prompts = read_prompts(settings.prompts)
+    config = opened.config
+    make_scheduler(settings.scheduler, recipe.diffusion.num_timesteps, config.prediction)  # refuses before the work
+    prompts = _prompts(recipe) if config.reads_captions else []
     inputs = synthesis_inputs(recipe, opened, prompts)
     if is_finished(out, inputs, force=force):
         return out
-    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    shape = (config.in_channels, config.sample_size, config.sample_size)
     require_space(out.parent, 2 * 4 * settings.num_samples * int(torch.Size(shape).numel()))
-    assembly = Assembly(out, inputs, -(-settings.num_samples // settings.shard_size), launched_group(), on_note)
+    assembly = Assembly(out, inputs, -(-settings.num_samples // settings.shard_size), launched_group(), listener)
     with written(out), assembly.begun():
         stored = None
         if prompts:
             path = assembly.folder / "prompts.safetensors"
-            assembly.once(path, lambda: store_prompts(path, recipe, prompts, config["caption_tokens"]))
+            assembly.once(path, lambda: store_prompts(path, recipe, prompts, config.caption_tokens))
             stored = StoredPrompts(path, prompts)
         if assembly.own:
-            _draw_shards(assembly, opened, recipe, stored, on_progress)
-        condition: Condition = "class" if stored is None else "caption"
-        vae = recipe.source.vae
-        facts = {
-            "kind": "latents",
-            "condition": condition,
-            "pixels": vae is None and is_pixel_space(shape[0]),
-            "vae": vae.model_dump() if vae else None,
-        }
+            _draw_shards(assembly, _read_drawing(opened, recipe, stored, assembly.group.device), name)
+        facts = _facts(recipe, shape[0], "class" if stored is None else "caption")
         return assembly.join(lambda shards: facts, stored.write_null if stored else lambda folder: None)
 
 
-def _draw_shards(
-    assembly: Assembly,
-    opened: OpenSource,
-    recipe: Recipe,
-    stored: StoredPrompts | None,
-    on_progress: Callable[[int, int], None],
-) -> None:
-    settings, group = recipe.data.synthesize, assembly.group
-    model = read_model(opened, torch.float32).to(group.device)
+def _prompts(recipe: Recipe) -> list[str]:
+    """What a teacher of captions draws. Raises UsageError where nothing encodes them, and for prompts that are none."""
+    if recipe.source.text_encoder is None:
+        raise UsageError(
+            "the teacher draws captions, and no text encoder is named: give one "
+            "(--set source.text_encoder.path=PixArt-alpha/PixArt-XL-2-1024-MS)"
+        )
+    return read_prompts(recipe.data.synthesize.prompts)
+
+
+def _facts(recipe: Recipe, in_channels: int, condition: ConditionKind) -> dict[str, Any]:
+    """What the record says of the data."""
+    vae = recipe.source.vae
+    return {
+        "kind": "latents",
+        "condition": condition,
+        "pixels": vae is None and is_pixel_space(in_channels),
+        "vae": vae.model_dump() if vae else None,
+    }
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A teacher that is read, and what it draws: a class for each sample, or else prompts.
+
+    Attributes:
+        labels: (num_samples,) int64; None: it draws prompts.
+        prompts: encoded; None: it draws classes.
+    """
+
+    model: LiTTransformer2DModel
+    recipe: Recipe
+    labels: Tensor | None
+    prompts: StoredPrompts | None
+
+    def columns(self, samples: range) -> dict[str, Any]:
+        """The columns of some samples, one batch."""
+        if self.prompts is not None:
+            captions = self.prompts.captions(samples, null=not self.model.config.null_caption)
+            return {"latent": self._draw(captions, samples.start).numpy(), **self.prompts.columns(samples)}
+        assert self.labels is not None
+        labels = self.labels[samples.start : samples.stop]
+        return {"latent": self._draw(labels, samples.start).numpy(), "class_label": labels.numpy()}
+
+    def _draw(self, conditions: Tensor | Captions, first: int) -> Tensor:
+        """One batch (N, C, H, W), each sample from the noise of its index in the whole set."""
+        settings = self.recipe.data.synthesize
+        sampler = SamplerSettings(settings, self.recipe.diffusion.num_timesteps, settings.seed, settings.batch_size)
+        batches = draw(self.model, conditions, sampler, first=first)
+        latents = torch.cat(list(batches))
+        if not torch.isfinite(latents).all():
+            raise LitconvertError(
+                "the teacher drew NaN or infinite values; check the checkpoint with `litconvert inspect --weights`"
+            )
+        return latents
+
+
+def _read_drawing(opened: OpenSource, recipe: Recipe, prompts: StoredPrompts | None, device: torch.device) -> Drawing:
+    """Read the teacher, and choose the classes where there are no prompts."""
+    settings = recipe.data.synthesize
+    model = read_model(opened, torch.float32).to(device)
     labels = None
-    if stored is None:
+    if prompts is None:
         generator = generator_of(settings.seed, "labels")
         labels = torch.randint(model.config.num_classes, (settings.num_samples,), generator=generator)
-    own = {
+    return Drawing(model, recipe, labels, prompts)
+
+
+def _draw_shards(assembly: Assembly, drawing: Drawing, name: str) -> None:
+    """Draw the shards of this process that are not there yet."""
+    settings, group = drawing.recipe.data.synthesize, assembly.group
+    shards = {
         index: range(settings.num_samples)[index * settings.shard_size : (index + 1) * settings.shard_size]
         for index in range(group.process, assembly.shards, group.processes)
     }
-    total = sum(map(len, own.values()))
-    done = total - sum(len(own[index]) for index in assembly.own)
-    if group.process == 0:
-        on_progress(done, total)
-    for index in assembly.own:
-
-        def write(folder: Path, samples: range = own[index]) -> None:
-            nonlocal done
-            with shard_writer(folder, "class" if stored is None else "caption", "float32") as writer:
-                for start in range(samples.start, samples.stop, settings.batch_size):
-                    some = range(start, min(start + settings.batch_size, samples.stop))
-                    condition = labels[some.start : some.stop] if labels is not None else None
-                    captions = stored.captions(some, null=not model.config.null_caption) if stored else None
-                    latents = _draw(model, recipe, condition if captions is None else captions, some.start)
-                    columns = {"class_label": condition.numpy()} if condition is not None else {}
-                    writer.write({"latent": latents.numpy(), **columns, **(stored.columns(some) if stored else {})})
-                    done += len(some)
-                    if group.process == 0:
-                        on_progress(done, total)
-
-        assembly.make(index, write)
+    total = sum(map(len, shards.values()))
+    with assembly.task(name, total) as task:
+        task.advance(total - sum(len(shards[index]) for index in assembly.own))
+        for index in assembly.own:
+            with assembly.make(index) as folder:
+                _write_shard(folder, drawing, shards[index], task)
 
 
-def _draw(model: LiTTransformer2DModel, recipe: Recipe, condition: Tensor | Captions | None, first: int) -> Tensor:
-    """One batch (N, C, H, W), each sample from the noise of its index in the whole set."""
-    assert condition is not None
-    settings = recipe.data.synthesize
-    batches = draw(
-        model,
-        settings,
-        condition,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        num_timesteps=recipe.diffusion.num_timesteps,
-        first=first,
-    )
-    latents = torch.cat(list(batches))
-    if not torch.isfinite(latents).all():
-        raise LitconvertError(
-            "the teacher drew NaN or infinite values; check the checkpoint with `litconvert inspect --weights`"
-        )
-    return latents
+def _write_shard(folder: Path, drawing: Drawing, samples: range, task: Task) -> None:
+    """Draw the samples of one shard into its folder, batch by batch."""
+    size = drawing.recipe.data.synthesize.batch_size
+    with shard_writer(folder, "class" if drawing.prompts is None else "caption", "float32") as writer:
+        for start in range(samples.start, samples.stop, size):
+            some = range(start, min(start + size, samples.stop))
+            writer.write(drawing.columns(some))
+            task.advance(len(some))

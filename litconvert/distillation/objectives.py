@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litconvert.model.diffusion import DDPM, FlowMatching, _mean
-from litconvert.recipe.schema import FlowMatching as FlowMatchingStage
-from litconvert.recipe.schema import Hybrid
+from litconvert.recipe.schema import FlowMatchingStage, Hybrid
 
 
 def distillation_terms(

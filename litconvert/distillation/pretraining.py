@@ -1,35 +1,36 @@
 """Training a softmax model from nothing, with the same trainer: how a teacher comes about."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from litconvert.common.listener import StepReport
+from litconvert.common.listener import SILENT, Listener
+from litconvert.conversion.provenance import Provenance
 from litconvert.data.dataset import open_latents
 from litconvert.distillation.teaching import Teachers
 from litconvert.errors import UsageError
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.model.shapes import full_config
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe, Scratch, teacher_weights
 from litconvert.runs.directory import RunDirectory
 from litconvert.runs.trackers import tracker_packages
 from litconvert.training.checks import check_data, check_model
 from litconvert.training.engine import Engine
-from litconvert.training.fitting import begin, fit_and_write, refuse_inputs_in, trained_record
+from litconvert.training.fitting import begin, fit, refuse_inputs_in, trained_record
+from litconvert.training.objective import TrainingRun
 from litconvert.training.optimization import trained_names
 from litconvert.training.run_inputs import RunInputs
 
 
-def scratch_config(scratch: Scratch) -> dict[str, Any]:
+def scratch_config(scratch: Scratch) -> ModelConfig:
     """The config of a model that is trained from nothing, softmax in every layer.
 
     Raises UsageError for sizes that do not fit each other.
     """
     settings = scratch.model_dump()
-    return full_config(
+    return ModelConfig.of(
         {
             **settings,
             "out_channels": 2 * scratch.in_channels,  # noise and variance; a velocity has an unused half, as SiT's
@@ -45,8 +46,7 @@ def train(
     data: str | Path | None = None,
     overrides: Sequence[str] = (),
     force: bool = False,
-    on_step: Callable[[StepReport], None] = lambda report: None,
-    on_note: Callable[[str], None] = lambda note: None,
+    listener: Listener = SILENT,
 ) -> Path:
     """Train a softmax model from nothing. Called again with the same inputs, it goes on where it was.
 
@@ -56,7 +56,7 @@ def train(
         data: dataset folder; None: the recipe's.
         overrides: `key=value`, over the recipe.
         force: replace a run of other inputs.
-        on_step, on_note: for the console.
+        listener: hears notes and steps.
 
     Returns: the run directory.
 
@@ -75,39 +75,28 @@ def train(
     dataset = open_latents(folder)
     check_data(config, dataset, settings)
     run = RunDirectory(out)
-    wanted = RunInputs({"scratch": config}, {}, dataset.digest, dataset.condition == "text", settings)
-    if begin(engine, run, wanted, {}, force=force, on_note=on_note):
+    wanted = RunInputs({"scratch": config.values}, {}, dataset.digest, dataset.condition == "text", settings)
+    if begin(engine, run, wanted, {}, force=force, listener=listener):
         return out
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = LiTTransformer2DModel(**config)
+        model = LiTTransformer2DModel(**config.values)
     names = [name for name, _ in model.named_parameters()]
     for index, stage in enumerate(settings.distill.stages):
         trained_names(config, names, stage, f"distill.stages.{index}")
     source = {"path": None, "sha256": None, "license": settings.source.license.model_dump()}
-    fit_and_write(
-        engine,
-        model,
-        config,
-        Teachers(engine, None, None, [], settings.distill),
-        dataset,
-        settings,
-        run,
-        fresh=frozenset(names),
-        dtypes={},
-        record={
-            **wanted.inputs.record,
-            "source": source,
-            "training": trained_record(settings, dataset),
-            "seed": settings.seed,
-        },
-        on_step=on_step,
-        on_note=on_note,
+    provenance = Provenance(
+        **wanted.inputs.record, source=source, training=trained_record(settings, dataset), seed=settings.seed
     )
+    objective = Teachers(engine, None, None, [], settings.distill)
+    training = TrainingRun(
+        engine, settings, run, dataset, model, objective, fresh=frozenset(names), provenance=provenance
+    )
+    fit(training, listener)
     return out
 
 
-def checked_config(recipe: Recipe) -> dict[str, Any]:
+def checked_config(recipe: Recipe) -> ModelConfig:
     """The config of the recipe's model, whose stages ask for no teacher. Raises UsageError."""
     if recipe.scratch is None:
         raise UsageError(

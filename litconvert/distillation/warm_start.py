@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litconvert.conversion.directory import is_checkpoint, read_provenance
+from litconvert.conversion.directory import is_checkpoint
+from litconvert.conversion.provenance import Provenance
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.families.sources import OpenSource, open_source
+from litconvert.families.sources import OpenSource, open_student
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.recipe.schema import Source, Start
+from litconvert.recipe.schema import Start
 from litconvert.runs.directory import RunDirectory, model_of
 from litconvert.training.engine import Engine
 
@@ -69,7 +71,7 @@ def open_start(
     engine: Engine,
     asked: Start,
     run: RunDirectory,
-    config: Mapping[str, Any],
+    config: ModelConfig,
     goes_on: Callable[[Mapping[str, Any]], bool],
     is_finished: Callable[[Mapping[str, Any]], bool],
 ) -> WarmStart:
@@ -144,35 +146,35 @@ def _absolute(path: str) -> str:
     return f"{Path(folder).resolve()}@{step}"
 
 
-def check_start(asked: Start, config: Mapping[str, Any]) -> None:
+def check_start(asked: Start, config: ModelConfig) -> None:
     """Raise UsageError for what `open_start` would refuse, without reading the weights."""
     if asked.path is not None:
         path = _absolute(asked.path)
         _fitting(path, model_of(path, raw=asked.weights == "model"), asked.weights, config)
 
 
-def _open(path: str, folder: str, weights: str, config: Mapping[str, Any]) -> WarmStart:
+def _open(path: str, folder: str, weights: str, config: ModelConfig) -> WarmStart:
     lineage, source = _fitting(path, folder, weights, config)
     return WarmStart(path, int(lineage.get("steps", 0)), weights, source.checkpoint.sha256(), lineage, source)
 
 
-def _fitting(path: str, folder: str, weights: str, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], OpenSource]:
+def _fitting(path: str, folder: str, weights: str, config: ModelConfig) -> tuple[Mapping[str, Any], OpenSource]:
     """How the weights in a folder were trained, and they themselves, headers only."""
     if not Path(folder).is_dir():
         raise UsageError(
             f"--from {path}: no such run; name the folder of a run, or RUN@STEP for one of its checkpoints"
         )
-    provenance = read_provenance(Path(folder))
-    source = open_source(Source(path=folder), weights if is_checkpoint(Path(folder)) else "auto")
+    provenance = Provenance.read(Path(folder))
+    source = open_student(folder, weights if is_checkpoint(Path(folder)) else "auto")
     if weights == "model" and source.checkpoint.weights != "model":
         raise UsageError(
             f"--from {path}: a finished model holds its moving average alone; name a checkpoint (RUN@STEP) for the raw "
             "weights"
         )
-    for key, mine in config.items():
-        theirs = source.reading.config[key]
+    for key, mine in config.values.items():
+        theirs = source.config.values[key]
         if key not in RESIZABLE and theirs != mine:
             raise UsageError(
                 f"--from {path}: its model has {key}={theirs}, the student {mine}; start from a run of the same model"
             )
-    return provenance.get("distillation") or provenance.get("training") or {}, source
+    return provenance.trained, source

@@ -8,6 +8,7 @@ in the backward pass too, and follows each storage to its end.
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from litconvert.distillation.objectives import attention_error, distillation_terms
-from litconvert.distillation.teaching import Student
 from litconvert.model.attention_layers import recorded_attention
+from litconvert.model.config import ModelConfig
 from litconvert.model.diffusion import make_diffusion
 from litconvert.model.modeling_lit import LiTTransformer2DModel, sincos_position_embedding
 from litconvert.recipe.schema import AnyStage, AttentionTransfer, Distill
 from litconvert.training.optimization import trained_names
+from litconvert.training.student import Student
 
 # What glibc keeps in a heap: DEFAULT_MMAP_THRESHOLD_MAX on 64-bit systems.
 SMALL = 32 << 20
@@ -94,39 +96,46 @@ class StepMemory(NamedTuple):
     """Of both, in storages of less than 32 MiB."""
 
 
-def step_memory(
-    stage: AnyStage,
-    settings: Distill,
-    student: Mapping[str, Any],
-    teacher: Mapping[str, Any] | None,
-    *,
-    micro_batch: int,
-    device: torch.device,
-    bf16: bool,
-) -> StepMemory:
-    """Run one step of a stage on tensors without data, and count.
+@dataclass(frozen=True)
+class Step:
+    """A step of a stage, as one process computes it.
 
-    Args:
+    Attributes:
+        stage: its objective and optimiser.
         settings: gradient checkpointing and accumulation are as they say; nothing is compiled.
         student: config.
         teacher: config of what the stage learns from, the source in attention transfer; None: nothing.
         micro_batch: samples that are computed at a time.
+        device: that it is computed on.
         bf16: autocast.
     """
+
+    stage: AnyStage
+    settings: Distill
+    student: ModelConfig
+    teacher: ModelConfig | None
+    micro_batch: int
+    device: torch.device
+    bf16: bool
+
+
+def step_memory(step: Step) -> StepMemory:
+    """Run a step on tensors without data, and count."""
+    stage, student, teacher = step.stage, step.student, step.teacher
     # "cuda" is another key than the "cuda:0" that tensors say they are on.
-    device = torch.empty(0, device=device).device
+    device = torch.empty(0, device=step.device).device
     for config in filter(None, (student, teacher)):
         # Models keep position embeddings for later calls: they must keep real ones.
-        side = config["sample_size"] // config["patch_size"]
-        scale = config["interpolation_scale"]
-        sincos_position_embedding(config["hidden_size"], (side, side), side, device, scale)
-    settings = settings.model_copy(update={"compile": "no"})
+        side = config.sample_size // config.patch_size
+        scale = config.interpolation_scale
+        sincos_position_embedding(config.hidden_size, (side, side), side, device, scale)
+    settings = step.settings.model_copy(update={"compile": "no"})
     with FakeTensorMode(allow_non_fake_inputs=True), device:
-        model = LiTTransformer2DModel(**student).train()
-        teaching = None if teacher is None else LiTTransformer2DModel(**teacher).eval().requires_grad_(False)
+        model = LiTTransformer2DModel(**student.values).train()
+        teaching = None if teacher is None else LiTTransformer2DModel(**teacher.values).eval().requires_grad_(False)
         models: list[nn.Module] = [model] if teaching is None else [model, teaching]
         memory = LiveMemory(tensor for one in models for tensor in (*one.parameters(), *one.buffers()))
-        trained = set(trained_names(model.config, [name for name, _ in model.named_parameters()], stage, "the stage"))
+        trained = set(trained_names(student, [name for name, _ in model.named_parameters()], stage, "the stage"))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
             if name in trained:
@@ -135,8 +144,8 @@ def step_memory(
         with memory:
             # From the second part of a step on, all gradients are there from the start.
             for _ in range(min(2, settings.gradient_accumulation_steps)):
-                with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-                    loss, _held = _loss(stage, module, teaching, draw_inputs(student, micro_batch))
+                with torch.autocast(device.type, torch.bfloat16) if step.bf16 else nullcontext():
+                    loss, _held = _loss(stage, module, teaching, random_inputs(student, step.micro_batch))
                 loss.backward()
                 del loss, _held
         at_peak, gradients, small = memory.peak
@@ -158,18 +167,18 @@ class StepInputs(NamedTuple):
     condition: dict[str, Any]
 
 
-def draw_inputs(config: Mapping[str, Any], count: int) -> StepInputs:
+def random_inputs(config: ModelConfig, count: int) -> StepInputs:
     """What a batch and its conditions are to the models; captions have the longest length."""
-    size, channels = config["sample_size"], config["in_channels"]
+    size, channels = config.sample_size, config.in_channels
     clean, noise = (torch.randn(count, channels, size, size) for _ in range(2))
-    timestep = torch.rand(count) if config["prediction"] == "velocity" else torch.randint(1, (count,))
-    if config["caption_channels"] is None:
+    timestep = torch.rand(count) if config.predicts_velocity else torch.randint(1, (count,))
+    if not config.reads_captions:
         return StepInputs(clean, noise, timestep, {"class_labels": torch.randint(1, (count,))})
     condition: dict[str, Any] = {
-        "encoder_hidden_states": torch.randn(count, config["caption_tokens"], config["caption_channels"]),
-        "encoder_attention_mask": torch.ones(count, config["caption_tokens"], dtype=torch.int64),
+        "encoder_hidden_states": torch.randn(count, config.caption_tokens, config.caption_width),
+        "encoder_attention_mask": torch.ones(count, config.caption_tokens, dtype=torch.int64),
     }
-    if config["micro_conditions"]:
+    if config.micro_conditions:
         condition["added_cond_kwargs"] = {"resolution": torch.randn(count, 2), "aspect_ratio": torch.randn(count, 1)}
     return StepInputs(clean, noise, timestep, condition)
 
@@ -179,7 +188,7 @@ def _loss(
 ) -> tuple[Tensor, list[Any]]:
     """The step's loss as the trainer computes it, and what the trainer holds on to until the next one."""
     clean, noise, timestep, condition = inputs
-    diffusion = make_diffusion(student.model.config, num_timesteps=1000)
+    diffusion = make_diffusion(ModelConfig.of(student.model.config), num_timesteps=1000)
     noisy = diffusion.add_noise(clean, noise, timestep)
     if isinstance(stage, AttentionTransfer):
         assert teacher is not None

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from litconvert.conversion.plan import plan_conversion
 from litconvert.distillation.pretraining import checked_config
 from litconvert.errors import UsageError
-from litconvert.estimates.stage import StageEstimate, estimate_stages
-from litconvert.families.sources import open_source
-from litconvert.recipe.resolve import resolve, with_source
+from litconvert.estimates.stage import StageEstimate, Workload, estimate_stages
+from litconvert.families.sources import open_named_teacher, open_source_of
+from litconvert.recipe.resolve import resolve
 from litconvert.training.checks import check_model, check_source, check_teacher
 
 
@@ -32,30 +32,22 @@ def plan_stages(
     """
     if processes < 1 or (micro_batch is not None and micro_batch < 1):
         raise UsageError("--processes and --micro-batch count from 1")
-    resolved = resolve(recipe, overrides)
-    settings = resolved.recipe
+    settings = resolve(recipe, overrides, source).recipe
     if settings.scratch is not None:
         config, teacher, inherited, files = checked_config(settings), None, None, 0
     else:
-        settings = with_source(resolved, source).recipe
-        opened = open_source(settings.source, settings.inherit.weights)
+        opened = open_source_of(settings)
         plan = plan_conversion(opened, settings)
         config = plan.config
-        teaching = opened if settings.distill.teacher is None else open_source(settings.distill.teacher)
+        teaching = open_named_teacher(settings, opened)
         check_model(config, settings)
-        check_teacher(config, teaching.reading.config, settings)
-        check_source(config, opened.reading.config, settings, is_teacher=teaching is opened)
-        teacher, inherited = teaching.reading.config, opened.reading.config
+        check_teacher(config, teaching.config, settings)
+        check_source(config, opened.config, settings, is_teacher=teaching is opened)
+        teacher, inherited = teaching.config, opened.config
         files = plan.totals["student_bytes"] + sum(
             one.nbytes for one in {id(one): one for one in (opened, teaching)}.values()
         )
-    return estimate_stages(
-        settings,
-        config,
-        teacher,
-        inherited,
-        stage=stage,
-        processes=processes,
-        micro_batch=micro_batch,
-        mapped_bytes=files,
+    work = Workload(
+        settings, config, teacher, inherited, processes=processes, micro_batch=micro_batch, mapped_bytes=files
     )
+    return estimate_stages(work, stage)

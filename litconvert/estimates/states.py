@@ -1,38 +1,36 @@
 """Bytes of what stays from step to step: weights, optimiser states, and their parts where they are split or moved."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
+from litconvert.model.config import ModelConfig
 from litconvert.model.shapes import model_tensors
 from litconvert.recipe.schema import AnyStage, Recipe
 
 FLOAT32 = 4
 
 
-def weights_bytes(config: Mapping[str, Any] | None) -> int:
+def weights_bytes(config: ModelConfig | None) -> int:
     """Bytes of a model as it trains and teaches: float32."""
     return 0 if config is None else sum(info.nbytes for info in model_tensors(config, torch.float32).values())
 
 
-def _block(config: Mapping[str, Any]) -> int:
+def _block(config: ModelConfig) -> int:
     """Bytes of the largest block."""
     full = model_tensors(config, torch.float32)
-    prefixes = [f"blocks.{index}." for index in range(config["num_layers"])]
+    prefixes = [f"blocks.{index}." for index in range(config.num_layers)]
     return max(sum(info.nbytes for name, info in full.items() if name.startswith(prefix)) for prefix in prefixes)
 
 
-def gathered_bytes(config: Mapping[str, Any]) -> int:
+def gathered_bytes(config: ModelConfig) -> int:
     """Bytes that sharding has whole at a time: two blocks, one computing and one arriving, and all but the blocks."""
-    layers = int(config["num_layers"])
+    layers = int(config.num_layers)
     return weights_bytes(config) - max(layers - 2, 0) * _block(config)
 
 
-def teacher_bytes(
-    recipe: Recipe, configs: Sequence[Mapping[str, Any] | None], processes: int, device: torch.device
-) -> int:
+def teacher_bytes(recipe: Recipe, configs: Sequence[ModelConfig | None], processes: int, device: torch.device) -> int:
     """Bytes of the models learnt from, which stay through all stages, where the recipe places them."""
     placement = recipe.distill.teacher_placement
     total = 0

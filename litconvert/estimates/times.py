@@ -2,18 +2,19 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from litconvert.estimates.activations import draw_inputs
+from litconvert.estimates.activations import Step, random_inputs
 from litconvert.model.attention_layers import attention_of
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import Condition, LiTTransformer2DModel
 from litconvert.model.shapes import count_macs
-from litconvert.recipe.schema import AnyStage, AttentionTransfer, Distill
+from litconvert.recipe.schema import AttentionTransfer
 from litconvert.training.optimization import MovingAverage
 
 # Of the timed forward pass: a tenth of a second or so on a processor's core, a few milliseconds on a GPU.
@@ -34,26 +35,26 @@ class BlockTimer:
         bf16: autocast.
     """
 
-    def __init__(self, config: Mapping[str, Any], micro_batch: int, device: torch.device, bf16: bool) -> None:
+    def __init__(self, config: ModelConfig, micro_batch: int, device: torch.device, bf16: bool) -> None:
         self.config, self.micro_batch, self.device, self.bf16 = config, micro_batch, device, bf16
-        patch, size = config["patch_size"], config["sample_size"]
+        patch, size = config.patch_size, config.sample_size
         self.side = min(size // patch, int(TIMED_TOKENS**0.5))
         self.timed_size = self.side * patch
 
     def macs(self, kind: str, size: int) -> int:
         """Multiply-accumulates of one block for one sample."""
-        one, none = (count_macs({**self.config, "num_layers": n, "attention": [kind] * n}, size) for n in (1, 0))
+        one, none = (count_macs(replace(self.config, num_layers=n, attention=(kind,) * n), size) for n in (1, 0))
         return one - none
 
     def rest_macs(self) -> int:
         """Multiply-accumulates of what is no block, for one sample."""
-        return count_macs({**self.config, "num_layers": 0, "attention": []}, self.config["sample_size"])
+        return count_macs(replace(self.config, num_layers=0, attention=()), self.config.sample_size)
 
     def pass_seconds(self, *, trained: bool) -> float:
         """A pass of the whole model over a micro-batch: forward, and with `trained` backward too."""
-        kinds: list[str] = self.config["attention"]
+        kinds = self.config.attention
         blocks = sum(kinds.count(kind) * self._block_seconds(kind, trained) for kind in sorted(set(kinds)))
-        return blocks * (1 + self.rest_macs() / sum(self.macs(kind, self.config["sample_size"]) for kind in kinds))
+        return blocks * (1 + self.rest_macs() / sum(self.macs(kind, self.config.sample_size) for kind in kinds))
 
     def attention_seconds(self) -> float:
         """Forward and backward of all linear attentions alone, without gradients of their inputs."""
@@ -61,12 +62,12 @@ class BlockTimer:
         attention = attention_of(model, 0)
         x = self._tokens(count)
         seconds = self._median(lambda: attention(x, (self.side, self.side)), trained=True)
-        kinds: list[str] = self.config["attention"]
+        kinds = self.config.attention
         return kinds.count("linear") * self._scaled(seconds, "linear", count)
 
     def update_seconds(self, trained: int) -> float:
         """The optimiser's step and that of the EMA, for so many weights; AdamW's, whichever optimiser it is."""
-        model, _ = self._model(self.config["attention"][0])
+        model, _ = self._model(self.config.attention[0])
         parameters = dict(model.named_parameters())
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)
@@ -83,13 +84,13 @@ class BlockTimer:
 
     def _model(self, kind: str) -> tuple[LiTTransformer2DModel, int]:
         """A model of one block, and how many samples of it to time."""
-        config = {**self.config, "num_layers": 1, "attention": [kind], "sample_size": self.timed_size}
+        config = replace(self.config, num_layers=1, attention=(kind,), sample_size=self.timed_size)
         count = int(TIMED_MACS[self.device.type] // self.macs(kind, self.timed_size))
         with self.device:
-            return LiTTransformer2DModel(**config), max(1, min(self.micro_batch, count))
+            return LiTTransformer2DModel(**config.values), max(1, min(self.micro_batch, count))
 
     def _tokens(self, count: int) -> Tensor:
-        return torch.randn(count, self.side**2, self.config["hidden_size"], device=self.device)
+        return torch.randn(count, self.side**2, self.config.hidden_size, device=self.device)
 
     def _block_seconds(self, kind: str, trained: bool) -> float:
         """One block of a kind over a micro-batch."""
@@ -97,14 +98,14 @@ class BlockTimer:
         model.requires_grad_(trained)
         x = self._tokens(count).requires_grad_(trained)
         with self.device, torch.no_grad():
-            inputs = draw_inputs(model.config, count)
+            inputs = random_inputs(ModelConfig.of(model.config), count)
             condition: Condition = model.conditioning(inputs.timestep, **inputs.condition)
         seconds = self._median(lambda: model.blocks[0](x, condition, (self.side, self.side)), trained=trained)
         return self._scaled(seconds, kind, count)
 
     def _scaled(self, seconds: float, kind: str, count: int) -> float:
         """From what was timed to a micro-batch of the model's own size."""
-        more: float = self.macs(kind, self.config["sample_size"]) / self.macs(kind, self.timed_size)
+        more: float = self.macs(kind, self.config.sample_size) / self.macs(kind, self.timed_size)
         return seconds * more * (self.micro_batch / count)
 
     def _median(self, run: Callable[[], Tensor | None], *, trained: bool | None = None) -> float:
@@ -123,17 +124,7 @@ class BlockTimer:
         return statistics.median(times[1:])
 
 
-def step_seconds(
-    stage: AnyStage,
-    settings: Distill,
-    student: Mapping[str, Any],
-    teacher: Mapping[str, Any] | None,
-    *,
-    micro_batch: int,
-    trained: int,
-    device: torch.device,
-    bf16: bool,
-) -> float:
+def step_seconds(step: Step, trained: int) -> float:
     """Seconds that a step of a stage takes on this device, by blocks that are timed now.
 
     Left out: reading data, T5 where captions are encoded on the fly, checkpoints and pictures, the exchange between
@@ -141,14 +132,17 @@ def step_seconds(
     tensors, and the steps of optimisers other than AdamW, which counts in their place.
 
     Args:
-        settings, student, teacher, micro_batch, device, bf16: as of `litconvert.estimates.activations.step_memory`.
+        step: on a device that is there.
         trained: parameters that the stage trains.
     """
-    timer = BlockTimer(student, micro_batch, device, bf16)
-    part = 0.0 if teacher is None else BlockTimer(teacher, micro_batch, device, bf16).pass_seconds(trained=False)
-    if isinstance(stage, AttentionTransfer):
+    timer = BlockTimer(step.student, step.micro_batch, step.device, step.bf16)
+    part = 0.0
+    if step.teacher is not None:
+        teacher = BlockTimer(step.teacher, step.micro_batch, step.device, step.bf16)
+        part = teacher.pass_seconds(trained=False)
+    if isinstance(step.stage, AttentionTransfer):
         part += timer.attention_seconds()
     else:
         # A block whose activations are computed again goes forward twice; backward is two of its three thirds.
-        part += timer.pass_seconds(trained=True) * (1 + settings.gradient_checkpointing / 3)
-    return settings.gradient_accumulation_steps * part + timer.update_seconds(trained)
+        part += timer.pass_seconds(trained=True) * (1 + step.settings.gradient_checkpointing / 3)
+    return step.settings.gradient_accumulation_steps * part + timer.update_seconds(trained)

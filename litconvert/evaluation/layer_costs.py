@@ -4,14 +4,14 @@ import copy
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 import torch
 
 from litconvert.errors import UsageError
 from litconvert.model.attention_layers import attention_of
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import Attention, LiTTransformer2DModel
 from litconvert.model.shapes import count_macs
 
@@ -29,7 +29,7 @@ class LayerCosts:
         times: milliseconds of a self-attention of each kind; None: not measured.
     """
 
-    config: Mapping[str, Any]
+    config: ModelConfig
     kinds: Sequence[str]
     latent_size: int
     times: Mapping[str, float] | None = None
@@ -39,7 +39,7 @@ class LayerCosts:
 
     def macs(self, kept: Collection[int] = ()) -> int:
         """Multiply-accumulates of the whole model."""
-        return count_macs({**self.config, "attention": self._attention(kept)}, self.latent_size)
+        return count_macs(replace(self.config, attention=tuple(self._attention(kept))), self.latent_size)
 
     def more_macs(self, layer: int) -> int:
         """Multiply-accumulates more when this layer is kept; below 0 where linear attention costs more."""

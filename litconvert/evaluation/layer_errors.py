@@ -1,12 +1,13 @@
 """How far a teacher's output moves when one layer alone is linear."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from litconvert.common.listener import UNSEEN, Task
 from litconvert.errors import LitconvertError
 from litconvert.model.attention_layers import attention_of
 from litconvert.model.modeling_lit import Attention, Block, LiTTransformer2DModel
@@ -37,7 +38,7 @@ def layer_errors(
     teacher: LiTTransformer2DModel,
     student: LiTTransformer2DModel,
     batches: Iterable[ModelInputs],
-    on_layer: Callable[[], None] = lambda: None,
+    task: Task = UNSEEN,
 ) -> dict[int, Tensor]:
     """How far the teacher's output moves when the student's attention replaces its own in one layer alone.
 
@@ -48,7 +49,7 @@ def layer_errors(
         teacher: softmax; the model the student was converted from.
         student: linear in the layers that are probed.
         batches: what both see.
-        on_layer: called after each layer of each batch.
+        task: advances with each layer of each batch.
 
     Returns: for each probed layer ||output - teacher's||^2 / ||teacher's||^2 of each sample, (S,) float64 on the CPU.
     """
@@ -68,7 +69,7 @@ def layer_errors(
                 with _attending(teacher, layer, attention_of(student, layer), x):
                     output = teacher(noisy, timestep, **condition, return_dict=False)[0]
                 errors[layer].append(_relative_error(output, expected))
-                on_layer()
+                task.advance()
             x = block(x, modulation, grid)  # (N, T, D)
     return {layer: torch.cat(values) for layer, values in errors.items()}
 

@@ -3,7 +3,6 @@
 SiT's files have DiT's keys and shapes and another meaning, so only the hint family="sit" tells them apart.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from litconvert.checkpoints.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from litconvert.families.headers import (
     shape_of,
 )
 from litconvert.families.layout import Layout
+from litconvert.model.config import ModelConfig
 from litconvert.recipe.schema import Source
 
 # Shared with PixArt's original layout, of which it is the ancestor.
@@ -120,9 +120,7 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[dict
     """The model's config from shapes, from diffusers' config.json and from hints; and what was assumed."""
 
     def shape(ours: str, dimensions: int) -> tuple[int, ...]:
-        origin = layout.origin(ours, None, num_layers=1)
-        assert origin is not None
-        return shape_of(checkpoint, origin.names[0], dimensions)
+        return shape_of(checkpoint, layout.name_of(ours), dimensions)
 
     refuse_hints(checkpoint, hints, "a model of classes", "interpolation_scale")
     if hints.family != "sit":
@@ -132,7 +130,7 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[dict
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
     rows = shape("conditioning.class_embedder.weight", 2)[0]
     out_channels = shape("final_layer.linear.weight", 2)[0] // patch_size**2
-    unsure = []
+    unsure: list[str] = []
     check_config(
         checkpoint,
         theirs,
@@ -149,18 +147,7 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[dict
             "num_embeds_ada_norm": hints.num_classes,
         },
     )
-    num_classes = hints.num_classes or theirs.get("num_embeds_ada_norm")
-    if num_classes is None:
-        num_classes = rows - 1
-        unsure.append(
-            f"the class table's {rows} rows are read as {num_classes} classes and a null class: "
-            f"num_classes={rows} for none"
-        )
-    if num_classes not in (rows, rows - 1):
-        raise UsageError(
-            f"{checkpoint.source}: num_classes is {num_classes}, but the class table has {rows} rows; "
-            f"give {rows - 1} (with a null class) or {rows} (without)"
-        )
+    num_classes = _num_classes(checkpoint, hints.num_classes or theirs.get("num_embeds_ada_norm"), rows, unsure)
     attention: dict[str, Any] = {"attention": ["softmax"] * num_layers}
     if layout is ORIGINAL:
         attention = attention_config(checkpoint, hints, hidden_size, num_layers, unsure)
@@ -189,21 +176,39 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[dict
     }, unsure
 
 
-def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _num_classes(checkpoint: Checkpoint, told: int | None, rows: int, unsure: list[str]) -> int:
+    """Classes, not counting the null class: as told, or one fewer than the class table has rows, which is assumed.
+
+    Raises UsageError for a number that the table cannot be of.
+    """
+    if told is None:
+        told = rows - 1
+        unsure.append(
+            f"the class table's {rows} rows are read as {told} classes and a null class: num_classes={rows} for none"
+        )
+    if told not in (rows, rows - 1):
+        raise UsageError(
+            f"{checkpoint.source}: num_classes is {told}, but the class table has {rows} rows; "
+            f"give {rows - 1} (with a null class) or {rows} (without)"
+        )
+    return told
+
+
+def diffusers_config(config: ModelConfig) -> dict[str, Any]:
     """config.json of diffusers' DiTTransformer2DModel for a softmax DiT.
 
     Raises UsageError for a class table that diffusers' model cannot hold.
     """
-    if not config["null_class"]:
+    if not config.null_class:
         raise UsageError("diffusers' DiT always has a null class, and this model has none; write it with --to original")
     return {
         "_class_name": "DiTTransformer2DModel",
-        **{key: config[key] for key in ("num_attention_heads", "num_layers", "sample_size", "patch_size")},
-        "attention_head_dim": config["hidden_size"] // config["num_attention_heads"],
-        "in_channels": config["in_channels"],
-        "out_channels": config["out_channels"],
-        "num_embeds_ada_norm": config["num_classes"],
-        "norm_eps": config["norm_eps"],
+        **{key: getattr(config, key) for key in ("num_attention_heads", "num_layers", "sample_size", "patch_size")},
+        "attention_head_dim": config.hidden_size // config.num_attention_heads,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_embeds_ada_norm": config.num_classes,
+        "norm_eps": config.norm_eps,
         **DIFFUSERS_CONFIG,
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from litconvert.checkpoints.checkpoint import Checkpoint
 from litconvert.families.layout import Layout, Origin
+from litconvert.model.config import ModelConfig
 from litconvert.recipe.schema import Source
 
 
@@ -48,5 +49,5 @@ class Family:
     title: str
     recognise: Callable[[Checkpoint, Source], Reading | None]
     layouts: Mapping[str, Layout] = field(default_factory=dict)
-    diffusers_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    diffusers_config: Callable[[ModelConfig], dict[str, Any]] | None = None
     container: str | None = None

@@ -9,8 +9,8 @@ from litconvert.checkpoints.checkpoint import Checkpoint
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.recipe.schema import Source
 
-# Head counts of the published sizes: S, B, L, XL. D / 64 is no rule (XL has 72), so any other width asks.
 LINEAR_HINTS = ("linear_num_heads", "linear_kernel", "linear_eps")
+# Head counts of the published sizes: S, B, L, XL. D / 64 is no rule (XL has 72), so any other width asks.
 HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from litconvert.model.shapes import full_config, model_tensors
+from litconvert.model.config import ModelConfig
+from litconvert.model.shapes import model_tensors
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,17 @@ class Layout:
         copies = range(num_layers) if "{*}" in theirs else range(1)
         return Origin(tuple(f"{theirs.replace('{*}', str(copy))}{rest}" for copy in copies), part, parts)
 
+    def name_of(self, name: str) -> str:
+        """What our tensor, for which there must be a place, is called in this layout; of copies the first."""
+        origin = self.origin(name, None, num_layers=1)
+        assert origin is not None
+        return origin.names[0]
+
     def origins(self, config: Mapping[str, Any]) -> dict[str, Origin]:
         """Where every tensor of the model of this config is. Tensors the layout has no place for are left out."""
-        kinds = full_config(config)["attention"]
-        found = {}
-        for name in model_tensors(config):
+        full = ModelConfig.of(config)
+        kinds, found = full.attention, {}
+        for name in model_tensors(full):
             block = re.match(r"blocks\.(\d+)\.", name)
             origin = self.origin(name, kinds[int(block.group(1))] if block else None, len(kinds))
             if origin is not None:

@@ -5,7 +5,8 @@ from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.families.family import Family, Reading
 from litconvert.families.headers import LINEAR_HINTS
 from litconvert.families.layout import Origin
-from litconvert.model.shapes import CONFIG_DEFAULTS, model_tensors
+from litconvert.model.config import CONFIG_DEFAULTS, ModelConfig
+from litconvert.model.shapes import model_tensors
 from litconvert.recipe.schema import Source
 
 # A key that is None where the model has no such thing.
@@ -60,7 +61,7 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
                 f"{checkpoint.source}: config.json has {key}={value!r}, which cannot be; restore it, or convert again"
             )
     try:
-        names = list(model_tensors(values))
+        names = list(model_tensors(ModelConfig.of(values)))
     except (LitconvertError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         reason = str(error).splitlines()[0]
         raise LitconvertError(f"{checkpoint.source}: config.json: {reason}; restore it, or convert again") from error

@@ -1,6 +1,5 @@
 """PixArt-alpha and PixArt-Sigma: captions through cross-attention, adaLN-single. The original layout and diffusers'."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from litconvert.checkpoints.checkpoint import Checkpoint
@@ -18,6 +17,7 @@ from litconvert.families.headers import (
     shape_of,
 )
 from litconvert.families.layout import Layout
+from litconvert.model.config import ModelConfig
 from litconvert.recipe.schema import Source
 
 ORIGINAL = Layout(
@@ -147,13 +147,8 @@ def _variant(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[str
 def _config(checkpoint: Checkpoint, hints: Source, layout: Layout, family: str, unsure: list[str]) -> dict[str, Any]:
     """The model's config from shapes, from diffusers' config.json and from hints; adds to what was assumed."""
 
-    def name_of(ours: str) -> str:
-        origin = layout.origin(ours, None, num_layers=1)
-        assert origin is not None
-        return origin.names[0]
-
     def shape(ours: str, dimensions: int) -> tuple[int, ...]:
-        return shape_of(checkpoint, name_of(ours), dimensions)
+        return shape_of(checkpoint, layout.name_of(ours), dimensions)
 
     refuse_hints(checkpoint, hints, "a PixArt", "num_classes", "data_timestep")
     theirs = (checkpoint.config or {}) if layout is DIFFUSERS else {}
@@ -182,10 +177,9 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout, family: str, 
             "cross-attention is read with the source's own heads: LiT's public text-to-image code regroups it into "
             "the linear layers' heads; num_attention_heads=N for a model that was trained so"
         )
-    null_caption = name_of("conditioning.null_caption") if layout is ORIGINAL else ""
-    caption_tokens = CAPTION_TOKENS[family]
-    if null_caption in checkpoint.tensors:
-        caption_tokens = shape_of(checkpoint, null_caption, 2)[0]
+    # diffusers' layout has no place for it.
+    null_caption = layout is ORIGINAL and layout.name_of("conditioning.null_caption") in checkpoint.tensors
+    caption_tokens = shape("conditioning.null_caption", 2)[0] if null_caption else CAPTION_TOKENS[family]
     size = sample_size(checkpoint, hints, hidden_size, patch_size, theirs.get("sample_size"))
     return {
         "sample_size": size,
@@ -203,8 +197,8 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout, family: str, 
         "norm_eps": 1e-6 if hints.norm_eps is None else hints.norm_eps,
         "caption_channels": caption_channels,
         "caption_tokens": caption_tokens,
-        "null_caption": null_caption in checkpoint.tensors,
-        "micro_conditions": name_of("conditioning.resolution_embedder.linear_1.weight") in checkpoint.tensors,
+        "null_caption": null_caption,
+        "micro_conditions": layout.name_of("conditioning.resolution_embedder.linear_1.weight") in checkpoint.tensors,
         "interpolation_scale": _interpolation(checkpoint, hints, layout, family, size, unsure),
     }
 
@@ -244,28 +238,29 @@ def _diffusers_interpolation(size: int) -> float:
     return float(max(size // 64, 1))
 
 
-def variant_of(config: Mapping[str, Any]) -> str:
+def variant_of(config: ModelConfig) -> str:
     """Which of the two a model's own config is: alpha has micro-conditions or shorter captions."""
-    alpha = config["micro_conditions"] or config["caption_tokens"] == CAPTION_TOKENS["pixart-alpha"]
+    alpha = config.micro_conditions or config.caption_tokens == CAPTION_TOKENS["pixart-alpha"]
     return "pixart-alpha" if alpha else "pixart-sigma"
 
 
-def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def diffusers_config(config: ModelConfig) -> dict[str, Any]:
     """config.json of diffusers' PixArtTransformer2DModel for a softmax PixArt."""
-    scale, usual = config["interpolation_scale"], _diffusers_interpolation(config["sample_size"])
+    usual = _diffusers_interpolation(config.sample_size)
+    scale: float | None = config.interpolation_scale
     if variant_of(config) == "pixart-alpha" and scale == usual:
         scale = None  # as alpha's own folders leave it
     return {
         "_class_name": "PixArtTransformer2DModel",
-        **{key: config[key] for key in ("num_attention_heads", "num_layers", "sample_size", "patch_size")},
-        "attention_head_dim": config["hidden_size"] // config["num_attention_heads"],
-        "in_channels": config["in_channels"],
-        "out_channels": config["out_channels"],
-        "cross_attention_dim": config["hidden_size"],
-        "caption_channels": config["caption_channels"],
+        **{key: getattr(config, key) for key in ("num_attention_heads", "num_layers", "sample_size", "patch_size")},
+        "attention_head_dim": config.hidden_size // config.num_attention_heads,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "cross_attention_dim": config.hidden_size,
+        "caption_channels": config.caption_channels,
         "interpolation_scale": int(scale) if scale is not None and scale == int(scale) else scale,
         # Explicit: diffusers takes None for True at 1024px, which is wrong for Sigma.
-        "use_additional_conditions": config["micro_conditions"],
+        "use_additional_conditions": config.micro_conditions,
         **DIFFUSERS_CONFIG,
     }
 

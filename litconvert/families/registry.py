@@ -7,7 +7,7 @@ A family owes
    refused, never ignored, and a model can be written back;
 3. tests on a checkpoint made on disk: its outputs against an independent implementation, and its refusals.
 
-Another package adds a family through the entry point group `litconvert.families.registry`: CONTRIBUTING.md shows one.
+Another package adds a family through the entry point group `litconvert.families`: CONTRIBUTING.md shows one.
 """
 
 from functools import cache
@@ -15,8 +15,12 @@ from importlib.metadata import entry_points
 
 from litconvert.checkpoints.checkpoint import Checkpoint
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
-from litconvert.families import dit, own, pixart
+from litconvert.families.dit import DIT, SIT
 from litconvert.families.family import Family, Reading
+from litconvert.families.own import LITCONVERT
+from litconvert.families.pixart import ALPHA, SIGMA
+from litconvert.model.config import ModelConfig
+from litconvert.model.shapes import model_tensors
 from litconvert.recipe.schema import Source
 
 ENTRY_POINTS = "litconvert.families"
@@ -28,8 +32,7 @@ def families() -> dict[str, Family]:
 
     Raises LitconvertError for a plugin that cannot be loaded or takes another family's name.
     """
-
-    shipped = (own.LITCONVERT, dit.DIT, dit.SIT, pixart.ALPHA, pixart.SIGMA)
+    shipped = (LITCONVERT, DIT, SIT, ALPHA, SIGMA)
     known = {family.name: family for family in shipped}
     for point in entry_points(group=ENTRY_POINTS):
         package = point.dist.name if point.dist else "an installed package"
@@ -76,11 +79,9 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading:
 
 def check_tensors(checkpoint: Checkpoint, reading: Reading) -> None:
     """Every source tensor is used, every model tensor has a source, and every shape fits; all problems at once."""
-    from litconvert.model.shapes import model_tensors
-
     problems = []
     used = set(reading.recomputed)
-    for name, info in model_tensors(reading.config).items():
+    for name, info in model_tensors(ModelConfig.of(reading.config)).items():
         origin = reading.origins.get(name)
         if origin is None:
             problems.append(f"this layout has no place for {name}")

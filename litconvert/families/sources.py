@@ -15,7 +15,8 @@ from litconvert.checkpoints.opening import open_checkpoint
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.families.family import Reading
 from litconvert.families.registry import families, recognise
-from litconvert.model.shapes import count_parameters, full_config, position_embedding
+from litconvert.model.config import ModelConfig
+from litconvert.model.shapes import count_parameters, position_embedding
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe, Source
 from litconvert.runs.directory import model_of
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 # Interpolation scales to name when a stored position embedding is another's: those of the released checkpoints.
 KNOWN_INTERPOLATION = (0.5, 1.0, 2.0, 4.0)
-
 
 # Numbers that are checked, cast and written at a time: they stay in the processor's cache between the steps.
 PIECE = 1 << 19
@@ -41,10 +41,16 @@ def extremes_of(value: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A recognised checkpoint: its headers and what they mean."""
+    """A recognised checkpoint: its headers and what they mean.
+
+    Attributes:
+        reading: what its family read off it.
+        config: of the model that computes its function.
+    """
 
     checkpoint: Checkpoint
     reading: Reading
+    config: ModelConfig
 
     @property
     def nbytes(self) -> int:
@@ -115,15 +121,15 @@ class OpenSource:
         """Refuse a stored position embedding that the formula does not give: dropping it would change the function."""
         for name in self.reading.recomputed:
             stored = self.checkpoint.read(name).float()
-            config = self.reading.config
+            config = self.config
             difference = _difference(stored, position_embedding(config))
             if difference is None:
                 continue
             advice = "a trained one is not supported: use a checkpoint with the fixed one"
-            if config["caption_channels"] is not None:
-                others = (scale for scale in KNOWN_INTERPOLATION if scale != config["interpolation_scale"])
+            if config.reads_captions:
+                others = (scale for scale in KNOWN_INTERPOLATION if scale != config.interpolation_scale)
                 for scale in others:
-                    if _difference(stored, position_embedding({**config, "interpolation_scale": scale})) is None:
+                    if _difference(stored, position_embedding(replace(config, interpolation_scale=scale))) is None:
                         advice = (
                             f"it is that of interpolation_scale={scale:g} (--set source.interpolation_scale={scale:g})"
                         )
@@ -146,22 +152,30 @@ def open_source(source: Source, weights: str = "auto") -> OpenSource:
     """Open and recognise a recipe's source: headers only. Of a run (RUN, RUN@STEP) that is the model it holds."""
     if source.path is None:
         raise UsageError("no source is named: give SRC, or source.path in the recipe")
-    return read_as(
-        source, open_checkpoint(model_of(source.path, raw=weights == "model"), file=source.file, weights=weights)
-    )
+    checkpoint = open_checkpoint(model_of(source.path, raw=weights == "model"), file=source.file, weights=weights)
+    reading = recognise(checkpoint, source)
+    return OpenSource(checkpoint, reading, ModelConfig.of(reading.config))
+
+
+def open_source_of(recipe: Recipe) -> OpenSource:
+    """A recipe's source, of which the set of weights is read that the recipe inherits."""
+    return open_source(recipe.source, recipe.inherit.weights)
+
+
+def open_named_teacher(recipe: Recipe, source: OpenSource) -> OpenSource:
+    """Who teaches the stages after attention transfer: the teacher that a recipe names, or else its source itself."""
+    return source if recipe.distill.teacher is None else open_source(recipe.distill.teacher)
 
 
 def open_teacher(recipe: Recipe) -> OpenSource:
     """What a student is held against: the source, or the teacher that is named where the source is linear already."""
-    source = open_source(recipe.source, recipe.inherit.weights)
-    is_student = "linear" in source.reading.config["attention"]
-    return open_source(recipe.distill.teacher) if is_student and recipe.distill.teacher else source
+    source = open_source_of(recipe)
+    return open_named_teacher(recipe, source) if "linear" in source.config.attention else source
 
 
-def read_as(source: Source, checkpoint: Checkpoint) -> OpenSource:
-    """Recognise an open checkpoint with a source's hints."""
-    reading = recognise(checkpoint, source)
-    return OpenSource(checkpoint, replace(reading, config=full_config(reading.config)))
+def open_student(folder: str | Path, weights: str = "auto") -> OpenSource:
+    """A model directory of ours, or the checkpoint of a run: what it is stands in it, so no recipe is asked."""
+    return open_source(Source(path=str(folder)), weights)
 
 
 def _difference(stored: Tensor, formula: Tensor) -> float | None:
@@ -178,7 +192,7 @@ def read_model(source: OpenSource, dtype: torch.dtype | None = None) -> "LiTTran
     dtype = dtype or source.dtype()
     try:
         with torch.device("meta"):
-            model: LiTTransformer2DModel = LiTTransformer2DModel(**source.reading.config)
+            model: LiTTransformer2DModel = LiTTransformer2DModel(**source.config.values)
     except ValueError as error:
         raise UsageError(f"{source.checkpoint.source}: {error}") from error
     state = {name: source.values(name).to(dtype) for name in source.reading.origins}
@@ -262,9 +276,9 @@ def describe(source: OpenSource, findings: Findings | None = None) -> dict[str, 
         "download_bytes": checkpoint.download_bytes,
         "tensors": len(checkpoint.tensors),
         "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
-        "parameters": count_parameters(reading.config),
+        "parameters": count_parameters(source.config),
         "dtype": str(source.dtype()).removeprefix("torch."),
-        "config": reading.config,
+        "config": source.config.values,
         "unsure": list(reading.unsure),
         "values": None if findings is None else {key: list(value) for key, value in vars(findings).items()},
     }
@@ -285,7 +299,7 @@ def load(
 
     Raises UsageError when a hint is missing or unknown, LitconvertError when the checkpoint cannot be read whole.
     """
-    resolved = resolve(recipe).recipe if recipe else Recipe()
+    resolved = resolve(recipe).recipe
     known = [name for name in Source.model_fields if name != "path"]
     for name in hints:
         if name not in known:

@@ -2,13 +2,12 @@
 distillation loss on top."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from litconvert.errors import UsageError
+from litconvert.model.config import ModelConfig
 
 
 def linear_betas(num_timesteps: int) -> Tensor:
@@ -155,7 +154,7 @@ class FlowMatching:
         return {"velocity": _mean((model_output.float() - self.velocity(clean, noise).float()) ** 2)}
 
 
-def make_diffusion(config: Mapping[str, Any], num_timesteps: int) -> DDPM | FlowMatching:
+def make_diffusion(config: ModelConfig, num_timesteps: int) -> DDPM | FlowMatching:
     """The forward process of a model: flow matching where it predicts velocity, DDPM of so many steps elsewhere."""
-    velocity = config["prediction"] == "velocity"
-    return FlowMatching(config["data_timestep"]) if velocity else DDPM(num_timesteps)
+    velocity = config.predicts_velocity
+    return FlowMatching(config.data_timestep) if velocity else DDPM(num_timesteps)

@@ -8,29 +8,24 @@ from typing import Any
 
 from litconvert.common.hub import is_hub_id
 from litconvert.conversion.plan import FATES
-from litconvert.model.shapes import is_pixel_space
+from litconvert.conversion.provenance import Provenance
+from litconvert.model.config import ModelConfig
+from litconvert.publishing.publication import Publication
 
 # Whose T5 the card names when the recipe's is nowhere that others can reach.
 TEXT_ENCODER = {"path": "PixArt-alpha/PixArt-XL-2-1024-MS", "subfolder": "text_encoder", "tokenizer": "tokenizer"}
 
 
-def _task(config: Mapping[str, Any]) -> str:
+def _task(config: ModelConfig) -> str:
     """The Hub's name for what the model does."""
-    return "text-to-image" if _reads_captions(config) else "unconditional-image-generation"
-
-
-def _reads_captions(config: Mapping[str, Any]) -> bool:
-    return config.get("caption_channels") is not None
+    return "text-to-image" if config.reads_captions else "unconditional-image-generation"
 
 
 def model_card(
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
     recipe: Mapping[str, Any],
-    config: Mapping[str, Any],
-    repo_id: str,
-    *,
-    pipeline: bool = False,
-    text_encoder: bool = False,
+    config: ModelConfig,
+    asked: Publication,
     pictures: Sequence[str] = (),
 ) -> str:
     """README.md: where the model comes from, what was inherited, what was measured, its limits, and how to load it.
@@ -38,15 +33,14 @@ def model_card(
     Args:
         provenance: litconvert.json, without local paths; every part beyond `source` may be missing.
         recipe: recipe.yaml, without local paths.
-        config: config.json.
-        repo_id, pipeline, text_encoder: where and how it is pushed, for the lines that load it.
+        config: the model's.
+        asked: where and how it is pushed, for the lines that load it.
         pictures: paths in the repository.
     """
     from huggingface_hub import ModelCardData
 
-    name = repo_id.split("/")[1]
-    source = provenance["source"]
-    terms, base = source.get("license") or {}, source.get("path") or ""
+    name = asked.repo_id.split("/")[1]
+    terms, base = provenance.license, provenance.source.get("path") or ""
     front_matter: dict[str, Any] = {
         "license": terms.get("id") or "unknown",
         "license_name": terms.get("name"),
@@ -54,11 +48,11 @@ def model_card(
         "library_name": "diffusers",
         "pipeline_tag": _task(config),
         "tags": ["litconvert", "lit", "linear-attention", "diffusion"]
-        + ([] if _reads_captions(config) else ["class-conditional"]),
+        + ([] if config.reads_captions else ["class-conditional"]),
     }
     if is_hub_id(base):
         front_matter |= {"base_model": base.partition("@")[0], "base_model_relation": "finetune"}
-    scores = _scores(provenance.get("metrics") or {})
+    scores = _scores(provenance.metrics)
     if results := _eval_results(scores, _task(config)):
         front_matter |= {"model_name": name, "eval_results": results}
     sections = [
@@ -66,10 +60,10 @@ def model_card(
         _introduction(provenance, config),
         _samples_section(pictures),
         _lineage(provenance),
-        _counts(provenance.get("plan") or {}),
+        _counts(provenance.plan or {}),
         _measured(scores),
-        _loading(recipe, config, repo_id, pipeline=pipeline, text_encoder=text_encoder),
-        _limits(provenance, config, recipe["source"], pipeline=pipeline, text_encoder=text_encoder),
+        _loading(recipe, config, asked),
+        _limits(provenance, config, recipe["source"], asked),
     ]
     return (
         f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n\n"
@@ -125,16 +119,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]], numbers_from
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows))
 
 
-def _introduction(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    kinds = config["attention"] or ["softmax"] * config["num_layers"]
+def _introduction(provenance: Provenance, config: ModelConfig) -> str:
+    kinds = config.attention
     linear = kinds.count("linear")
-    what = "A text-to-image" if _reads_captions(config) else "A class-conditional"
+    what = "A text-to-image" if config.reads_captions else "A class-conditional"
     text = (
         f"{what} diffusion transformer with linear attention in {linear} of its {len(kinds)} layers "
         "([LiT](https://arxiv.org/abs/2501.12976)), made from "
-        f"{_source_name(provenance['source'].get('path'))} with litconvert."
+        f"{_source_name(provenance.source.get('path'))} with litconvert."
     )
-    if not (provenance.get("distillation") or provenance.get("training")):
+    if not provenance.trained:
         text += (
             "\n\n> **This model is untrained.** It was converted and not distilled: its new layers hold their initial "
             "values, and it draws noise, not pictures. It is a starting point for `litconvert distill`."
@@ -176,10 +170,10 @@ def _start(start: Mapping[str, Any] | None) -> str | None:
     return f"{text}, which started from {before}" if before else text
 
 
-def _lineage(provenance: Mapping[str, Any]) -> str:
-    source, distillation = provenance["source"], provenance.get("distillation") or {}
+def _lineage(provenance: Provenance) -> str:
+    source, distillation = provenance.source, provenance.distillation or {}
     teacher = distillation.get("teacher") or {}
-    terms, teacher_terms = source.get("license") or {}, teacher.get("license") or {}
+    terms, teacher_terms = provenance.license, teacher.get("license") or {}
     facts = {
         "Source": _source_name(source.get("path")),
         "Revision": source.get("revision"),
@@ -190,11 +184,11 @@ def _lineage(provenance: Mapping[str, Any]) -> str:
         "Teacher": _source_name(teacher.get("path") or source.get("path")) if distillation else None,
         "SHA-256 of the teacher": teacher.get("sha256"),
         "Licence of the teacher": teacher_terms.get("name") or teacher_terms.get("id"),
-        "Distilled for": _steps(distillation, provenance.get("set")),
-        "Trained for": _steps(provenance.get("training") or {}, provenance.get("set")),
+        "Distilled for": _steps(distillation, provenance.set),
+        "Trained for": _steps(provenance.training or {}, provenance.set),
         "Started from": _start(distillation.get("start")),
-        "Seed": provenance.get("seed"),
-        "Made with": ", ".join(f"{package} {number}" for package, number in provenance.get("versions", {}).items()),
+        "Seed": provenance.seed,
+        "Made with": ", ".join(f"{package} {number}" for package, number in provenance.versions.items()),
     }
     rows = [(fact, value) for fact, value in facts.items() if value not in (None, "")]
     parts = ["## Lineage", _table(("", ""), rows, numbers_from=2)]
@@ -259,15 +253,16 @@ def _measured(scores: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(["## Metrics", _table(header, rows), note])
 
 
-def _loading(
-    recipe: Mapping[str, Any], config: Mapping[str, Any], repo_id: str, *, pipeline: bool, text_encoder: bool
-) -> str:
-    sample, captions = recipe["sample"], _reads_captions(config)
+def _loading(recipe: Mapping[str, Any], config: ModelConfig, asked: Publication) -> str:
+    sample, captions = recipe["sample"], config.reads_captions
+    repo_id, pipeline = asked.repo_id, asked.pipeline
     settings = f"num_inference_steps={sample['steps']}, guidance_scale={sample['guidance']}"
     if sample["guidance_channels"] is not None and not captions:
         settings += f", guidance_channels={sample['guidance_channels']}"
     # Of a pipeline of captions that comes without its T5.
-    given = "text_encoder=text_encoder, tokenizer=tokenizer, " if pipeline and captions and not text_encoder else ""
+    given = (
+        "text_encoder=text_encoder, tokenizer=tokenizer, " if pipeline and captions and not asked.text_encoder else ""
+    )
 
     def call(loader: str, pin: str = "", more: str = "") -> str:
         return f'{loader}.from_pretrained("{repo_id}", {more}{pin}trust_remote_code=True)'
@@ -320,30 +315,23 @@ def _t5_lines(source: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _limits(
-    provenance: Mapping[str, Any],
-    config: Mapping[str, Any],
-    source: Mapping[str, Any],
-    *,
-    pipeline: bool,
-    text_encoder: bool,
-) -> str:
-    side = config["sample_size"] * (1 if is_pixel_space(config["in_channels"]) else 8)
-    if _reads_captions(config):
-        reads = f"captions of up to {config['caption_tokens']} tokens: longer ones are cut off;"
+def _limits(provenance: Provenance, config: ModelConfig, source: Mapping[str, Any], asked: Publication) -> str:
+    side = config.sample_size * (1 if config.is_pixel_space else 8)
+    if config.reads_captions:
+        reads = f"captions of up to {config.caption_tokens} tokens: longer ones are cut off;"
     else:
-        reads = f"{config['num_classes']:,} classes;"
+        reads = f"{config.num_classes:,} classes;"
     points = [
         f"Made for {side} x {side} pixels and {reads} other sizes run, and are not tested.",
         "It imitates its teacher: it inherits the biases and the failures of the source, and adds its own.",
         "Nothing filters what it draws.",
     ]
-    terms = provenance["source"].get("license") or {}
+    terms = provenance.license
     if (terms.get("id") or "unknown") == "unknown":
         points += ["The licence of the source was not recorded: find it out before you use the weights."]
-    if pipeline and source["vae"] is not None:
+    if asked.pipeline and source["vae"] is not None:
         points += [f"The decoder in `vae/` is {_source_name(source['vae']['path'])}, under its own licence."]
-    if text_encoder:
+    if asked.text_encoder:
         name = _source_name(source["text_encoder"]["path"])
         points += [f"The text encoder in `text_encoder/` is {name}, under its own licence."]
     return "\n".join(["## Limits", "", *(f"- {point}" for point in points)])

@@ -1,15 +1,16 @@
 """Publishing: what goes up is laid out in a folder, rehearsed, described on a card, and pushed to the Hub."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from litconvert.common.hub import check_repo_id, require_login
+from litconvert.common.listener import SILENT, Listener
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.publishing.layout import prepare
+from litconvert.publishing.publication import Publication
 
 # What a push writes and another layout, or other pictures, would leave behind.
 REPLACED = ["config.json", "diffusion_pytorch_model*", "model_index.json", "pipeline_lit.py", "pipeline_lit_text.py"]
@@ -31,7 +32,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
-    on_file: Callable[[str, int], None] = lambda path, nbytes: None,
+    listener: Listener = SILENT,
 ) -> str:
     """Push a model to the Hub with a card, so that it loads in stock diffusers. Called again, it resumes.
 
@@ -51,7 +52,7 @@ def push(
         revision: branch to commit to, which must exist; None: main. `refs/pr/N` goes on with a pull request.
         create_pr: open a pull request instead of committing to main.
         commit_message: of the commit.
-        on_file: called with the path and the bytes of every file before anything is sent.
+        listener: hears the path and the bytes of every file before anything is sent.
 
     Returns: the url of the repository, of its branch, or of the pull request.
 
@@ -62,42 +63,48 @@ def push(
     check_repo_id(repo_id)
     if not dry_run:
         require_login(repo_id)
-    from huggingface_hub import HfApi, constants
-
-    with _laid_out(
-        directory,
-        repo_id,
-        pipeline=pipeline,
-        vae=vae,
-        text_encoder=text_encoder,
-        weights=weights,
-        offline=dry_run,
-    ) as folder:
+    asked = Publication(
+        Path(directory), repo_id, pipeline, vae=vae, text_encoder=text_encoder, weights=weights, offline=dry_run
+    )
+    with _laid_out(asked) as folder:
         for path, nbytes in _files(folder):
-            on_file(path, nbytes)
+            listener.note(f"{path}: {nbytes:,} bytes")
         if dry_run:
+            from huggingface_hub import constants
+
             return f"{constants.ENDPOINT}/{repo_id}"
-        # token=True: the stored token even where HF_HUB_DISABLE_IMPLICIT_TOKEN keeps it out of reads.
-        api = HfApi(token=True)
         with _write_errors(repo_id):
-            # None leaves the choice to the owner's default: an organisation's may be private.
-            url = str(api.create_repo(repo_id, private=private or None, exist_ok=True))
-            info = api.model_info(repo_id, revision=revision)
-            if private and not info.private:
-                raise LitconvertError(
-                    f"{repo_id} exists and is public: make it private first "
-                    f"(`hf repos settings {repo_id} --private`), or push to another name"
-                )
-            # Stale weights beside the new ones would be loaded; files that are not an earlier push's are left alone.
-            ours = any(sibling.rfilename == "litconvert.json" for sibling in info.siblings or ())
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                create_pr=create_pr,
-                delete_patterns=REPLACED if ours else None,
-                commit_message=commit_message or f"Push with litconvert {version('litconvert')}",
+            return _upload(
+                folder, repo_id, private=private, revision=revision, create_pr=create_pr, message=commit_message
             )
+
+
+def _upload(
+    folder: Path, repo_id: str, *, private: bool, revision: str | None, create_pr: bool, message: str | None
+) -> str:
+    """Send a folder as one commit, and return where it is then."""
+    from huggingface_hub import HfApi
+
+    # token=True: the stored token even where HF_HUB_DISABLE_IMPLICIT_TOKEN keeps it out of reads.
+    api = HfApi(token=True)
+    # None leaves the choice to the owner's default: an organisation's may be private.
+    url = str(api.create_repo(repo_id, private=private or None, exist_ok=True))
+    info = api.model_info(repo_id, revision=revision)
+    if private and not info.private:
+        raise LitconvertError(
+            f"{repo_id} exists and is public: make it private first "
+            f"(`hf repos settings {repo_id} --private`), or push to another name"
+        )
+    # Stale weights beside the new ones would be loaded; files that are not an earlier push's are left alone.
+    ours = any(sibling.rfilename == "litconvert.json" for sibling in info.siblings or ())
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        create_pr=create_pr,
+        delete_patterns=REPLACED if ours else None,
+        commit_message=message or f"Push with litconvert {version('litconvert')}",
+    )
     return commit.pr_url or (f"{url}/tree/{revision}" if revision else url)
 
 
@@ -111,8 +118,8 @@ def planned_files(
     weights: str = "auto",
 ) -> list[tuple[str, int]]:
     """Path and bytes of every file that `push` with these arguments sends. Nothing is asked of the Hub."""
-    options = {"pipeline": pipeline, "vae": vae, "text_encoder": text_encoder, "weights": weights, "offline": True}
-    with _laid_out(directory, repo_id, **options) as folder:
+    asked = Publication(Path(directory), repo_id, pipeline, vae, text_encoder, weights, offline=True)
+    with _laid_out(asked) as folder:
         return _files(folder)
 
 
@@ -164,10 +171,10 @@ def _one_line(error: object) -> str:
 
 
 @contextmanager
-def _laid_out(directory: str | Path, repo_id: str, **options: Any) -> Iterator[Path]:
-    """A folder that `prepare` filled; the options are its own."""
+def _laid_out(asked: Publication) -> Iterator[Path]:
+    """A folder that `prepare` filled."""
     with TemporaryDirectory(prefix="litconvert-push-") as temporary:
-        prepare(directory, temporary, repo_id=repo_id, **options)
+        prepare(asked, temporary)
         yield Path(temporary)
 
 

@@ -6,6 +6,7 @@ from litconvert.recipe.schema import AnyStage, AttentionTransfer, Recipe
 
 
 def stage_at(recipe: Recipe, index: int) -> AnyStage:
+    """A stage of a recipe, counted from 0. Raises UsageError where there is none."""
     stages = recipe.distill.stages
     if not 0 <= index < len(stages):
         known = f"0 to {len(stages) - 1}" if stages else "none; `litconvert recipes show digits` shows some"

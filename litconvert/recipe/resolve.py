@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.recipe.packaged import packaged_recipes
-from litconvert.recipe.schema import NUMBER, STAGES, Recipe
+from litconvert.recipe.schema import NUMBER, STAGES, FlowMatchingStage, Recipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -231,14 +231,22 @@ def _problems(
     return problems
 
 
-def resolve(name: str, overrides: Sequence[str] = ()) -> ResolvedRecipe:
+def resolve(name: str | None, overrides: Sequence[str] = (), source: str | Path | None = None) -> ResolvedRecipe:
     """Read a recipe and apply `key=value` overrides: defaults < recipe < overrides.
+
+    Args:
+        name: of a packaged recipe, a path or a Hub id; None: there is no recipe, only the defaults.
+        overrides: `key=value`.
+        source: a positional source, in the place of the recipe's path; None: the recipe's.
 
     Raises UsageError that lists every problem at once, each with its file and line.
     """
+    if name is None:
+        return _with_source(resolve_data({}, overrides, "command line"), source)
     path = find_recipe(name)
     tree = _read_yaml(path)
-    return _resolve(tree.data, overrides, label=name if name in packaged_recipes() else str(path), lines=tree.lines)
+    label = name if name in packaged_recipes() else str(path)
+    return _with_source(_resolve(tree.data, overrides, label=label, lines=tree.lines), source)
 
 
 def resolve_data(data: dict[str, Any], overrides: Sequence[str], label: str) -> ResolvedRecipe:
@@ -269,7 +277,9 @@ def _resolve(
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors."""
-    schema = Recipe.model_json_schema()
+    # The class of a stage may not be called as the forward process is; editors know it by the name of its objective.
+    text = json.dumps(Recipe.model_json_schema()).replace(FlowMatchingStage.__name__, "FlowMatching")
+    schema: dict[str, Any] = json.loads(text)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "litconvert recipe"
     return schema
@@ -285,7 +295,7 @@ def read_recorded(path: Path) -> Recipe:
     return resolve(str(path)).recipe
 
 
-def with_source(resolved: ResolvedRecipe, source: str | Path | None) -> ResolvedRecipe:
+def _with_source(resolved: ResolvedRecipe, source: str | Path | None) -> ResolvedRecipe:
     """The recipe with a positional source in the place of its path."""
     if source is None:
         return resolved

@@ -272,7 +272,7 @@ class Hybrid(Stage):
     """Of the attention outputs of linear layers against the teacher's (0.5 in LinFusion and CLEAR)."""
 
 
-class FlowMatching(Stage):
+class FlowMatchingStage(Stage):
     """SiT's loss, on the velocity, plus the teacher's velocity. With weight 0, flow matching alone."""
 
     objective: Literal["flow_matching"]
@@ -282,7 +282,7 @@ class FlowMatching(Stage):
     """Of the attention outputs of linear layers against the teacher's (0.5 in LinFusion and CLEAR)."""
 
 
-AnyStage = AttentionTransfer | Hybrid | FlowMatching
+AnyStage = AttentionTransfer | Hybrid | FlowMatchingStage
 
 
 def _share(value: Any) -> Any:
@@ -412,6 +412,6 @@ def teacher_weights(stage: AnyStage) -> tuple[float, ...]:
     """The weights of what a stage asks its teacher for; attention transfer asks for everything."""
     if isinstance(stage, AttentionTransfer):
         return (1.0,)
-    if isinstance(stage, FlowMatching):
+    if isinstance(stage, FlowMatchingStage):
         return (stage.velocity_weight, stage.feature_weight)
     return (stage.noise_weight, stage.variance_weight, stage.feature_weight)

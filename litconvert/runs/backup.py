@@ -9,6 +9,7 @@ from huggingface_hub import CommitScheduler, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
 from litconvert.common.hub import check_repo_id, hub_errors, require_login
+from litconvert.common.listener import Listener
 from litconvert.errors import LitconvertError
 
 FOLDER = "run"
@@ -27,16 +28,15 @@ class Backup:
         repo_id: `owner/name`; created when it does not exist.
         minutes: between commits.
         private: create the repository as private; refused when it exists and is public.
-        on_note: told, from another thread, of an upload that failed. The next one makes up for it.
+        listener: told, from another thread, of an upload that failed. The next one makes up for it.
 
     Raises UsageError or LitconvertError, before anything is trained, where no upload can ever work: the name, the
     login, the rights. Where the Hub is only out of reach, that is noted, and tried again.
     """
 
-    def __init__(
-        self, run: Path, repo_id: str, minutes: float, *, private: bool, on_note: Callable[[str], None]
-    ) -> None:
-        self.run, self.repo_id, self.minutes, self.private, self.on_note = run, repo_id, minutes, private, on_note
+    def __init__(self, run: Path, repo_id: str, minutes: float, *, private: bool, listener: Listener) -> None:
+        self.run, self.repo_id, self.minutes, self.private = run, repo_id, minutes, private
+        self.listener = listener
         self.uploads: _Uploads | None = None
         self.retry: threading.Timer | None = None
         check_repo_id(repo_id)
@@ -88,7 +88,7 @@ class Backup:
 
     def _failed(self, error: BaseException) -> None:
         reason = " ".join(str(error).split())
-        self.on_note(f"backup: {reason}; training goes on, and the next backup takes up what this one missed")
+        self.listener.note(f"backup: {reason}; training goes on, and the next backup takes up what this one missed")
 
 
 def _is_final(error: BaseException) -> bool:

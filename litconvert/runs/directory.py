@@ -12,19 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from litconvert.common.files import held, read_json, write_whole
+from litconvert.common.listener import TERMS
 from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.runs.step_table import StepTable
 
-TERMS = (
-    "attention",
-    "noise",
-    "variational_bound",
-    "velocity",
-    "teacher_noise",
-    "teacher_variance",
-    "teacher_velocity",
-    "features",
-)
 COLUMNS = (
     "step",
     "stage",
@@ -266,7 +257,7 @@ class RunDirectory:
         plot_curves(self._metrics.rows(), TERMS, self.path / "curves.png")
 
     def append_timestep_errors(self, step: int, errors: Sequence[float], timesteps: float) -> None:
-        """One measurement of `observation.timestep_errors`: its buckets are equal parts of [0, timesteps).
+        """One measurement of `training.observer.timestep_errors`: its buckets are equal parts of [0, timesteps).
 
         It takes the place of an earlier one of this step. A bucket without samples (NaN) is left empty.
         """

@@ -2,15 +2,14 @@
 
 import re
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import psutil
 import torch
 
-from litconvert.model.shapes import count_macs, full_config
+from litconvert.model.config import ModelConfig
+from litconvert.model.shapes import count_macs
 from litconvert.recipe.schema import AnyStage, AttentionTransfer, Recipe, teacher_weights
-from litconvert.training.engine import Engine
 
 WINDOW = 20
 # Dense bf16 products with float32 accumulation, in TFLOP/s, by torch's name of the device. From NVIDIA's data sheets of
@@ -36,9 +35,7 @@ def peak_flops(device_name: str) -> float | None:
     return None if tera is None else tera * 1e12
 
 
-def training_flops(
-    stage: AnyStage, student: Mapping[str, Any], teacher: Mapping[str, Any] | None, *, kept: bool = False
-) -> float:
+def training_flops(stage: AnyStage, student: ModelConfig, teacher: ModelConfig | None, *, kept: bool = False) -> float:
     """Floating-point operations that one image of a stage needs, at the student's own size.
 
     2 for each multiply-accumulate; the teacher's forward pass once where the stage asks the teacher for anything, and
@@ -50,15 +47,14 @@ def training_flops(
         student, teacher: configs; no teacher: none is run.
         kept: the teacher's outputs are read from disk where a stage needs nothing else of it.
     """
-    c = full_config(student)
-    size: int = c["sample_size"]
+    size: int = student.sample_size
     trained: int
     if isinstance(stage, AttentionTransfer):
-        tokens, width = (size // c["patch_size"]) ** 2, c["hidden_size"]
-        core = 2 * min(tokens, width // c["linear_num_heads"]) + c["linear_conv_size"] ** 2
-        trained = c["attention"].count("linear") * tokens * width * (4 * width + core)
+        tokens, width = (size // student.patch_size) ** 2, student.hidden_size
+        core = 2 * min(tokens, width // student.linear_num_heads) + student.linear_conv_size**2
+        trained = student.attention.count("linear") * tokens * width * (4 * width + core)
     else:
-        trained = count_macs(c, size)
+        trained = count_macs(student, size)
     if teacher is None or not any(teacher_weights(stage)):
         return 6.0 * trained
     if kept and not isinstance(stage, AttentionTransfer) and not stage.feature_weight:
@@ -66,29 +62,32 @@ def training_flops(
     return 6.0 * trained + 2.0 * count_macs(teacher, size)
 
 
+def stage_work(recipe: Recipe, student: ModelConfig, teacher: ModelConfig | None) -> list[float]:
+    """Floating-point operations of a step of each stage, for the configs of what learns and what teaches."""
+    kept = recipe.distill.noise_set is not None
+    return [one.batch_size * training_flops(one, student, teacher, kept=kept) for one in recipe.distill.stages]
+
+
 class Throughput:
     """Speed of a stage over its last steps, the time that is left, memory and utilisation.
 
     Args:
         recipe: its stages; `stage` is the index of the one that runs.
-        student, teacher: configs.
-        engine: for the device and the number of processes.
+        work: floating-point operations of a step of each stage.
+        device: of this process.
+        processes: that share the work.
     """
 
-    def __init__(
-        self, recipe: Recipe, stage: int, student: Mapping[str, Any], teacher: Mapping[str, Any] | None, engine: Engine
-    ) -> None:
+    def __init__(self, recipe: Recipe, stage: int, work: Sequence[float], device: torch.device, processes: int) -> None:
         stages = recipe.distill.stages
-        kept = recipe.distill.noise_set is not None
-        work = [one.batch_size * training_flops(one, student, teacher, kept=kept) for one in stages]
         self.images, self.flops = stages[stage].batch_size, work[stage]
         # Another stage's steps take as long as this one's, times what they compute more.
         later = list(zip(stages[stage + 1 :], work[stage + 1 :], strict=True))
         self.later_steps = sum(one.steps for one, _ in later)
         self.later = sum(one.steps * flops / self.flops for one, flops in later)
-        self.device = engine.device
+        self.device = device
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        self.peak = None if peak is None else peak * engine.processes
+        self.peak = None if peak is None else peak * processes
         self.seconds: deque[float] = deque(maxlen=WINDOW)
 
     def update(self, seconds: float, steps_left: int) -> dict[str, float]:

@@ -5,11 +5,12 @@ import importlib.util
 import json
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from litconvert.common.files import read_json, write_whole
+from litconvert.common.listener import Listener
 from litconvert.errors import UsageError
 from litconvert.recipe.schema import Recipe
 from litconvert.runs.directory import RunDirectory
@@ -52,14 +53,12 @@ class Trackers:
     Args:
         run: read for where it stands, so before `truncate_metrics`.
         recipe: kept by those trackers that keep a config.
-        on_note: told of a tracker that failed.
+        listener: told of a tracker that failed.
         is_main: this is the main process.
     """
 
-    def __init__(
-        self, run: RunDirectory, recipe: Recipe, on_note: Callable[[str], None], *, is_main: bool = True
-    ) -> None:
-        self.on_note, self.trackers = on_note, list[Any]()
+    def __init__(self, run: RunDirectory, recipe: Recipe, listener: Listener, *, is_main: bool = True) -> None:
+        self.listener, self.trackers = listener, list[Any]()
         self.given: dict[str, int] = {}
         if not recipe.distill.trackers or not is_main:
             return
@@ -108,7 +107,7 @@ class Trackers:
         except Exception as error:  # a service's client may raise anything, and no metric is worth the run
             self.trackers = [one for one in self.trackers if one is not tracker]
             reason = " ".join(str(error).split()) or type(error).__name__
-            self.on_note(f"{name}: nothing more is logged there ({reason}); metrics.csv has every step")
+            self.listener.note(f"{name}: nothing more is logged there ({reason}); metrics.csv has every step")
 
 
 def _stdout_to_stderr() -> contextlib.redirect_stdout[Any]:

@@ -1,7 +1,7 @@
 """Captions as a text-to-image model reads them: encoded by T5, which is then freed, or kept in a file."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.device import default_device, has_gpu
 from litconvert.common.files import whole_file
 from litconvert.common.hub import hub_errors
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.model.config import ModelConfig
 from litconvert.recipe.schema import Recipe, TextEncoder
 
 INSTALL = 'install what text-to-image needs: pip install "litconvert[text]"'
@@ -247,13 +249,9 @@ def encode(
 
 def write_embeddings(captions: Captions, path: Path) -> None:
     """Write captions as safetensors: features, mask and, where there is one, null_features and null_mask."""
-    from litconvert.checkpoints.writing import write_safetensors
-    from litconvert.common.tensors import TensorInfo
-
     tensors = {name: value for name in TENSORS if (value := getattr(captions, name)) is not None}
-    infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
     with whole_file(path) as temporary:
-        write_safetensors(temporary, infos, tensors.__getitem__, {"format": "pt"})
+        write_safetensors(temporary, LazyTensors.of(tensors), {"format": "pt"})
 
 
 def read_embeddings(path: Path) -> Captions:
@@ -283,7 +281,7 @@ def read_embeddings(path: Path) -> Captions:
 
 
 def encode_prompts(
-    recipe: Recipe, config: Mapping[str, Any], prompts: Sequence[str] = (), negative_prompt: str | None = None
+    recipe: Recipe, config: ModelConfig, prompts: Sequence[str] = (), negative_prompt: str | None = None
 ) -> Captions:
     """Captions for a model of captions, from a recipe's T5, which is freed before this returns.
 
@@ -300,8 +298,6 @@ def encode_prompts(
             "(--embeddings FILE)"
         )
     negative = recipe.sample.negative_prompt if negative_prompt is None else negative_prompt
-    if negative is None and not config["null_caption"]:
+    if negative is None and not config.null_caption:
         negative = ""
-    return encode(
-        recipe.source.text_encoder, prompts or recipe.sample.prompts, negative, tokens=config["caption_tokens"]
-    )
+    return encode(recipe.source.text_encoder, prompts or recipe.sample.prompts, negative, tokens=config.caption_tokens)

@@ -1,6 +1,7 @@
-"""Drawing samples, decoding them, and writing them as a PNG grid or as the ADM evaluator's npz."""
+"""Drawing samples from noise: for classes or captions, with a scheduler of diffusers, batch by batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
@@ -12,6 +13,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from litconvert.common.listener import UNSEEN, Task
 from litconvert.common.seeds import generator_of
 from litconvert.errors import UsageError
 from litconvert.model.diffusion import linear_betas
@@ -20,7 +22,7 @@ from litconvert.model.pipeline_lit import Condition, Scheduler, denoise, set_tim
 from litconvert.recipe.schema import Guidance
 from litconvert.sampling.captions import Captions
 
-Conditions = TypeVar("Conditions", Tensor, Captions)
+LabelsOrCaptions = TypeVar("LabelsOrCaptions", Tensor, Captions)
 
 
 def make_scheduler(name: str, num_timesteps: int = 1000, prediction: str = "noise") -> Scheduler:
@@ -40,6 +42,7 @@ def make_scheduler(name: str, num_timesteps: int = 1000, prediction: str = "nois
 
 
 def _make_scheduler(name: str, num_timesteps: int) -> Scheduler:
+    """The scheduler of this name, whatever the model predicts."""
     if name == "flow-euler":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_timesteps)
     common = {"num_train_timesteps": num_timesteps, "trained_betas": linear_betas(num_timesteps).numpy()}
@@ -68,7 +71,7 @@ def sample(
     seed: int = 0,
     first: int = 0,
     num_timesteps: int = 1000,
-    on_step: Callable[[], None] = lambda: None,
+    task: Task = UNSEEN,
 ) -> Tensor:
     """Draw samples from noise.
 
@@ -84,42 +87,54 @@ def sample(
         seed: of the noise that DDPM adds at each step, each sample's a function of (seed, first + its index).
         first: index of the first sample, so that a set can be drawn in batches of any size.
         num_timesteps: of the forward process the model was trained with.
-        on_step: called after each step.
+        task: advanced by one after each step.
 
     Returns: latents or pixels (N, C, H, W), float32.
     """
     config = model.config
     if noise.dim() != 4 or noise.shape[1] != config.in_channels:
         raise UsageError(f"noise must be (N, {config.in_channels}, H, W), got {tuple(noise.shape)}")
-    if config.caption_channels is None:
-        if class_labels is None or captions is not None:
-            raise UsageError("this model is conditioned on classes: give class_labels, and no captions")
-        condition, null = _class_condition(model, class_labels, len(noise), guided=guidance != 1.0)
-    else:
-        if captions is None or class_labels is not None:
-            raise UsageError("this model is conditioned on captions: give captions, and no class_labels")
-        condition, null = _caption_condition(model, captions, len(noise), guided=guidance != 1.0)
+    condition, null = _condition(model, class_labels, captions, len(noise), guided=guidance != 1.0)
     if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
         raise UsageError(f"guidance_channels must be 1 to {config.in_channels}, got {guidance_channels}")
-    if scheduler == "ddpm" and config.prediction == "noise" and config.out_channels != 2 * config.in_channels:
-        raise UsageError(
-            "the DDPM sampler needs a learned variance, which this model has not; use ddim or dpm-solver++"
-        )
-    if not 1 <= steps <= num_timesteps:
-        raise UsageError(f"steps must be 1 to {num_timesteps}, got {steps}")
-    instance = make_scheduler(scheduler, num_timesteps, config.prediction)
-    set_timesteps(instance, steps)
     return denoise(
         model,
-        instance,
+        _set_scheduler(model, scheduler, steps, num_timesteps),
         noise.to(model.device),
         condition,
         null,
         guidance_scale=guidance,
         guidance_channels=guidance_channels,
         generator=[generator_of(seed, "ddpm", first + index) for index in range(len(noise))],
-        on_step=on_step,
+        on_step=task.advance,
     )
+
+
+def _set_scheduler(model: LiTTransformer2DModel, name: str, steps: int, num_timesteps: int) -> Scheduler:
+    """The scheduler of this name, set to so many steps, for a model. Raises UsageError."""
+    config = model.config
+    if name == "ddpm" and config.prediction == "noise" and config.out_channels != 2 * config.in_channels:
+        raise UsageError(
+            "the DDPM sampler needs a learned variance, which this model has not; use ddim or dpm-solver++"
+        )
+    if not 1 <= steps <= num_timesteps:
+        raise UsageError(f"steps must be 1 to {num_timesteps}, got {steps}")
+    scheduler = make_scheduler(name, num_timesteps, config.prediction)
+    set_timesteps(scheduler, steps)
+    return scheduler
+
+
+def _condition(
+    model: LiTTransformer2DModel, labels: Tensor | None, captions: Captions | None, count: int, *, guided: bool
+) -> tuple[Condition, Condition]:
+    """The transformer's arguments for what is drawn, and for what guidance leads away from."""
+    if model.config.caption_channels is None:
+        if labels is None or captions is not None:
+            raise UsageError("this model is conditioned on classes: give class_labels, and no captions")
+        return _class_condition(model, labels, count, guided=guided)
+    if captions is None or labels is not None:
+        raise UsageError("this model is conditioned on captions: give captions, and no class_labels")
+    return _caption_condition(model, captions, count, guided=guided)
 
 
 def _class_condition(
@@ -177,18 +192,40 @@ def noise_of(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator_of(seed, "noise", index))
 
 
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How a set of samples is drawn.
+
+    Attributes:
+        guidance: scheduler, steps and classifier-free guidance.
+        num_timesteps: of the forward process the model was trained with.
+        seed: of the noise.
+        batch_size: samples at a time; it changes rounding alone.
+    """
+
+    guidance: Guidance
+    num_timesteps: int
+    seed: int
+    batch_size: int
+
+    def steps_of(self, count: int) -> int:
+        """How many steps so many samples take, batch by batch."""
+        return -(-count // self.batch_size) * self.guidance.steps
+
+
 def draw(
     model: LiTTransformer2DModel,
-    guidance: Guidance,
     conditions: Tensor | Captions,
+    sampler: SamplerSettings,
     *,
-    seed: int,
-    batch_size: int,
-    num_timesteps: int,
     first: int = 0,
-    on_step: Callable[[], None] = lambda: None,
+    task: Task = UNSEEN,
 ) -> Iterator[Tensor]:
-    """Samples for class labels (N,) or captions, batch by batch, each from the noise of (seed, first + its index)."""
+    """Samples for class labels (N,) or captions, batch by batch, each from the noise of (seed, first + its index).
+
+    `task` is advanced by one after each step of each batch.
+    """
+    guidance, seed, batch_size = sampler.guidance, sampler.seed, sampler.batch_size
     config = model.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     for start in range(0, len(conditions), batch_size):
@@ -205,11 +242,11 @@ def draw(
             guidance_channels=guidance.guidance_channels,
             seed=seed,
             first=first + start,
-            num_timesteps=num_timesteps,
-            on_step=on_step,
+            num_timesteps=sampler.num_timesteps,
+            task=task,
         ).cpu()
 
 
-def cycled(conditions: Conditions, count: int) -> Conditions:
+def cycled(conditions: LabelsOrCaptions, count: int) -> LabelsOrCaptions:
     """So many labels or captions, each as often as every other."""
     return conditions[torch.arange(count) % len(conditions)]

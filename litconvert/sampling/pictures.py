@@ -1,6 +1,5 @@
 """From latents to images: decoders, grids, files, and the sheets of a run."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,14 @@ from torch import Tensor
 from litconvert.common.device import default_device
 from litconvert.common.hub import hub_errors
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.model.config import ModelConfig, is_pixel_space
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.model.shapes import is_pixel_space
 from litconvert.recipe.schema import Recipe, Vae
 from litconvert.sampling.captions import Captions, encode_prompts
-from litconvert.sampling.draw import cycled, draw
+from litconvert.sampling.draw import SamplerSettings, cycled, draw
+
+# Samples that are drawn of a model of classes when nobody says how many.
+NUM_IMAGES = 40
 
 
 def load_vae(vae: Vae) -> Any:
@@ -102,17 +104,17 @@ class SampleSheet:
         folder: where the PNGs go.
     """
 
-    def __init__(self, recipe: Recipe, config: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, recipe: Recipe, config: ModelConfig, folder: Path) -> None:
         self.recipe = recipe
         self.folder = folder
         device = default_device()
         self.vae = load_vae(recipe.source.vae).to(device) if recipe.source.vae else None
         count = recipe.sample.num_images
         # Latents without a decoder have no picture, and captions without an encoder cannot be read.
-        self.drawable = self.vae is not None or is_pixel_space(config["in_channels"])
+        self.drawable = self.vae is not None or config.is_pixel_space
         self.conditions: Tensor | Captions
-        if config["caption_channels"] is None:
-            self.conditions = torch.arange(count or NUM_IMAGES) % config["num_classes"]
+        if not config.reads_captions:
+            self.conditions = torch.arange(count or NUM_IMAGES) % config.classes
         elif self.drawable and recipe.source.text_encoder is not None:
             captions = encode_prompts(recipe, config)
             self.conditions = cycled(captions, count or len(captions))
@@ -122,14 +124,8 @@ class SampleSheet:
     def images(self, model: LiTTransformer2DModel) -> NDArray[np.uint8]:
         """The sheet's images (N, H, W, C)."""
         settings = self.recipe.sample
-        batches = draw(
-            model,
-            settings,
-            self.conditions,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            num_timesteps=self.recipe.diffusion.num_timesteps,
-        )
+        sampler = SamplerSettings(settings, self.recipe.diffusion.num_timesteps, settings.seed, settings.batch_size)
+        batches = draw(model, self.conditions, sampler)
         factor = self.recipe.source.vae.scaling_factor if self.recipe.source.vae else 1.0
         return to_images(torch.cat(list(batches)), self.vae, factor)
 
@@ -138,7 +134,3 @@ class SampleSheet:
         if self.drawable:
             images = self.images(model)
             save_grid(images, self.folder / f"{name}.png", scale=max(1, 64 // images.shape[1]))
-
-
-# Samples that are drawn of a model of classes when nobody says how many.
-NUM_IMAGES = 40

@@ -1,23 +1,22 @@
 """Whether a model, its teacher, its data and a recipe fit each other, before anything is computed."""
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
 from litconvert.common.launch import launched_processes, sharding_asked
 from litconvert.data.dataset import LatentDataset
 from litconvert.errors import UsageError
+from litconvert.model.config import ModelConfig
 from litconvert.recipe.batch_split import micro_batch_of
-from litconvert.recipe.schema import AttentionTransfer, FlowMatching, Recipe, teacher_weights
+from litconvert.recipe.schema import AttentionTransfer, FlowMatchingStage, Recipe, teacher_weights
 
 
-def check_model(config: Mapping[str, Any], recipe: Recipe) -> None:
+def check_model(config: ModelConfig, recipe: Recipe) -> None:
     """Whether a model can be trained by the recipe's stages, on so many processes. Raises UsageError."""
     if recipe.publish.backup_every is not None and recipe.publish.repo_id is None:
         raise UsageError("publish.backup_every needs to know where to: set publish.repo_id=owner/name")
     if not recipe.distill.stages:
         raise UsageError("the recipe has no distill.stages; `litconvert recipes show digits` shows an example")
-    velocity = config["prediction"] == "velocity"
+    velocity = config.predicts_velocity
     settings = recipe.distill
     if settings.noise_set is not None:
         if int(os.environ.get("LOCAL_WORLD_SIZE", launched_processes())) != launched_processes():
@@ -40,70 +39,71 @@ def check_model(config: Mapping[str, Any], recipe: Recipe) -> None:
                 "processes; set adamw, or launch without --use_fsdp"
             )
         micro_batch_of(recipe, index, launched_processes())  # refuses a batch that does not split
-        if stage.condition_dropout and config["num_classes"] is not None and not config["null_class"]:
+        if stage.condition_dropout and not config.reads_captions and not config.null_class:
             raise UsageError(
                 f"{where}.condition_dropout needs a null class, which this model was trained without; set 0"
             )
         if isinstance(stage, AttentionTransfer):
-            if "linear" not in config["attention"]:
+            if "linear" not in config.attention:
                 raise UsageError(f"{where} transfers attention, but the student has no linear layer")
             continue
-        if isinstance(stage, FlowMatching) != velocity:
+        if isinstance(stage, FlowMatchingStage) != velocity:
             right = "flow_matching" if velocity else "hybrid"
             raise UsageError(
-                f"{where}.objective={stage.objective}: this model predicts {config['prediction']}, whose objective is "
+                f"{where}.objective={stage.objective}: this model predicts {config.prediction}, whose objective is "
                 f"{right}"
             )
-        if not velocity and config["out_channels"] != 2 * config["in_channels"]:
+        if not velocity and not config.learns_variance:
             raise UsageError(
                 f"{where}: the hybrid loss is DiT's, for models with a learned variance, which this one has not"
             )
-        if stage.feature_weight and "linear" not in config["attention"]:
+        if stage.feature_weight and "linear" not in config.attention:
             raise UsageError(f"{where}.feature_weight is of linear layers, and the student has none; set 0")
 
 
-def check_data(config: Mapping[str, Any], data: LatentDataset, recipe: Recipe) -> None:
+def check_data(config: ModelConfig, data: LatentDataset, recipe: Recipe) -> None:
     """Whether a model can see the data. Raises UsageError."""
-    patch = config["patch_size"]
+    patch = config.patch_size
     for bucket in data.buckets:
-        if bucket.shape[0] != config["in_channels"] or any(side % patch for side in bucket.shape[1:]):
+        if bucket.shape[0] != config.in_channels or any(side % patch for side in bucket.shape[1:]):
             raise UsageError(
-                f"the data set's latents are {bucket.shape}, the student takes {config['in_channels']} channels and "
+                f"the data set's latents are {bucket.shape}, the student takes {config.in_channels} channels and "
                 f"sides that are multiples of {patch}; draw or encode the data for this model"
             )
-    classes = config["num_classes"] is not None
+    classes = not config.reads_captions
     if classes != (data.condition == "class"):
         raise UsageError(
             f"the data set has {'classes' if data.condition == 'class' else 'captions'}, the model "
             f"{'classes' if classes else 'captions'}; draw or encode the data for this model"
         )
-    if data.labels is not None and not 0 <= data.labels[0] <= data.labels[1] < config["num_classes"]:
+    if data.labels is not None and not 0 <= data.labels[0] <= data.labels[1] < config.classes:
         raise UsageError(
             f"the data set's class labels are {data.labels[0]} to {data.labels[1]}, the model's classes are 0 to "
-            f"{config['num_classes'] - 1}; draw or label the data for this model"
+            f"{config.classes - 1}; draw or label the data for this model"
         )
     if data.condition == "caption":
-        if data.caption_channels != config["caption_channels"]:
+        if data.caption_channels != config.caption_channels:
             raise UsageError(
                 f"the data set's captions have features of width {data.caption_channels}, the model reads "
-                f"{config['caption_channels']}: encode them with the T5 that the model was trained with"
+                f"{config.caption_channels}: encode them with the T5 that the model was trained with"
             )
-        if (data.caption_tokens or 0) > config["caption_tokens"]:
+        if (data.caption_tokens or 0) > config.caption_tokens:
             raise UsageError(
                 f"the data set's captions have up to {data.caption_tokens} tokens, the model reads "
-                f"{config['caption_tokens']}: encode the data for this model"
+                f"{config.caption_tokens}: encode the data for this model"
             )
     if recipe.data.flip and not data.pixels and not data.flipped:
         raise UsageError("data.flip needs mirrored latents, which the data set has not: encode it with data.flip=true")
 
 
-def check_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any], recipe: Recipe) -> None:
+def check_teacher(student: ModelConfig, teacher: ModelConfig, recipe: Recipe) -> None:
     """Whether a teacher can teach this student. Raises UsageError."""
     keys = ("in_channels", "sample_size", "out_channels", "num_classes", "caption_channels", "caption_tokens")
     for key in (*keys, "prediction", "data_timestep", "micro_conditions"):
-        if student[key] != teacher[key]:
+        mine, theirs = getattr(student, key), getattr(teacher, key)
+        if mine != theirs:
             raise UsageError(
-                f"the teacher's {key} is {teacher[key]}, the student's is {student[key]}: they cannot see the same "
+                f"the teacher's {key} is {theirs}, the student's is {mine}: they cannot see the same "
                 "input; choose a teacher of the same latent and condition (--teacher, or distill.teacher.path)"
             )
     for index, stage in enumerate(recipe.distill.stages):
@@ -115,23 +115,26 @@ def check_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any], recipe
             )
 
 
-def _same_layers(student: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(student[key] == other[key] for key in ("hidden_size", "num_layers", "patch_size", "in_channels"))
+def _same_layers(student: ModelConfig, other: ModelConfig) -> bool:
+    return all(
+        getattr(student, key) == getattr(other, key)
+        for key in ("hidden_size", "num_layers", "patch_size", "in_channels")
+    )
 
 
-def check_source(student: Mapping[str, Any], source: Mapping[str, Any], recipe: Recipe, *, is_teacher: bool) -> None:
+def check_source(student: ModelConfig, source: ModelConfig, recipe: Recipe, *, is_teacher: bool) -> None:
     """Whether the model inherited from can play its part. Raises UsageError."""
     for index, stage in enumerate(recipe.distill.stages):
         if isinstance(stage, AttentionTransfer):
             if not _same_layers(student, source):
                 raise UsageError("the student does not have the shape of its recorded source; convert it again")
-            layers = [n for n, kind in enumerate(student["attention"]) if kind == "linear"]
-            if any((source["attention"] or ["softmax"] * source["num_layers"])[n] == "linear" for n in layers):
+            layers = [n for n, kind in enumerate(student.attention) if kind == "linear"]
+            if any(source.attention[n] == "linear" for n in layers):
                 raise UsageError(
                     f"distill.stages.{index} transfers attention from the source, which is linear already; leave the "
                     "stage out"
                 )
-        elif is_teacher and any(teacher_weights(stage)) and source["attention"] == student["attention"]:
+        elif is_teacher and any(teacher_weights(stage)) and source.attention == student.attention:
             raise UsageError(
                 "the source is linear already and has nothing to teach; name the softmax model that teaches "
                 "(--teacher, or distill.teacher.path)"

@@ -9,54 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litconvert.common.listener import StepReport
-from litconvert.data.batches import NO_STAGE, Draws
+from litconvert.common.listener import SILENT, Listener, StepReport
+from litconvert.data.batches import NO_STAGE, MicroBatches
 from litconvert.data.conditions import Conditioner
-from litconvert.data.dataset import LatentDataset
 from litconvert.model.diffusion import make_diffusion
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.recipe.schema import Recipe
 from litconvert.runs.backup import Backup
-from litconvert.runs.directory import RunDirectory
 from litconvert.runs.trackers import Trackers
 from litconvert.sampling.pictures import SampleSheet
-from litconvert.training.engine import Engine
+from litconvert.training.objective import TrainingRun
 
 # Of the error by timestep, spread evenly over the range.
 ERROR_SAMPLES = 60
 
 
-class Observer(AbstractContextManager["Observer"]):
+class Observer(Listener, AbstractContextManager["Observer"]):
     """Draws and measures a run's EMA, on the main process; the others wait.
 
+    It listens to the trainer, and passes on what it hears.
+
     Args:
-        model: the student as it is before the run; its config is the averaged model's.
-        teacher: drawn and compared with; None: there is none.
-        data, conditioner: what the error by timestep is measured on.
-        on_note: told of what failed without stopping the run.
+        training: its model as it is before the run is the student before training.
+        conditioner: what the error by timestep is measured with.
+        listener: told of steps, and of what failed without stopping the run.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        model: LiTTransformer2DModel,
-        teacher: LiTTransformer2DModel | None,
-        data: LatentDataset,
-        conditioner: Conditioner,
-        recipe: Recipe,
-        run: RunDirectory,
-        on_note: Callable[[str], None],
-    ) -> None:
-        self.engine, self.model, self.teacher = engine, model, teacher
-        self.data, self.conditioner = data, conditioner
-        self.recipe, self.run = recipe, run
-        self.sheet = SampleSheet(recipe, model.config, run.samples) if engine.is_main else None
-        self.trackers = Trackers(run, recipe, on_note, is_main=engine.is_main)
-        publish = recipe.publish
+    def __init__(self, training: TrainingRun, conditioner: Conditioner, listener: Listener = SILENT) -> None:
+        self.data, self.conditioner, self.listener = training.data, conditioner, listener
+        self.config = training.config
+        self.engine, self.model, self.recipe = training.engine, training.model, training.recipe
+        self.teacher = None if training.splits_teacher else training.objective.teacher
+        self.run = run = training.directory
+        self.sheet = SampleSheet(self.recipe, training.config, run.samples) if self.engine.is_main else None
+        self.trackers = Trackers(run, self.recipe, listener, is_main=self.engine.is_main)
+        publish = self.recipe.publish
         self.backup: Backup | None = None
-        if engine.is_main and publish.backup_every is not None and publish.repo_id is not None:
+        if self.engine.is_main and publish.backup_every is not None and publish.repo_id is not None:
             self.backup = Backup(
-                run.path, publish.repo_id, publish.backup_every, private=publish.private, on_note=on_note
+                run.path, publish.repo_id, publish.backup_every, private=publish.private, listener=listener
             )
 
     def __exit__(
@@ -66,9 +56,14 @@ class Observer(AbstractContextManager["Observer"]):
         if self.backup is not None:
             self.backup.stop()
 
-    def log(self, report: StepReport) -> None:
-        """A step's metrics."""
+    def note(self, text: str) -> None:
+        """Passed on."""
+        self.listener.note(text)
+
+    def step(self, report: StepReport) -> None:
+        """A step's metrics, for trackers too."""
         self.trackers.log(report.global_step, report.metrics)
+        self.listener.step(report)
 
     def before(self) -> None:
         """The student as it is converted, and its teacher."""
@@ -106,9 +101,9 @@ class Observer(AbstractContextManager["Observer"]):
 
     def _batches(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
         """The same samples and noises each time, their timesteps spread evenly."""
-        diffusion = make_diffusion(self.model.config, self.recipe.diffusion.num_timesteps)
+        diffusion = make_diffusion(self.config, self.recipe.diffusion.num_timesteps)
         steps = None if self.model.config.prediction == "velocity" else self.recipe.diffusion.num_timesteps
-        draws = Draws(self.data, self.recipe.seed, NO_STAGE, ERROR_SAMPLES, steps)
+        draws = MicroBatches(self.data, self.recipe.seed, NO_STAGE, ERROR_SAMPLES, steps)
         batches = []
         for start in range(0, ERROR_SAMPLES, 10):
             positions = range(start, start + 10)

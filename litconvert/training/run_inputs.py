@@ -7,7 +7,7 @@ from typing import Any
 from litconvert.common.files import digest_of, read_json
 from litconvert.errors import LitconvertError
 from litconvert.families.sources import OpenSource
-from litconvert.model.shapes import given_config
+from litconvert.model.config import ModelConfig
 from litconvert.recipe.inputs import Inputs, differences, given
 from litconvert.recipe.resolve import read_recorded
 from litconvert.recipe.schema import Recipe
@@ -43,17 +43,17 @@ class File:
 
     sha256: str
     weights: str | None
-    config: Mapping[str, Any]
+    config: ModelConfig
 
     @classmethod
     def of(cls, source: OpenSource) -> "File":
         """Read and hashed now."""
-        return cls(source.checkpoint.sha256(), source.checkpoint.weights, source.reading.config)
+        return cls(source.checkpoint.sha256(), source.checkpoint.weights, source.config)
 
     @property
     def values(self) -> dict[str, Any]:
         """For a digest."""
-        return {"sha256": self.sha256, "weights": self.weights, "config": given_config(self.config)}
+        return {"sha256": self.sha256, "weights": self.weights, "config": self.config.given}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class RunInputs:
         """The digest and what goes into it."""
         recipe, encoder = self.recipe, self.recipe.source.text_encoder if self.texts else None
         values = {
-            "student": {key: given_config(one) if key == "scratch" else one for key, one in self.student.items()},
+            "student": {
+                key: ModelConfig.of(one).given if key == "scratch" else one for key, one in self.student.items()
+            },
             **{name: file.values for name, file in self.files.items()},
             "data": {"digest": self.data, "flip": recipe.data.flip},
             "source.text_encoder": given(encoder),
@@ -91,7 +93,7 @@ class RunInputs:
         }
         first = {
             "student": self.student,
-            "sources": {name: (file.sha256, file.weights, file.config) for name, file in self.files.items()},
+            "sources": {name: (file.sha256, file.weights, file.config.values) for name, file in self.files.items()},
             "data": self.data,
             "text_encoder": encoder.model_dump() if encoder else None,
             "flip": recipe.data.flip,

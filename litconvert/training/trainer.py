@@ -13,21 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from litconvert.common.listener import StepReport
+from litconvert.common.listener import SILENT, Listener, StepReport
 from litconvert.common.memory import is_out_of_memory, measured_peak, reset_peak
-from litconvert.data.batches import Batch, Draws
+from litconvert.data.batches import Batch, MicroBatches
 from litconvert.data.conditions import Conditioner
-from litconvert.data.dataset import LatentDataset
-from litconvert.distillation.objectives import attention_error, distillation_terms
-from litconvert.distillation.teaching import Student, Teachers
 from litconvert.errors import LitconvertError
+from litconvert.model.config import ModelConfig
 from litconvert.model.diffusion import DDPM, make_diffusion
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.batch_split import out_of_memory_advice
-from litconvert.recipe.schema import AnyStage, AttentionTransfer, Recipe
-from litconvert.runs.directory import Progress, RunDirectory
-from litconvert.runs.throughput import Throughput
-from litconvert.training.engine import Engine, whole
+from litconvert.recipe.schema import AnyStage
+from litconvert.runs.directory import Progress
+from litconvert.runs.throughput import Throughput, stage_work
+from litconvert.training.engine import whole
+from litconvert.training.objective import StepInputs, TrainingRun
 from litconvert.training.optimization import (
     LearningRate,
     MovingAverage,
@@ -36,6 +35,7 @@ from litconvert.training.optimization import (
     trained_names,
     training_state,
 )
+from litconvert.training.student import Student
 
 SAME_SIGNAL_SECONDS = 2.0
 
@@ -52,7 +52,7 @@ class _Stage:
 
     index: int
     settings: AnyStage
-    draws: Draws
+    draws: MicroBatches
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -67,61 +67,37 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 class Trainer:
-    """One run: the models, the data, and where it stands.
+    """The loop of one run, and where it stands.
 
     Args:
-        engine: the processes.
-        student: trained in place, float32.
-        teachers: what it learns from.
-        data: clean latents.
+        training: what the run is made of.
         conditioner: what a batch is conditioned on, as the models' arguments.
-        recipe: resolved.
-        run: the directory.
-        fresh: names of the student's tensors that were not inherited.
-        on_step: called on the main process after each step.
+        listener: told on the main process of each step, and of steps that are skipped.
         on_observe: called on every process when samples are due, with the step and the EMA's whole state.
-        on_note: told on the main process of steps that are skipped.
         describe: called on the main process with a checkpoint's folder, to say what model it holds.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        student: LiTTransformer2DModel,
-        teachers: Teachers,
-        data: LatentDataset,
+        training: TrainingRun,
         conditioner: Conditioner,
-        recipe: Recipe,
-        run: RunDirectory,
         *,
-        fresh: frozenset[str] = frozenset(),
-        on_step: Callable[[StepReport], None] = lambda report: None,
+        listener: Listener = SILENT,
         on_observe: Callable[[int, Mapping[str, Tensor]], None] = lambda step, state: None,
-        on_note: Callable[[str], None] = lambda note: None,
         describe: Callable[[Path, Progress], None] = lambda folder, progress: None,
     ) -> None:
-        self.engine = engine
-        self.student = student.to(engine.device).train()
-        self.teachers = teachers
-        self.data = data
-        self.conditioner = conditioner
-        self.recipe = recipe
-        self.run = run
-        self.fresh = fresh
-        self.on_step = on_step
-        self.on_observe = on_observe
-        self.on_note = on_note
-        self.describe = describe
+        self.training, self.conditioner = training, conditioner
+        self.engine, self.recipe, self.run = training.engine, training.recipe, training.directory
+        self.student = training.model.to(training.engine.device).train()
+        self.objective, self.total_steps = training.objective, training.total_steps
+        self.listener = listener if self.engine.is_main else SILENT
+        self.on_observe, self.describe = on_observe, describe
         self.skipped_steps = 0
-        self.diffusion = make_diffusion(student.config, recipe.diffusion.num_timesteps)
+        self.diffusion = make_diffusion(training.config, self.recipe.diffusion.num_timesteps)
         self.stop_signal: int | None = None
         self.stopped_at = 0.0
         # The last micro-batch's tensors by name, so that the NaN guard can say where it began.
         self.watched: dict[str, Tensor] = {}
-
-    @property
-    def total_steps(self) -> int:
-        return sum(stage.steps for stage in self.recipe.distill.stages)
 
     def fit(self) -> dict[str, Tensor]:
         """Run every stage from the latest checkpoint on; returns the last stage's EMA and the weights it left alone.
@@ -169,7 +145,11 @@ class Trainer:
             )
             # The process before this one may have ended between its checkpoint and what was to be looked at then.
             self._observe(stage, done + first)
-        throughput = Throughput(self.recipe, index, self.student.config, self.teachers.config, self.engine)
+        teacher = self.objective.teacher
+        work = stage_work(
+            self.recipe, self.training.config, None if teacher is None else ModelConfig.of(teacher.config)
+        )
+        throughput = Throughput(self.recipe, index, work, self.engine.device, self.engine.processes)
         batches = stage.draws.read_ahead(first, settings.steps, self.recipe.data.workers)
         for step in range(first, settings.steps):
             began = time.perf_counter()
@@ -198,16 +178,16 @@ class Trainer:
     def _begin(self, index: int, settings: AnyStage) -> _Stage:
         """Wrap what the stage trains for the processes, with its optimiser, schedule and average."""
         names = [name for name, _ in self.student.named_parameters()]
-        trained = set(trained_names(self.student.config, names, settings, f"distill.stages.{index}"))
+        trained = set(trained_names(self.training.config, names, settings, f"distill.stages.{index}"))
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in trained)
             parameter.grad = None
         student = Student(self.student, settings, self.recipe.distill)
         module = self.engine.wrap(student, student.parts)
         parameters = {name: value for name, value in self.student.named_parameters() if name in trained}
-        optimizer = make_optimizer(settings, parameters, self.fresh)
-        draws = Draws(
-            self.data,
+        optimizer = make_optimizer(settings, parameters, self.training.fresh)
+        draws = MicroBatches(
+            self.training.data,
             seed=self.recipe.seed,
             stage=index,
             batch_size=settings.batch_size,
@@ -276,32 +256,14 @@ class Trainer:
 
     def _terms(self, stage: _Stage, batch: Batch, condition: Mapping[str, Any]) -> dict[str, Tensor]:
         """The weighted loss terms of a micro-batch."""
-        device, settings = self.engine.device, stage.settings
+        device = self.engine.device
         clean, noise, timestep = (
             value.to(device, non_blocking=True) for value in (batch.samples.clean, batch.noise, batch.timestep)
         )
         noisy = self.diffusion.add_noise(clean, noise, timestep)
         self.watched = {"the data": clean}
-        if isinstance(settings, AttentionTransfer):
-            inputs, theirs = self.teachers.attention(noisy, timestep, condition)
-            _, mine = stage.module(noisy, timestep, condition, inputs)
-            self._watch_attention(theirs, mine)
-            return {"attention": attention_error(mine, theirs)}
-        teacher, theirs = self.teachers.output(settings, batch, noisy, timestep, condition)
-        student, mine = stage.module(noisy, timestep, condition)
-        if teacher is not None:
-            self.watched["the teacher's output"] = teacher
-        self.watched["the student's output"] = student
-        terms = distillation_terms(settings, self.diffusion, student, teacher, clean, noise, timestep)
-        if settings.feature_weight:
-            self._watch_attention(theirs, mine)
-            terms["features"] = settings.feature_weight * attention_error(mine, theirs)
-        return terms
-
-    def _watch_attention(self, teacher: list[Tensor], student: list[Tensor]) -> None:
-        for who, outputs in (("teacher", teacher), ("student", student)):
-            for layer, output in zip(self.teachers.layers, outputs, strict=True):
-                self.watched[f"the {who}'s attention output of layer {layer}"] = output
+        inputs = StepInputs(batch, clean, noise, noisy, timestep, condition, self.diffusion)
+        return self.objective.terms(stage.settings, stage.module, inputs, self.watched)
 
     def _skip(self, step: int, metrics: Mapping[str, float]) -> None:
         """Leave a step out, whose gradients an optimiser would spread; every process is here.
@@ -312,7 +274,7 @@ class Trainer:
         bound = self.recipe.distill.max_skipped_steps
         if self.skipped_steps < bound:
             self.skipped_steps += 1
-            self.on_note(
+            self.listener.note(
                 f"step {step}: {name} holds NaN or infinite values; nothing was updated, and the run goes on (skipped "
                 f"{self.skipped_steps} of at most {bound} steps)"
             )
@@ -357,7 +319,7 @@ class Trainer:
             return
         name = f"{progress.stage}:{settings.objective}"
         self.run.append_metrics({"step": progress.global_step, "stage": name, **metrics})
-        self.on_step(
+        self.listener.step(
             StepReport(
                 settings.objective, progress.step, settings.steps, progress.global_step, self.total_steps, metrics
             )
@@ -377,7 +339,7 @@ class Trainer:
         """Save when it is due, and leave when a signal asked for it."""
         settings, last = self.recipe.distill, progress.step == stage.settings.steps
         if last or stop or progress.global_step % settings.checkpoint_every == 0:
-            self.teachers.keep()
+            self.objective.keep()
 
             def save(folder: Path) -> None:
                 state = training_state(self.student.state_dict(), stage.optimizer, stage.parameters, stage.average)

@@ -24,11 +24,13 @@ from litconvert.data.synthesize import synthesize
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.sources import open_source
 from litconvert.publishing.layout import find_model, prepare
+from litconvert.publishing.publication import Publication
 from litconvert.recipe.schema import Source
 from litconvert.runs.directory import RunDirectory, is_run, model_of
 from tests.helpers.command import command
 from tests.helpers.hub import enter
 from tests.helpers.hub_server import HubServer
+from tests.helpers.listener import Hearing
 from tests.helpers.processes import Forker, patience
 
 STAGES = (
@@ -38,6 +40,7 @@ STAGES = (
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning"),
 ]
@@ -58,7 +61,7 @@ def run(tmp_path: Path, pico_student: Path, pico_checkpoint: Path, pico_recipe: 
 
     sets = [STAGES, "distill.keep_checkpoints=9"]
     with pytest.raises(Stop):
-        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets, on_step=stop)
+        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets, listener=Hearing(stop))
     return tmp_path / "run"
 
 
@@ -204,10 +207,9 @@ def digits(tmp_path: Path) -> Path:
     from litconvert.data.dataset import write_latents
 
     data = write_latents(latents, torch.arange(4), tmp_path / "data", "zeros")
+    sets = [stages, *few, "distill.checkpoint_every=2"]
     with pytest.raises(Stop):
-        litconvert.distill(
-            student, tmp_path / "run", data=data, overrides=[stages, *few, "distill.checkpoint_every=2"], on_step=stop
-        )
+        litconvert.distill(student, tmp_path / "run", data=data, overrides=sets, listener=Hearing(stop))
     return tmp_path / "run"
 
 
@@ -226,7 +228,7 @@ def test_a_checkpoint_is_evaluated_and_keeps_its_scores(tmp_path: Path, digits: 
     for weights, expected in (("auto", kept["metrics"]), ("model", {})):
         out = tmp_path / weights
         out.mkdir()
-        prepare(f"{digits}@2", out, repo_id="tester/digits", weights=weights)
+        prepare(Publication(Path(f"{digits}@2"), "tester/digits", weights=weights), out)
         assert read_json(out / "litconvert.json")["metrics"] == expected
 
 

@@ -23,13 +23,14 @@ from torch import Tensor
 from litconvert.checkpoints import writing
 from litconvert.checkpoints.checkpoint import Checkpoint, Extent
 from litconvert.checkpoints.opening import open_checkpoint
-from litconvert.checkpoints.writing import write_safetensors, write_weights
+from litconvert.checkpoints.writing import LazyTensors, write_safetensors, write_weights
 from litconvert.common.files import digest_of, read_json, require_space, whole_directory, write_whole
 from litconvert.common.tensors import TensorInfo
 from litconvert.errors import LitconvertError, UsageError
 from tests.helpers.checkpoint_files import dit_shapes, write_hollow
 from tests.helpers.damage import flipped, rewritten_header, rewritten_zip, sound_forms, truncated
 from tests.helpers.hub_server import Blob, HubServer, Repository
+from tests.helpers.listener import Advances
 
 STATE = {
     "weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -90,6 +91,7 @@ def test_headers_and_values_are_the_same_in_every_form(tmp_path: Path, form: For
     assert checkpoint.sha256() == digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_a_pickle_is_mapped_from_disk_not_read(tmp_path: Path) -> None:
     script = (
         "import sys, resource; from litconvert.checkpoints.opening import open_checkpoint\n"
@@ -424,8 +426,7 @@ def large_shards(folder: Path) -> None:
     write_weights(
         folder,
         "diffusion_pytorch_model",
-        tensors_of(LARGE),
-        LARGE.__getitem__,
+        LazyTensors.of(LARGE),
         {"format": "pt"},
         max_shard_bytes=LARGE_BYTES // 2,
     )
@@ -512,6 +513,7 @@ def test_a_damaged_file_on_the_hub_is_refused_from_its_header(tmp_path: Path, hu
                 open_checkpoint("tester/damaged", file=file.name).read("weight")
 
 
+@pytest.mark.slow
 def test_the_hub_is_as_safe_as_the_disk(tmp_path: Path, hub: HubServer) -> None:
     """A sample of the damage that whole/test_fuzz.py does to files on disk: read as there, or refused in a sentence."""
     forms, draw = sound_forms(tmp_path / "sound"), random.Random(3)
@@ -644,9 +646,17 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
         "empty": torch.zeros(0, 3),
         "transposed": torch.arange(6.0).reshape(2, 3).T,
     }
-    path, seen = tmp_path / "out.safetensors", list[str]()
-    write_safetensors(path, tensors_of(state), state.__getitem__, {"note": "ü"}, on_tensor=seen.append)
-    assert seen == list(state)
+    path, asked, done = tmp_path / "out.safetensors", list[str](), list[int]()
+
+    def produce(name: str) -> Tensor:
+        assert len(done) == len(asked)  # what was asked for before is written
+        asked.append(name)
+        return state[name]
+
+    task = Advances(len(state), lambda now, total: done.append(now))
+    write_safetensors(path, LazyTensors(tensors_of(state), produce), {"note": "ü"}, task=task)
+    assert asked == list(state)
+    assert done == list(range(1, len(state) + 1))
     loaded = load_file(path)
     assert loaded.keys() == state.keys()
     for name, value in state.items():
@@ -658,7 +668,7 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
 
 def test_values_are_cast_to_the_dtype_of_the_header(tmp_path: Path) -> None:
     infos = {"weight": TensorInfo((2, 3), torch.float16)}
-    write_safetensors(tmp_path / "out.safetensors", infos, STATE.__getitem__, {})
+    write_safetensors(tmp_path / "out.safetensors", LazyTensors(infos, STATE.__getitem__), {})
     assert torch.equal(load_file(tmp_path / "out.safetensors")["weight"], STATE["weight"].half())
 
 
@@ -677,15 +687,11 @@ def test_bytes_copied_from_file_to_file_are_those_of_the_values(
     torch.save(state, tmp_path / "state.pt")
     checkpoint = open_checkpoint(str(tmp_path / "state.pt"))
     written = [tmp_path / f"{how}.safetensors" for how in ("values", "extents")]
-    write_safetensors(written[0], checkpoint.tensors, checkpoint.read, {"format": "pt"})
+    write_safetensors(written[0], LazyTensors(checkpoint.tensors, checkpoint.read), {"format": "pt"})
     if not in_kernel:
         cannot_copy_in_kernel(monkeypatch)
-    write_safetensors(
-        written[1],
-        checkpoint.tensors,
-        lambda name: checkpoint.extent(name) or checkpoint.read(name),
-        {"format": "pt"},
-    )
+    in_place = LazyTensors(checkpoint.tensors, lambda name: checkpoint.extent(name) or checkpoint.read(name))
+    write_safetensors(written[1], in_place, {"format": "pt"})
     # The headers may be padded differently: extents are kept in step with the pages of their source.
     contents = [path.read_bytes() for path in written]
     lengths = [struct.unpack("<Q", content[:8])[0] for content in contents]
@@ -710,9 +716,8 @@ def test_neighbours_are_copied_together(tmp_path: Path, monkeypatch: pytest.Monk
     names = [*"abc", "new", *"ef"]
     infos = {name: TensorInfo((5, 7), torch.float32) for name in names}
     new = torch.ones(5, 7)
-    write_safetensors(
-        tmp_path / "out.safetensors", infos, lambda name: new if name == "new" else source.extent(name) or new, {}
-    )
+    tensors = LazyTensors(infos, lambda name: new if name == "new" else source.extent(name) or new)
+    write_safetensors(tmp_path / "out.safetensors", tensors, {})
     assert copied == [3 * 140, 2 * 140]
     loaded = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(loaded[name], {**state, "new": new}[name]) for name in names)
@@ -722,10 +727,14 @@ def test_metadata_may_come_after_the_last_tensor(tmp_path: Path) -> None:
     written: list[str] = []
     path = tmp_path / "out.safetensors"
 
+    def produce(name: str) -> Tensor:
+        written.append(name)
+        return STATE[name]
+
     def metadata() -> dict[str, str]:
         return {"format": "pt", "tensors": " ".join(written), "note": "ü"}
 
-    write_safetensors(path, tensors_of(STATE), STATE.__getitem__, metadata, on_tensor=written.append)
+    write_safetensors(path, LazyTensors(tensors_of(STATE), produce), metadata)
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt", "tensors": " ".join(STATE), "note": "ü"}
     assert_read(open_checkpoint(str(path)), STATE, in_place=list(STATE))
@@ -741,18 +750,19 @@ def test_weights_are_one_file_or_shards_with_their_index(tmp_path: Path) -> None
         (cut, 100, [f"{stem}-{number:05d}-of-00004.safetensors" for number in (1, 2, 3, 4)]),
     ):
         folder.mkdir()
-        seen: list[str] = []
-        paths = write_weights(
-            folder,
-            stem,
-            tensors_of(state),
-            state.__getitem__,
-            lambda: {"format": "pt"},
-            max_shard_bytes=limit,
-            on_tensor=seen.append,
-        )
+        asked: list[str] = []
+        done: list[int] = []
+
+        def produce(name: str, asked: list[str] = asked) -> Tensor:
+            asked.append(name)
+            return state[name]
+
+        task = Advances(len(state), lambda now, total, done=done: done.append(now))  # type: ignore[misc]
+        tensors = LazyTensors(tensors_of(state), produce)
+        paths = write_weights(folder, stem, tensors, lambda: {"format": "pt"}, max_shard_bytes=limit, task=task)
         assert [path.name for path in paths] == names
-        assert seen == list(state)
+        assert asked == list(state)
+        assert done == list(range(1, len(state) + 1))
         assert_read(open_checkpoint(str(folder)), state, in_place=list(state))
     assert sorted(path.name for path in whole.iterdir()) == [f"{stem}.safetensors"]
     # As huggingface_hub itself names them (it moves the large one forward), and as diffusers finds them.
@@ -775,23 +785,19 @@ def test_a_source_that_becomes_shorter_while_it_is_copied_is_refused(
     if not in_kernel:
         cannot_copy_in_kernel(monkeypatch)
 
-    def copy(cut: Callable[[str], None]) -> None:
+    def copy(cut: Callable[[], None]) -> None:
         torch.save(state, tmp_path / "state.pt")
         checkpoint = open_checkpoint(str(tmp_path / "state.pt"))
         extents = {name: checkpoint.extent(name) for name in state}
         assert None not in extents.values()
-        write_safetensors(
-            tmp_path / "out.safetensors",
-            checkpoint.tensors,
-            lambda name: extents[name] or checkpoint.read(name),
-            {},
-            on_tensor=cut,
-        )
+        tensors = LazyTensors(checkpoint.tensors, lambda name: extents[name] or checkpoint.read(name))
+        task = Advances(len(state), lambda done, total: cut())
+        write_safetensors(tmp_path / "out.safetensors", tensors, {}, task=task)
 
-    copy(lambda name: None)
+    copy(lambda: None)
     assert torch.equal(load_file(tmp_path / "out.safetensors")["second"], state["second"])
     with pytest.raises(LitconvertError, match="became shorter while it was read; restore it and try again"):
-        copy(lambda name: os.truncate(tmp_path / "state.pt", 300_000))
+        copy(lambda: os.truncate(tmp_path / "state.pt", 300_000))
 
 
 def test_a_source_that_becomes_shorter_while_it_is_read_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line as its users meet it: start-up, help, the README's promises, and the whole line."""
 
+import importlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ COMMANDS += ["latents-synthesize", "latents-encode", "latents-show", "probe", "t
 COMMANDS += [f"recipes-{verb}" for verb in ("ls", "show", "copy", "validate", "schema")]
 
 
+@pytest.mark.slow
 def test_converting_does_not_import_diffusers(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> None:
     """Seconds and a hundred megabytes, of which inspecting, planning and converting need nothing."""
     script = (
@@ -99,8 +101,11 @@ def test_the_readme_s_make_targets_and_modules_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake ([a-z]+)\b", README)) - {"it"}:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for module in set(re.findall(r"python -m (benchmarks\.[a-z_]+)", README)):
+    texts = README + "".join(path.read_text() for path in packaged_recipes().values())
+    for module in set(re.findall(r"python\s+-m ((?:benchmarks|litconvert)\.[a-z_.]+)", texts)):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+    for module, names in re.findall(r"^from (litconvert[\w.]*) import (.+)$", README, flags=re.MULTILINE):
+        assert all(hasattr(importlib.import_module(module), name) for name in names.split(", ")), module
 
 
 def test_the_readme_s_recipes_exist() -> None:
@@ -112,6 +117,7 @@ def test_the_readme_has_no_blanks_left() -> None:
     assert not re.findall(r"@[A-Z_]+@", README)
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_recipes_and_assets(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     subprocess.run(
@@ -154,6 +160,7 @@ def test_sampling_draws_teacher_and_student_on_the_same_noise(
     assert picture.stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_whole_line_runs_and_a_second_run_skips_what_is_done(
     tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
 ) -> None:
@@ -200,6 +207,7 @@ def test_drawing_needs_a_model(tmp_path: Path) -> None:
     assert "--recipe or --source" in result.err
 
 
+@pytest.mark.slow
 def test_the_embedded_line_converts_distils_and_scores(tmp_path: Path) -> None:
     sets = [
         "data.synthesize.num_samples=16",

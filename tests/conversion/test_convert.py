@@ -152,7 +152,7 @@ def test_the_other_sizes_gain_26_parameters_a_head_channel_and_layer(
 def test_a_stranger_s_size_of_latent_is_planned_at_its_own_sizes(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "dit.safetensors", dit_shapes(sample_size=64))
     plan = litconvert.plan(path, "dit-xl-2-512")
-    assert plan.config["sample_size"] == 64
+    assert plan.config.sample_size == 64
     assert plan.groups["recomputed"]["parameters"] == 1024 * 1152
 
 
@@ -537,16 +537,20 @@ def test_a_conversion_that_fails_midway_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pico.pt", "pico.yaml"]
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_no_output_and_the_next_one_cleans_up(
     tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
 ) -> None:
     script = (
         "import os, signal, sys; from litconvert.conversion import convert as conversion\n"
+        "from litconvert.common.listener import Listener, Task\n"
         "seen = []\n"
-        "def on_tensor(name):\n"
-        "    seen.append(name)\n"
-        "    if len(seen) == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "conversion.convert(sys.argv[1], sys.argv[2], sys.argv[3], on_tensor=on_tensor)\n"
+        "class Killing(Listener, Task):\n"
+        "    def task(self, name, total): return self\n"
+        "    def advance(self, count=1, remark=''):\n"
+        "        seen.append(count)\n"
+        "        if len(seen) == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "conversion.convert(sys.argv[1], sys.argv[2], sys.argv[3], listener=Killing())\n"
     )
     arguments = [str(pico_checkpoint), str(tmp_path / "out"), str(pico_recipe)]
     outcome = subprocess.run([sys.executable, "-c", script, *arguments], check=False)
@@ -689,5 +693,5 @@ def test_without_a_recipe_the_packaged_one_for_the_source_is_taken(tmp_path: Pat
     assert "recipe: none, the defaults" in command("plan", other).out
     # The packaged recipe's hints are of the released checkpoint, not of one fine-tuned on ten classes.
     tuned = write_hollow(tmp_path / "tuned.safetensors", dit_shapes(width=384, layers=12, rows=11))
-    assert litconvert.plan(tuned).config["num_classes"] == 10
+    assert litconvert.plan(tuned).config.num_classes == 10
     assert litconvert.plan(tuned).recipe_name == "dit-s-2-256"

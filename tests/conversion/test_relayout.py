@@ -14,6 +14,7 @@ import litconvert
 from litconvert.conversion.relayout import write_layout
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.sources import OpenSource, open_source
+from litconvert.model.config import ModelConfig
 from litconvert.model.shapes import position_embedding
 from litconvert.recipe.schema import Source
 from tests.helpers.checkpoint_files import dit_shapes, pixart_shapes, random_state
@@ -38,7 +39,7 @@ def original(path: Path, name: str, dtype: torch.dtype = torch.float32) -> tuple
     """A state dict in the original layout with its position embedding, and the source it makes on disk."""
     shapes, hints = ORIGINALS[name]
     state = {key: value.to(dtype) for key, value in random_state(shapes).items()}
-    config = {"hidden_size": 48, "sample_size": 16, "patch_size": 2, "interpolation_scale": 1.0}
+    config = ModelConfig(hidden_size=48, sample_size=16, patch_size=2)
     state["pos_embed"] = position_embedding(config).to(dtype)
     container = {"state_dict": state} if "y_embedder.y_embedding" in state else state
     torch.save(container, path)

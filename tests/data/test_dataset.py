@@ -4,7 +4,7 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,11 +23,12 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 import litconvert
+from litconvert.conversion.plan import resolve_for
 from litconvert.data import synthesize as synthesis
-from litconvert.data.cropping import center_crop, nearest_size, read_image
 from litconvert.data.dataset import LatentDataset, open_latents, write_latents
 from litconvert.data.encode import encode_images
-from litconvert.data.images import BrokenSample, ImageSample, StreamedImages
+from litconvert.data.image_sources import StreamedImages
+from litconvert.data.images import BrokenSample, ImageSample, center_crop, nearest_size, read_image
 from litconvert.data.prompts import read_prompts
 from litconvert.data.synthesize import synthesize
 from litconvert.errors import LitconvertError, UsageError
@@ -39,6 +40,7 @@ from litconvert.sampling.draw import noise_of
 from litconvert.sampling.pictures import to_images
 from tests.helpers.checkpoint_files import dit_state
 from tests.helpers.command import command
+from tests.helpers.listener import Hearing
 from tests.helpers.pretrained import CHANNELS, Pretrained
 from tests.helpers.processes import Forker, kept_by_another_process
 
@@ -65,6 +67,19 @@ def random(*shape: int) -> Tensor:
 def everything(data: LatentDataset, bucket: int = 0) -> Tensor:
     indices = range(len(data.buckets[bucket]))
     return data.read(bucket, indices, noise=torch.zeros(len(indices), *data.buckets[bucket].shape)).clean
+
+
+def encoded(
+    images: Path | str,
+    out: Path,
+    recipe: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    source: Path | None = None,
+    **options: Any,
+) -> Path:
+    """A data set made of images for a recipe that is to be resolved, as the command makes it."""
+    return encode_images(images, out, resolve_for(recipe, overrides, source), **options)
 
 
 # Reading
@@ -178,14 +193,15 @@ def test_synthesis_resumes_after_a_crash_to_the_same_data(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synthesize(pico_checkpoint, tmp_path / "data", recipe, on_progress=crash)
+        synthesize(pico_checkpoint, tmp_path / "data", recipe, listener=Hearing(task=crash))
     assert not (tmp_path / "data").exists()
     monkeypatch.setattr("litconvert.common.files.HANDOVER_SECONDS", 0.2)
     (shards,) = tmp_path.glob(".data.shards-*")
     with kept_by_another_process(shards), pytest.raises(LitconvertError, match="another process is at work"):
         synthesize(pico_checkpoint, tmp_path / "data", recipe)
     drawn: list[int] = []
-    synthesize(pico_checkpoint, tmp_path / "data", recipe, on_progress=lambda done, total: drawn.append(done))
+    hearing = Hearing(task=lambda done, total: drawn.append(done))
+    synthesize(pico_checkpoint, tmp_path / "data", recipe, listener=hearing)
     assert drawn[0] == 6  # the first shard was kept
     resumed = open_latents(tmp_path / "data")
     assert torch.equal(everything(whole), everything(resumed))
@@ -275,7 +291,7 @@ def test_prompts_are_encoded_once_and_t5_is_gone_before_the_teacher_is_read(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synthesize(None, tmp_path / "data", str(text_recipe), on_progress=crash)
+        synthesize(None, tmp_path / "data", str(text_recipe), listener=Hearing(task=crash))
     assert events == ["loaded", "freed", "read"]
     synthesize(None, tmp_path / "data", str(text_recipe))
     assert events == ["loaded", "freed", "read", "read"]
@@ -388,7 +404,7 @@ def test_the_nearest_size_is_nearest_by_factor() -> None:
 def test_class_folders_become_the_pixels_of_a_pixel_space_model(
     tmp_path: Path, photos: Path, pico_checkpoint: Path, pico_recipe: Path
 ) -> None:
-    data = open_latents(encode_images(photos, tmp_path / "data", str(pico_recipe), source=pico_checkpoint))
+    data = open_latents(encoded(photos, tmp_path / "data", str(pico_recipe), source=pico_checkpoint))
     assert (data.pixels, data.kind, data.buckets[0].shape) == (True, "latents", (1, 8, 8))
     samples = data.read(0, range(5))
     assert samples.class_labels is not None
@@ -411,7 +427,7 @@ def test_an_image_is_read_as_its_viewer_shows_it(tmp_path: Path) -> None:
         "scratch: {sample_size: 16, in_channels: 3, hidden_size: 32, num_layers: 1, num_attention_heads: 2, "
         "num_classes: 2}\n"
     )
-    data = open_latents(encode_images(tmp_path / "images", tmp_path / "data", str(recipe)))
+    data = open_latents(encoded(tmp_path / "images", tmp_path / "data", str(recipe)))
     clear, shown = to_images(everything(data), None)
     assert (clear == 255).all()
     assert np.array_equal(shown[..., 0], np.asarray(turned)[::-1].T)
@@ -445,7 +461,7 @@ def test_each_image_goes_to_the_size_of_the_nearest_aspect_ratio(
     tmp_path: Path, photos: Path, latent_recipe: Path
 ) -> None:
     sets = ["data.encode.sizes=[[64, 64], [48, 96], [96, 48]]"]
-    data = open_latents(encode_images(photos, tmp_path / "data", str(latent_recipe), sets))
+    data = open_latents(encoded(photos, tmp_path / "data", str(latent_recipe), sets))
     assert [(bucket.shape, len(bucket)) for bucket in data.buckets] == [
         ((4, 6, 12), 2),
         ((4, 8, 8), 2),
@@ -464,32 +480,34 @@ def test_each_image_goes_to_the_size_of_the_nearest_aspect_ratio(
 
 
 def test_encoding_resumes_to_the_same_data(tmp_path: Path, photos: Path, latent_recipe: Path) -> None:
-    whole = open_latents(encode_images(photos, tmp_path / "whole", str(latent_recipe)))
+    whole = open_latents(encoded(photos, tmp_path / "whole", str(latent_recipe)))
 
-    def crash(done: int, total: int, remark: str) -> None:
+    def crash(done: int, total: int) -> None:
         assert total == 3
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_images(photos, tmp_path / "data", str(latent_recipe), on_progress=crash)
+        encoded(photos, tmp_path / "data", str(latent_recipe), listener=Hearing(task=crash))
     assert not (tmp_path / "data").exists()
     seen: list[int] = []
-    resumed = encode_images(photos, tmp_path / "data", str(latent_recipe), on_progress=lambda *now: seen.append(now[0]))
+    hearing = Hearing(task=lambda done, total: seen.append(done))
+    resumed = encoded(photos, tmp_path / "data", str(latent_recipe), listener=hearing)
     assert seen == [2, 3]
     assert torch.equal(everything(whole), everything(open_latents(resumed)))
-    encode_images(photos, tmp_path / "data", str(latent_recipe), ["data.encode.batch_size=1"])  # nothing to do
+    encoded(photos, tmp_path / "data", str(latent_recipe), ["data.encode.batch_size=1"])  # nothing to do
     Image.new("RGB", (8, 8)).save(photos / "red" / "new.png")
     with pytest.raises(LitconvertError, match=r"other inputs \(the images\)"):
-        encode_images(photos, tmp_path / "data", str(latent_recipe))
+        encoded(photos, tmp_path / "data", str(latent_recipe))
     assert not list(tmp_path.glob(".data*"))
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_same_data_as_one(
     tmp_path: Path, photos: Path, latent_recipe: Path, text_recipe: Path
 ) -> None:
     alone = [
-        encode_images(photos, tmp_path / "encoded", str(latent_recipe)),
+        encoded(photos, tmp_path / "encoded", str(latent_recipe)),
         synthesize(None, tmp_path / "drawn", str(text_recipe)),
     ]
     commands = [
@@ -543,7 +561,7 @@ def test_webdataset_shards_with_captions_are_encoded_once(
     pretrained: Pretrained,
     text_recipe: Path,
 ) -> None:
-    data = open_latents(encode_images(shards, tmp_path / "data", str(text_recipe)))
+    data = open_latents(encoded(shards, tmp_path / "data", str(text_recipe)))
     assert (data.condition, data.kind, len(data)) == ("caption", "moments", 5)
     samples = data.read(0, range(5), noise=torch.zeros(5, 4, 8, 8))
     assert samples.captions is not None
@@ -559,7 +577,7 @@ def test_webdataset_shards_with_captions_are_encoded_once(
 
 def test_captions_may_stay_text_and_need_no_t5(tmp_path: Path, shards: Path, text_recipe: Path) -> None:
     sets = ["data.encode.captions=text", "source.text_encoder=null", "data.encode.num_samples=3"]
-    data = open_latents(encode_images(shards, tmp_path / "data", str(text_recipe), sets))
+    data = open_latents(encoded(shards, tmp_path / "data", str(text_recipe), sets))
     assert (data.condition, data.null_caption) == ("text", None)
     samples = data.read(0, [2, 0], noise=torch.zeros(2, 4, 8, 8))
     assert samples.texts == [CAPTIONS[2], CAPTIONS[0]]
@@ -567,7 +585,7 @@ def test_captions_may_stay_text_and_need_no_t5(tmp_path: Path, shards: Path, tex
 
 
 def test_webdataset_shards_with_classes(tmp_path: Path, shards: Path, latent_recipe: Path) -> None:
-    data = open_latents(encode_images(shards, tmp_path / "data", str(latent_recipe)))
+    data = open_latents(encoded(shards, tmp_path / "data", str(latent_recipe)))
     labels = data.read(0, range(5), noise=torch.zeros(5, 4, 8, 8)).class_labels
     assert labels is not None
     assert labels.tolist() == [0, 1, 2, 3, 0]
@@ -587,9 +605,9 @@ def test_tables_are_read_by_column(tmp_path: Path, latent_recipe: Path, form: st
     with pytest.raises(
         UsageError, match=r"no column 'label' of classes; its columns are photo, kind: set .*label_column"
     ):
-        encode_images(tmp_path / "table", tmp_path / "data", str(latent_recipe))
+        encoded(tmp_path / "table", tmp_path / "data", str(latent_recipe))
     sets = ["data.encode.label_column=kind"]
-    data = open_latents(encode_images(tmp_path / "table", tmp_path / "data", str(latent_recipe), sets))
+    data = open_latents(encoded(tmp_path / "table", tmp_path / "data", str(latent_recipe), sets))
     labels = data.read(0, range(5), noise=torch.zeros(5, 4, 8, 8)).class_labels
     assert labels is not None
     assert labels.tolist() == [2, 1, 0, 1, 2]
@@ -614,13 +632,13 @@ def test_a_hub_data_set_is_streamed_at_one_revision(
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, revision: SimpleNamespace(sha=hub["revision"]))
     sets = ["data.encode.split=test"]
-    data = open_latents(encode_images("owner/name@v1", tmp_path / "data", str(latent_recipe), sets))
+    data = open_latents(encoded("owner/name@v1", tmp_path / "data", str(latent_recipe), sets))
     assert asked == [("owner/name", {"split": "test", "revision": "a" * 40, "streaming": True})]
     assert data.labels == (0, 3)
-    encode_images("owner/name", tmp_path / "data", str(latent_recipe), sets)  # the same revision
+    encoded("owner/name", tmp_path / "data", str(latent_recipe), sets)  # the same revision
     hub["revision"] = "b" * 40
     with pytest.raises(LitconvertError, match=r"other inputs \(the images\)"):
-        encode_images("owner/name", tmp_path / "data", str(latent_recipe), sets)
+        encoded("owner/name", tmp_path / "data", str(latent_recipe), sets)
 
 
 def test_a_counted_stream_is_read_once_however_many_parts(tmp_path: Path) -> None:
@@ -656,7 +674,7 @@ def test_a_folder_of_images_with_a_list_of_captions(tmp_path: Path, text_recipe:
         (folder / f"{index}.png").write_bytes(png((0, 0, 90 * index)))
         lines.append(json.dumps({"file_name": f"{index}.png", "caption": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    data = open_latents(encode_images(folder, tmp_path / "data", str(text_recipe), ["data.encode.captions=text"]))
+    data = open_latents(encoded(folder, tmp_path / "data", str(text_recipe), ["data.encode.captions=text"]))
     assert data.read(0, [0, 1], noise=torch.zeros(2, 4, 8, 8)).texts == CAPTIONS[:2]
 
 
@@ -678,7 +696,7 @@ def test_a_broken_image_is_named_or_left_out(tmp_path: Path, photos: Path, laten
 def test_a_broken_image_in_a_shard_is_named(tmp_path: Path, shards: Path, text_recipe: Path) -> None:
     write_tar(shards / "00001.tar", [("0007", {"png": b"no image", "txt": b"a cat", "cls": b"0"})])
     with pytest.raises(LitconvertError, match=r"file 1, row 0 \(0007\.png\): not a whole image"):
-        encode_images(shards, tmp_path / "data", str(text_recipe))
+        encoded(shards, tmp_path / "data", str(text_recipe))
 
 
 def test_what_does_not_fit_is_refused_before_the_work(
@@ -686,7 +704,7 @@ def test_what_does_not_fit_is_refused_before_the_work(
 ) -> None:
     def refusal(images: Path | str, recipe: Path, *sets: str, **options: Any) -> str:
         with pytest.raises(UsageError) as caught:
-            encode_images(images, tmp_path / "data", str(recipe), sets, **options)
+            encoded(images, tmp_path / "data", str(recipe), sets, **options)
         assert not (tmp_path / "data").exists()
         return str(caught.value)
 
@@ -721,7 +739,7 @@ def test_shards_may_mix_image_extensions(tmp_path: Path, latent_recipe: Path) ->
     fields = [{"png": png((40, 0, 0)), "cls": b"1"}, {"jpg": png((0, 40, 0)), "cls": b"2"}]
     write_tar(tmp_path / "mixed" / "0.tar", [(f"{index:04d}", one) for index, one in enumerate(fields)])
     write_tar(tmp_path / "mixed" / "1.tar", [("0002", {"webp": png((0, 0, 40)), "cls": b"3"})])
-    data = open_latents(encode_images(tmp_path / "mixed", tmp_path / "data", str(latent_recipe)))
+    data = open_latents(encoded(tmp_path / "mixed", tmp_path / "data", str(latent_recipe)))
     assert (len(data), data.labels) == (3, (1, 3))
 
 
@@ -733,9 +751,9 @@ def test_an_edited_list_of_captions_is_noticed(tmp_path: Path, text_recipe: Path
     for text in ("a cat", "a dog"):
         (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "caption": text}))
         if text == "a cat":
-            encode_images(folder, tmp_path / "data", str(text_recipe), sets)
+            encoded(folder, tmp_path / "data", str(text_recipe), sets)
     with pytest.raises(LitconvertError, match=r"other inputs \(the images\)"):
-        encode_images(folder, tmp_path / "data", str(text_recipe), sets)
+        encoded(folder, tmp_path / "data", str(text_recipe), sets)
 
 
 def test_class_folders_are_named_and_none_is_empty(tmp_path: Path, photos: Path, latent_recipe: Path) -> None:
@@ -752,12 +770,12 @@ def test_class_folders_are_named_and_none_is_empty(tmp_path: Path, photos: Path,
     assert "0.0 MB" not in shown
     (photos / "amber").mkdir()
     with pytest.raises(UsageError, match=r"amber: .*remove it, or fill it"):
-        encode_images(photos, tmp_path / "other", str(latent_recipe))
+        encoded(photos, tmp_path / "other", str(latent_recipe))
     (photos / "amber" / "1.png").symlink_to(photos / "nowhere.png")
     with pytest.raises(UsageError, match=r"amber/1\.png: cannot be read"):
-        encode_images(photos, tmp_path / "other", str(latent_recipe))
+        encoded(photos, tmp_path / "other", str(latent_recipe))
 
 
 def test_captions_must_be_texts(tmp_path: Path, shards: Path, text_recipe: Path) -> None:
     with pytest.raises(UsageError, match="column cls does not hold texts"):
-        encode_images(shards, tmp_path / "data", str(text_recipe), ["data.encode.caption_column=cls"])
+        encoded(shards, tmp_path / "data", str(text_recipe), ["data.encode.caption_column=cls"])

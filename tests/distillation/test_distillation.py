@@ -20,7 +20,7 @@ from torch import Tensor
 
 import litconvert
 from litconvert.common.listener import StepReport
-from litconvert.data.batches import Batch, Draws
+from litconvert.data.batches import Batch, MicroBatches
 from litconvert.data.dataset import LatentDataset, Samples, open_latents, write_latents
 from litconvert.data.synthesize import synthesize
 from litconvert.distillation.teacher_outputs import TeacherOutputs
@@ -30,6 +30,7 @@ from litconvert.runs.directory import RunDirectory
 from litconvert.training.engine import Engine
 from litconvert.training.trainer import Interrupted, Trainer
 from tests.helpers.checkpoint_files import dit_state
+from tests.helpers.listener import Hearing
 from tests.helpers.processes import kept_by_another_process
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -134,6 +135,7 @@ def test_accumulation_gives_the_same_weights_as_one_batch(tmp_path: Path, pico_s
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, pico_student: Path, data: Path) -> None:
     runs = [
         litconvert.distill(
@@ -146,6 +148,7 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, pico_stud
         assert all(torch.allclose(value, weights(run)[name], atol=1e-5) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_schedule_warmup_clipping_and_ema_are_as_the_recipe_says(
     tmp_path: Path, pico_student: Path, data: Path
 ) -> None:
@@ -161,11 +164,12 @@ def test_a_second_run_of_the_same_command_does_nothing(tmp_path: Path, pico_stud
     run = litconvert.distill(pico_student, tmp_path / "run", data=data)
     before = (run / "model" / WEIGHTS).stat().st_mtime_ns
     steps: list[StepReport] = []
-    litconvert.distill(pico_student, tmp_path / "run", data=data, on_step=steps.append)
+    litconvert.distill(pico_student, tmp_path / "run", data=data, listener=Hearing(steps.append))
     assert not steps
     assert (run / "model" / WEIGHTS).stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_run_of_other_inputs_is_refused_and_force_replaces_it(tmp_path: Path, pico_student: Path, data: Path) -> None:
     run = litconvert.distill(pico_student, tmp_path / "run", data=data)
     with pytest.raises(LitconvertError, match=r"other inputs: seed was 0 and is 1\..*--force"):
@@ -175,6 +179,7 @@ def test_a_run_of_other_inputs_is_refused_and_force_replaces_it(tmp_path: Path, 
     assert steps_of(run) == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_what_a_kill_at_the_start_leaves_is_no_obstacle(tmp_path: Path, pico_student: Path, data: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -188,6 +193,7 @@ def test_what_a_kill_at_the_start_leaves_is_no_obstacle(tmp_path: Path, pico_stu
         litconvert.distill(pico_student, foreign, data=data, force=True)
 
 
+@pytest.mark.slow
 def test_what_the_student_was_converted_with_cannot_be_changed_by_distilling(
     tmp_path: Path, pico_student: Path, pico_checkpoint: Path, data: Path
 ) -> None:
@@ -201,6 +207,7 @@ def test_what_the_student_was_converted_with_cannot_be_changed_by_distilling(
     assert steps_of(tmp_path / "run") == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_force_draws_the_data_again_where_they_are_other_data(tmp_path: Path, pico_student: Path) -> None:
     run, drawn = tmp_path / "run", tmp_path / "run-latents"
     litconvert.distill(pico_student, run)
@@ -230,12 +237,13 @@ def test_a_failure_in_any_step_resumes_to_the_same_weights(tmp_path: Path, pico_
     run = tmp_path / "crashed"
     for step in (1, 4, 7):  # before the first checkpoint, in the second stage, after a checkpoint
         with pytest.raises(Crash):
-            litconvert.distill(pico_student, run, data=data, on_step=crash_at(step))
+            litconvert.distill(pico_student, run, data=data, listener=Hearing(crash_at(step)))
     litconvert.distill(pico_student, run, data=data)
     assert steps_of(run) == list(range(1, 9))
     assert_same(weights(run), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first_and_the_same_command_goes_on(
     tmp_path: Path, pico_student: Path, data: Path, number: signal.Signals
@@ -248,13 +256,14 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(
 
     run = tmp_path / "interrupted"
     with pytest.raises(Interrupted, match="step 6 of 8, saved"):
-        litconvert.distill(pico_student, run, data=data, on_step=interrupt)
+        litconvert.distill(pico_student, run, data=data, listener=Hearing(interrupt))
     assert (run / "checkpoints" / "step-00000006").is_dir()
     litconvert.distill(pico_student, run, data=data)
     assert steps_of(run) == list(range(1, 9))
     assert_same(weights(run), expected)
 
 
+@pytest.mark.slow
 def test_what_was_to_be_looked_at_when_a_run_stopped_is_looked_at_on_resuming(
     tmp_path: Path, pico_student: Path, data: Path
 ) -> None:
@@ -264,12 +273,13 @@ def test_what_was_to_be_looked_at_when_a_run_stopped_is_looked_at_on_resuming(
 
     run, sets = tmp_path / "run", ["distill.sample_every=6", "distill.checkpoint_every=100"]
     with pytest.raises(Interrupted, match="step 6 of 8, saved"):
-        litconvert.distill(pico_student, run, data=data, overrides=sets, on_step=interrupt)
+        litconvert.distill(pico_student, run, data=data, overrides=sets, listener=Hearing(interrupt))
     litconvert.distill(pico_student, run, data=data, overrides=sets)
     assert (run / "samples" / "step-00000006.png").is_file()
     assert {row.split(",")[0] for row in (run / "timestep_errors.csv").read_text().splitlines()[1:]} == {"0", "6", "8"}
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_weights_bit_for_bit(
     tmp_path: Path, pico_student: Path, data: Path
 ) -> None:
@@ -322,6 +332,7 @@ def test_an_exploding_gradient_is_named(tmp_path: Path, pico_student: Path, data
         litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[stages])
 
 
+@pytest.mark.slow
 def test_a_larger_teacher_may_serve_the_hybrid_stage(tmp_path: Path, pico_student: Path, data: Path) -> None:
     torch.save(dit_state(width=48, layers=3, seed=9), tmp_path / "large.pt")
     sets = ["distill.teacher.num_attention_heads=3"]
@@ -354,6 +365,7 @@ def test_a_teacher_that_cannot_see_the_same_input_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_another_process_is_at_is_left_to_it(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,7 +376,7 @@ def test_a_run_another_process_is_at_is_left_to_it(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        litconvert.distill(pico_student, run, data=data, on_step=interrupt)
+        litconvert.distill(pico_student, run, data=data, listener=Hearing(interrupt))
     kept = (run / "metrics.csv").read_bytes()
     with kept_by_another_process(run):
         with pytest.raises(LitconvertError, match=refusal):
@@ -376,6 +388,7 @@ def test_a_run_another_process_is_at_is_left_to_it(
     assert steps_of(run) == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_with_no_data_the_teacher_draws_it(tmp_path: Path, pico_student: Path) -> None:
     litconvert.distill(pico_student, tmp_path / "run")
     assert len(open_latents(tmp_path / "run-latents")) == 12
@@ -413,9 +426,9 @@ LONG = "distill.stages=[{objective: hybrid, steps: 9, batch_size: 4, learning_ra
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Data that is NaN at these steps, counted from 1, whichever process or run reads it."""
-    batch = Draws.batch
+    batch = MicroBatches.batch
 
-    def poisoned(self: Draws, step: int, positions: Sequence[int]) -> Batch:
+    def poisoned(self: MicroBatches, step: int, positions: Sequence[int]) -> Batch:
         drawn = batch(self, step, positions)
         if self.stage < 0 or step + 1 not in steps:
             return drawn
@@ -423,9 +436,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         clean[0, 0, 0, 0] = float("nan")
         return replace(drawn, samples=drawn.samples._replace(clean=clean))
 
-    monkeypatch.setattr(Draws, "batch", poisoned)
+    monkeypatch.setattr(MicroBatches, "batch", poisoned)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_nan_can_be_skipped(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,7 +450,7 @@ def test_a_step_that_is_nan_can_be_skipped(
         tmp_path / "run",
         data=data,
         overrides=[LONG, "distill.max_skipped_steps=2"],
-        on_note=notes.append,
+        listener=Hearing(note=notes.append),
     )
     rows = RunDirectory(run).read_metrics()
     assert [row["skipped_steps"] for row in rows] == ["1", "1", "1", "2", "2", "2", "2", "2", "2"]
@@ -447,6 +461,7 @@ def test_a_step_that_is_nan_can_be_skipped(
     assert "(skipped 2 of at most 2 steps)" in skipped[1]
 
 
+@pytest.mark.slow
 def test_a_skipped_step_updates_nothing(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,6 +483,7 @@ def _state(run: Path, step: int) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.slow
 def test_one_more_than_the_bound_stops_the_run_and_names_the_tensor(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,6 +532,7 @@ def test_a_teachers_output_that_went_wrong_is_computed_again(tmp_path: Path) -> 
     assert torch.equal(again.get(0, rows, lambda: wrong), right)
 
 
+@pytest.mark.slow
 def test_a_change_of_precision_in_the_middle_is_said(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -527,27 +544,28 @@ def test_a_change_of_precision_in_the_middle_is_said(
     sets = [LONG, "distill.checkpoint_every=2", "distill.mixed_precision=auto"]
     monkeypatch.setenv("LITCONVERT_BF16", "1")
     with pytest.raises(KeyboardInterrupt):
-        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets, on_step=stop)
+        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets, listener=Hearing(stop))
     monkeypatch.setenv("LITCONVERT_BF16", "0")
-    litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets, on_note=notes.append)
+    litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets, listener=Hearing(note=notes.append))
     assert any("computed in bf16 autocast so far, and goes on in float32" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_a_file_system_without_locks_is_named(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes: list[str] = []
-    litconvert.distill(pico_student, tmp_path / "run", data=data, on_note=notes.append)
+    litconvert.distill(pico_student, tmp_path / "run", data=data, listener=Hearing(note=notes.append))
     assert not any("without locks" in note for note in notes)
 
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    litconvert.distill(pico_student, tmp_path / "other", data=data, on_note=notes.append)
+    litconvert.distill(pico_student, tmp_path / "other", data=data, listener=Hearing(note=notes.append))
     assert any(f"{tmp_path / 'other'} is on a file system without locks" in note for note in notes)
     assert (tmp_path / "other" / "model").is_dir()
     pairs = [tmp_path / "drawn", tmp_path / "pico.pt", tmp_path / "pico.yaml"]
     notes.clear()
-    synthesize(pairs[1], pairs[0], str(pairs[2]), on_note=notes.append)
+    synthesize(pairs[1], pairs[0], str(pairs[2]), listener=Hearing(note=notes.append))
     assert any("without locks" in note for note in notes)

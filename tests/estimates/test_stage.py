@@ -14,11 +14,12 @@ from litconvert.common.memory import is_out_of_memory, measured_peak, reset_peak
 from litconvert.data.dataset import write_latents
 from litconvert.errors import UsageError
 from litconvert.estimates.activations import LiveMemory
-from litconvert.estimates.stage import estimate_stage
+from litconvert.estimates.stage import Workload, estimate_stage
 from litconvert.estimates.states import optimizer_bytes
 from litconvert.estimates.times import BlockTimer
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.model.shapes import count_macs, full_config
+from litconvert.model.shapes import count_macs
 from litconvert.recipe.batch_split import micro_batch_of, out_of_memory_advice
 from litconvert.recipe.schema import Hybrid, Recipe
 from tests.helpers.checkpoint_files import dit_state
@@ -36,12 +37,12 @@ def hybrid(**settings: Any) -> dict[str, Any]:
     return {"objective": "hybrid", "steps": 2, "batch_size": 12, **settings}
 
 
-def pico(*kinds: str, **settings: Any) -> dict[str, Any]:
+def pico(*kinds: str, **settings: Any) -> ModelConfig:
     """The config of the pico model of the fixtures, with these kinds of attention."""
     base = {"sample_size": 8, "in_channels": 1, "out_channels": 2, "hidden_size": 32, "num_attention_heads": 2}
     linear = {"linear_num_heads": 2, "linear_conv_size": 3}
     kinds = kinds or ("linear", "linear")
-    return full_config(
+    return ModelConfig.of(
         {**base, **linear, "num_classes": 4, "num_layers": len(kinds), "attention": list(kinds), **settings}
     )
 
@@ -62,6 +63,7 @@ def test_memory_is_counted_from_making_a_storage_to_freeing_it() -> None:
         assert memory.peak[0] == 8000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "sets"),
     [
@@ -109,7 +111,7 @@ def test_an_attention_matrix_that_the_kernel_does_not_make_is_not_counted() -> N
     config = pico("softmax", sample_size=128)  # 4096 tokens
     matrix = 4 * 2 * 4096**2  # float32, two heads
     recipe = recipe_of(hybrid(batch_size=1, noise_weight=0, variance_weight=0))
-    estimate = estimate_stage(recipe, config, None, 0, device=CPU)
+    estimate = estimate_stage(Workload(recipe, config, device=CPU), 0)
     assert 0 < estimate.memory["activations"] < matrix / 4
     assert estimate.memory["teacher weights"] == 0
 
@@ -119,16 +121,18 @@ def test_counting_leaves_the_model_usable(size: int, device: str) -> None:
     """Also on a device that tensors name otherwise than who asks for it: "cpu:0" is "cpu" to them, "cuda" "cuda:0"."""
     config = pico("linear", sample_size=size)
     teacher = pico("softmax", sample_size=size)
-    estimate_stage(recipe_of(hybrid()), config, teacher, 0, device=torch.device(device))
-    model = LiTTransformer2DModel(**config)
+    estimate_stage(Workload(recipe_of(hybrid()), config, teacher, device=torch.device(device)), 0)
+    model = LiTTransformer2DModel(**config.values)
     sample = model(torch.zeros(1, 1, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64)).sample
     assert type(sample) is torch.Tensor  # not one without data
 
 
+@pytest.mark.slow
 def test_checkpointing_and_accumulation_take_less_memory_and_two_processes_half_a_batch() -> None:
     def activations(processes: int = 1, **settings: Any) -> int:
         recipe = recipe_of(hybrid(), **settings)
-        return estimate_stage(recipe, pico(), TEACHER, 0, processes=processes, device=CPU).memory["activations"]
+        work = Workload(recipe, pico(), TEACHER, processes=processes, device=CPU)
+        return estimate_stage(work, 0).memory["activations"]
 
     whole = activations()
     assert activations(gradient_checkpointing=1.0) < 0.7 * whole
@@ -138,20 +142,21 @@ def test_checkpointing_and_accumulation_take_less_memory_and_two_processes_half_
 
 def test_a_transfer_stage_trains_and_averages_the_linear_attentions_alone() -> None:
     stage = {"objective": "attention_transfer", "steps": 2, "batch_size": 4}
-    estimate = estimate_stage(recipe_of(stage), pico("linear", "softmax"), TEACHER, 0, device=CPU)
+    estimate = estimate_stage(Workload(recipe_of(stage), pico("linear", "softmax"), TEACHER, device=CPU), 0)
     attention = 4 * (32 * 32 + 32) + 16 * (3 * 3 + 1)  # four projections, a convolution of 16 channels
     assert estimate.parameters == attention
     assert estimate.memory["EMA"] == 4 * attention
     assert estimate.memory["optimiser states"] == 8 * attention
 
 
+@pytest.mark.slow
 def test_another_teacher_is_in_memory_beside_the_source() -> None:
     larger = pico("softmax", "softmax", "softmax")
     one, both = (
-        estimate_stage(recipe_of(hybrid()), pico(), larger, 0, source_config=source, device=CPU).memory
+        estimate_stage(Workload(recipe_of(hybrid()), pico(), larger, source, device=CPU), 0).memory
         for source in (None, TEACHER)
     )
-    model = LiTTransformer2DModel(**TEACHER)
+    model = LiTTransformer2DModel(**TEACHER.values)
     assert both["teacher weights"] - one["teacher weights"] == sum(4 * value.numel() for value in model.parameters())
 
 
@@ -171,13 +176,14 @@ def test_optimisers_keep_what_their_papers_say() -> None:
 def test_time_follows_from_timed_blocks() -> None:
     config = pico("linear", "softmax", "linear")
     timer = BlockTimer(config, 4, CPU, bf16=False)
-    blocks = sum(timer.macs(kind, 8) for kind in config["attention"])
+    blocks = sum(timer.macs(kind, 8) for kind in config.attention)
     assert blocks + timer.rest_macs() == count_macs(config, 8)
-    estimate = estimate_stage(recipe_of(hybrid(steps=1000)), config, TEACHER, 0, device=CPU)
+    estimate = estimate_stage(Workload(recipe_of(hybrid(steps=1000)), config, TEACHER, device=CPU), 0)
     assert estimate.step_seconds > 0
     assert estimate.seconds == pytest.approx(1000 * estimate.step_seconds)
 
 
+@pytest.mark.slow
 def test_plan_prints_every_stage_and_refuses_one_that_is_not_there(pico_checkpoint: Path, pico_recipe: Path) -> None:
     asked = ("plan", pico_checkpoint, "--recipe", pico_recipe)
     shown = command(*asked, "--stage", "all")

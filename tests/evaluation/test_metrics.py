@@ -17,6 +17,7 @@ from litconvert.evaluation.metrics import class_accuracy, frechet_distance, load
 from litconvert.evaluation.scores import Score, balanced_labels, evaluate, evaluation_passes, reference_samples, to_json
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.schema import Recipe
+from tests.helpers.listener import Advances
 
 ASSETS = Path(__file__).parents[2] / "litconvert" / "assets"
 
@@ -72,6 +73,7 @@ def test_the_classifier_reads_real_digits_and_is_right() -> None:
     assert class_accuracy(images, (labels + 1) % 10) < 0.05
 
 
+@pytest.mark.slow
 def test_the_training_script_gives_the_shipped_classifier() -> None:
     images, labels = unseen_digits()
     from benchmarks.train_digits_classifier import train
@@ -128,11 +130,12 @@ def recipe(**settings: Any) -> Recipe:
 
 
 def test_evaluation_scores_every_model_for_every_seed_on_noise_of_its_own() -> None:
-    teacher, other, calls = digits_model(), digits_model(seed=1), []
-    reference = reference_samples(teacher, recipe(), on_step=lambda: calls.append(1))
+    teacher, other, calls = digits_model(), digits_model(seed=1), list[int]()
+    task = Advances(evaluation_passes(recipe().evaluate, 2), lambda done, total: calls.append(done))
+    reference = reference_samples(teacher, recipe(), task)
     models = {"teacher": teacher, "other": other}
-    results = evaluate(models, reference, recipe(), on_step=lambda: calls.append(1))
-    assert len(calls) == evaluation_passes(recipe().evaluate, 2)
+    results = evaluate(models, reference, recipe(), task)
+    assert calls == list(range(1, task.total + 1))
     assert results["seeds"] == [1, 2, 3]
     assert (results["num_samples"], results["reference_seed"], results["steps"]) == (80, 9, 2)
     assert list(results["models"]) == ["teacher", "other"]

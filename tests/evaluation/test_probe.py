@@ -18,7 +18,10 @@ from litconvert.data.dataset import open_latents, write_latents
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.evaluation.layer_costs import choose_layers
 from litconvert.evaluation.layer_errors import layer_errors
-from litconvert.evaluation.probe import ProbeResult, draw_inputs, probe
+from litconvert.evaluation.probe import ProbeRequest, probe_inputs
+from litconvert.evaluation.probe import probe as measure
+from litconvert.evaluation.probe_result import ProbeResult
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.model.shapes import count_macs
 from litconvert.recipe.resolve import resolve
@@ -107,6 +110,10 @@ def gated(layer: int, factor: float) -> dict[str, Tensor]:
     return state
 
 
+def probe(student: Path, data: Path | None = None, **asked: Any) -> ProbeResult:
+    return measure(ProbeRequest(student, data, **asked))
+
+
 def layers_of(result: ProbeResult) -> list[int]:
     return [row.layer for row in result.rows]
 
@@ -143,7 +150,7 @@ def test_errors_are_those_of_hybrids_built_by_hand_in_float64(tmp_path: Path, ki
     assert sorted(layers_of(result)) == [0, 1, 2]
     teacher, linear = case.teacher.double(), case.linear.double()
     settings = resolve(str(case.student)).recipe
-    batches = draw_inputs(open_latents(case.data), linear.config, settings, 12, torch.device("cpu"))
+    batches = probe_inputs(open_latents(case.data), ModelConfig.of(linear.config), settings, 12, torch.device("cpu"))
     for row in result.rows:
         kinds = list(teacher.config.attention)
         assert row.keeps == kinds[row.layer]
@@ -198,7 +205,9 @@ def test_what_the_models_see_is_the_data_with_noise_as_in_training(tmp_path: Pat
     case = make_case(tmp_path / "case", kind)
     same = latents(1).expand(4, -1, -1, -1).contiguous()
     data = open_latents(write_latents(same, torch.arange(4), tmp_path / "same", "same"))
-    inputs = draw_inputs(data, case.linear.config, resolve(str(case.student)).recipe, 64, torch.device("cpu"))
+    inputs = probe_inputs(
+        data, ModelConfig.of(case.linear.config), resolve(str(case.student)).recipe, 64, torch.device("cpu")
+    )
     noisy, timestep = torch.cat([one[0] for one in inputs]), torch.cat([one[1] for one in inputs])
     if kind == "class":
         assert timestep.dtype == torch.int64
@@ -221,7 +230,9 @@ def test_what_the_models_see_is_the_data_with_noise_as_in_training(tmp_path: Pat
 
 def test_more_samples_begin_with_the_same_ones(case: Case) -> None:
     settings, data = resolve(str(case.student)).recipe, open_latents(case.data)
-    few, many = (draw_inputs(data, case.linear.config, settings, n, torch.device("cpu")) for n in (8, 16))
+    few, many = (
+        probe_inputs(data, ModelConfig.of(case.linear.config), settings, n, torch.device("cpu")) for n in (8, 16)
+    )
     assert torch.equal(few[0][0], many[0][0])
     assert probe(case.student, case.data, num_samples=8) == probe(case.student, case.data, num_samples=8)
     other = probe(case.student, case.data, num_samples=8, overrides=["seed=1"])
@@ -254,11 +265,11 @@ def test_keeping_a_layer_costs_what_its_core_costs_more(case: Case) -> None:
     """At 512 pixels, 1024 tokens: T D (2 T - 2 d - k^2) a layer, d the width of a linear head."""
     result = probe(case.student, case.data, num_samples=4, image_size=512)
     more = 1024 * WIDTH * (2 * 1024 - 2 * WIDTH // HEADS - CONV**2)
-    linear = count_macs(case.linear.config, 64)
+    linear = count_macs(ModelConfig.of(case.linear.config), 64)
     assert (result.tokens, result.linear_macs) == (1024, linear)
     assert [row.macs for row in result.rows] == [more] * LAYERS
     assert [row.macs_ratio for row in result.rows] == pytest.approx([1 + n * more / linear for n in (1, 2, 3)])
-    assert count_macs(case.teacher.config, 64) == linear + LAYERS * more
+    assert count_macs(ModelConfig.of(case.teacher.config), 64) == linear + LAYERS * more
 
 
 @pytest.mark.parametrize("count", range(LAYERS + 1))
@@ -270,7 +281,7 @@ def test_a_budget_keeps_the_layers_of_largest_error_that_fit(case: Case, count: 
     assert [row.suggested for row in result.rows] == [True] * count + [False] * (LAYERS - count)
     kinds = ["softmax" if layer in result.softmax_layers else "linear" for layer in range(LAYERS)]
     assert any("no layer fits" in note for note in result.notes) == (count == 0)
-    hybrid = count_macs({**case.linear.config, "attention": kinds}, 64)
+    hybrid = count_macs(ModelConfig.of({**case.linear.config, "attention": kinds}), 64)
     assert hybrid <= budget * free.linear_macs < hybrid + free.rows[0].macs
 
 
@@ -334,6 +345,7 @@ def test_a_kv_compressed_layer_is_kept_as_it_is_and_costs_less(tmp_path: Path) -
     assert rows[0].macs - rows[2].macs == 2 * 1024 * 768 * WIDTH - 2 * 256 * WIDTH * 4
 
 
+@pytest.mark.slow
 def test_milliseconds_are_measured_and_spent(case: Case) -> None:
     """At 768 pixels, 2304 tokens, softmax is the slower one by far."""
     plenty = probe(case.student, case.data, num_samples=2, image_size=768, budget_ms=1e6)
@@ -363,7 +375,7 @@ def test_the_written_recipe_converts_to_a_student_with_those_layers(tmp_path: Pa
     hybrid = litconvert.load(litconvert.convert(None, tmp_path / "hybrid", str(out)))
     kinds = ["softmax" if layer in result.softmax_layers else "linear" for layer in range(LAYERS)]
     assert hybrid.config.attention == kinds
-    assert count_macs(hybrid.config, 64) <= 2.5 * result.linear_macs
+    assert count_macs(ModelConfig.of(hybrid.config), 64) <= 2.5 * result.linear_macs
 
 
 def test_an_existing_file_is_replaced_only_with_force(tmp_path: Path, case: Case) -> None:

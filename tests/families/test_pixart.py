@@ -262,10 +262,13 @@ def test_a_released_checkpoint_is_recognised_by_its_headers_alone(tmp_path: Path
     made, expected, parameters = RELEASED[name]
     source = open_source(Source(path=str(write_hollow(tmp_path / "pixart.safetensors", pixart_shapes(**made)))))
     reading = source.reading
-    assert {"family": reading.family, **{key: reading.config[key] for key in expected if key != "family"}} == expected
-    assert count_parameters(reading.config) == parameters
-    assert (reading.layout, reading.unsure, reading.config["num_attention_heads"]) == ("original", (), 16)
-    kinds = reading.config["attention"]
+    assert {
+        "family": reading.family,
+        **{key: getattr(source.config, key) for key in expected if key != "family"},
+    } == expected
+    assert count_parameters(source.config) == parameters
+    assert (reading.layout, reading.unsure, source.config.num_attention_heads) == ("original", (), 16)
+    kinds = source.config.attention
     assert [layer for layer, kind in enumerate(kinds) if kind == "kv_compress"] == list(made.get("kv_compress", ()))
 
 
@@ -285,10 +288,11 @@ def test_a_released_diffusers_folder_is_recognised(
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     write_hollow(tmp_path / "diffusion_pytorch_model.safetensors", shapes)
     (tmp_path / "config.json").write_text(json.dumps({**model.config, "_class_name": class_name}))
-    reading = open_source(Source(path=str(tmp_path))).reading
+    source = open_source(Source(path=str(tmp_path)))
+    reading = source.reading
     assert (reading.family, reading.layout) == (family, "diffusers")
-    assert reading.config["interpolation_scale"] == (scale or 2.0)
-    assert reading.config["micro_conditions"] is micro
+    assert source.config.interpolation_scale == (scale or 2.0)
+    assert source.config.micro_conditions is micro
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -300,8 +304,9 @@ def test_alphas_diffusers_folders_name_no_interpolation(tmp_path: Path, size: in
     weights = write_hollow(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", shapes)
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(dict(model.config)))
     for place in (tmp_path, tmp_path / "transformer", weights):  # a file's config.json is the one beside it
-        reading = open_source(Source(path=str(place))).reading
-        assert (reading.family, reading.config["interpolation_scale"]) == ("pixart-alpha", 1.0)
+        source = open_source(Source(path=str(place)))
+        reading = source.reading
+        assert (reading.family, source.config.interpolation_scale) == ("pixart-alpha", 1.0)
         assert "family=pixart-sigma" in reading.unsure[0]
     (tmp_path / "transformer" / "config.json").unlink()
     if size == 32:
@@ -314,13 +319,15 @@ def test_at_256_pixels_a_missing_null_caption_asks_for_the_family(tmp_path: Path
     with pytest.raises(UsageError, match="family=pixart-alpha or family=pixart-sigma"):
         open_source(Source(path=str(path)))
     for family, scale in (("pixart-alpha", 1.0), ("pixart-sigma", 0.5)):
-        reading = open_source(Source(path=str(path), family=family)).reading
-        assert (reading.family, reading.config["interpolation_scale"]) == (family, scale)
+        source = open_source(Source(path=str(path), family=family))
+        reading = source.reading
+        assert (reading.family, source.config.interpolation_scale) == (family, scale)
 
 
 def test_at_512_pixels_a_missing_null_caption_is_assumed_and_said(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "pixart.safetensors", pixart_shapes(tokens=None))
-    reading = open_source(Source(path=str(path))).reading
+    source = open_source(Source(path=str(path)))
+    reading = source.reading
     assert reading.family == "pixart-sigma"
     assert "family=pixart-alpha" in reading.unsure[0]
 
@@ -329,7 +336,7 @@ def test_no_position_embedding_asks_for_the_size(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "pixart.safetensors", pixart_shapes(pos_embed=False))
     with pytest.raises(UsageError, match="--sample-size N"):
         open_source(Source(path=str(path)))
-    assert open_source(Source(path=str(path), sample_size=64)).reading.config["interpolation_scale"] == 1.0
+    assert open_source(Source(path=str(path), sample_size=64)).config.interpolation_scale == 1.0
 
 
 def test_an_unreleased_size_says_that_positions_are_not_interpolated(tmp_path: Path) -> None:

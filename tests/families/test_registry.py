@@ -163,7 +163,7 @@ def test_an_unknown_width_asks_for_the_heads_and_says_why(shared: Path) -> None:
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)])
 def test_the_published_widths_tell_their_heads(tmp_path: Path, width: int, heads: int) -> None:
     path = write_hollow(tmp_path / "dit.safetensors", dit_shapes(width=width, layers=1))
-    config = open_source(Source(path=str(path))).reading.config
+    config = open_source(Source(path=str(path))).config.values
     assert config["num_attention_heads"] == heads
     assert config["hidden_size"] == width
     assert (config["sample_size"], config["num_classes"], config["null_class"]) == (32, 1000, True)
@@ -425,7 +425,7 @@ def test_a_model_whose_config_names_no_layer_is_softmax_throughout(tmp_path: Pat
     assert model.config.attention is None
     model.save_pretrained(tmp_path / "model")
     source = open_source(Source(path=str(tmp_path / "model")))
-    assert source.reading.config["attention"] == ["softmax", "softmax"]
+    assert source.config.attention == ("softmax", "softmax")
     out = litconvert.convert(tmp_path / "model", tmp_path / "student", str(pico_recipe), ["source={}"])
     assert litconvert.load(out).config.attention == ["linear", "linear"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from litconvert.model.shapes import CONFIG_DEFAULTS
+from litconvert.model.config import CONFIG_DEFAULTS
 from litconvert.recipe import schema as recipe
 
 TABLE = Path(__file__).with_name("defaults.json")

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from litconvert.common.seeds import generator_of, permutation
-from litconvert.data.batches import Batch, Draws, Schedule
+from litconvert.data.batches import Batch, MicroBatches, Schedule
 from litconvert.data.conditions import Conditioner
 from litconvert.data.dataset import LatentDataset, open_latents, write_latents
 from litconvert.distillation.objectives import attention_error, distillation_terms
 from litconvert.errors import UsageError
+from litconvert.model.config import ModelConfig
 from litconvert.model.diffusion import DDPM, FlowMatching
-from litconvert.recipe.schema import FlowMatching as FlowMatchingStage
-from litconvert.recipe.schema import Hybrid
+from litconvert.recipe.schema import FlowMatchingStage, Hybrid
 
 # The schedule in its definition: Ho et al., appendix B.
 BETAS: list[float] = np.linspace(1e-4, 0.02, 1000).tolist()
@@ -220,7 +220,7 @@ class Drawer:
     data: LatentDataset
 
     def __call__(self, positions: range, *, seed: int = 1, step: int = 2, condition_dropout: float = 0.5) -> Batch:
-        draws = Draws(self.data, seed, 0, batch_size=8, num_timesteps=1000, condition_dropout=condition_dropout)
+        draws = MicroBatches(self.data, seed, 0, batch_size=8, num_timesteps=1000, condition_dropout=condition_dropout)
         return draws.batch(step, positions)
 
 
@@ -288,7 +288,7 @@ def test_buckets_take_turns_by_their_share_and_each_walks_through_its_own_sample
 
 
 def test_a_finite_noise_set_comes_round_with_its_timestep_and_its_dropped_condition(rows: LatentDataset) -> None:
-    draws = Draws(rows, 0, 0, batch_size=10, num_timesteps=1000, condition_dropout=0.5, noise_set=3)
+    draws = MicroBatches(rows, 0, 0, batch_size=10, num_timesteps=1000, condition_dropout=0.5, noise_set=3)
     seen: dict[int, tuple[Tensor, ...]] = {}
     for step in range(9):  # nine epochs: every sample meets each of its three noises three times
         batch = draws.batch(step, range(10))
@@ -302,7 +302,7 @@ def test_a_finite_noise_set_comes_round_with_its_timestep_and_its_dropped_condit
 
 
 def test_readers_ahead_read_what_is_read_between_the_steps(rows: LatentDataset) -> None:
-    draws = Draws(rows, 0, 0, batch_size=8, num_timesteps=1000, accumulation=2)
+    draws = MicroBatches(rows, 0, 0, batch_size=8, num_timesteps=1000, accumulation=2)
     now, ahead = ([parts(batch) for batch in draws.read_ahead(3, 7, workers)] for workers in (0, 2))
     assert len(now) == 8
     assert all(same(one, other) for one, other in zip(now, ahead, strict=True))
@@ -314,7 +314,7 @@ def test_conditions_are_dropped_as_often_as_asked(drawn: Drawer, dropout: float,
     batches = [drawn(range(8), step=step, condition_dropout=dropout) for step in range(100)]
     *_, dropped = joined(batches)
     assert dropped.float().mean().item() == pytest.approx(share, abs=0.03)
-    config = {"caption_channels": None, "num_classes": 4}
+    config = ModelConfig(num_classes=4)
     labels = torch.cat([Conditioner(config)(batch)["class_labels"] for batch in batches])
     clean, own, *_ = joined(batches)
     assert torch.equal(labels, torch.where(dropped, 4, own))

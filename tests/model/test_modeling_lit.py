@@ -217,6 +217,7 @@ def exact_core(given: Triple, upstream: Tensor) -> list[Tensor]:
 
 
 # Limits of the output and of the gradients of q, k and v. Where T < d, weights of pairs of tokens are rounded, too.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tokens", "head_dim", "mean", "limits"),
     [
@@ -285,6 +286,7 @@ def test_queries_that_the_kernel_cut_off_have_the_gradient_of_the_formula(
         assert relative_error(gradient[:, queries], exact_gradient[:, queries]) <= limits[1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns itself where it compiles
 def test_compiled_the_core_is_as_exact() -> None:
     # The compiler keeps in float32 what it computes in one pass, and so adds up differences that are not rounded yet.
@@ -528,6 +530,7 @@ def test_a_model_that_has_sampled_can_be_trained() -> None:
     assert gradient.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_that_was_exported_works_as_before(dtype: torch.dtype, trained: bool) -> None:
@@ -608,6 +611,7 @@ def test_without_autocast_what_blocks_add_to_is_as_the_weights(
     assert call_any(model).dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns itself where it compiles
 def test_under_autocast_blocks_compile_whole() -> None:
     model = pico()

@@ -9,15 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from litconvert.errors import UsageError
+from litconvert.model.config import CONFIG_DEFAULTS, ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel, sincos_position_embedding
-from litconvert.model.shapes import (
-    CONFIG_DEFAULTS,
-    count_macs,
-    count_parameters,
-    full_config,
-    model_tensors,
-    position_embedding,
-)
+from litconvert.model.shapes import count_macs, count_parameters, model_tensors, position_embedding
 
 PICO: dict[str, Any] = {"hidden_size": 48, "num_layers": 3, "num_attention_heads": 4, "sample_size": 8}
 CAPTIONS: dict[str, Any] = {**PICO, "num_classes": None, "caption_channels": 20, "caption_tokens": 5}
@@ -47,10 +41,10 @@ def test_the_defaults_are_the_models() -> None:
 def test_the_table_is_the_models_state_dict(config: dict[str, Any]) -> None:
     model = model_of(config)
     stored = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    table = {name: info.shape for name, info in model_tensors(config).items()}
+    table = {name: info.shape for name, info in model_tensors(ModelConfig.of(config)).items()}
     assert table == stored
     assert list(table) == list(stored)
-    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    assert count_parameters(ModelConfig.of(config)) == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -71,16 +65,16 @@ def test_the_table_is_the_models_state_dict(config: dict[str, Any]) -> None:
 )
 def test_what_the_model_refuses_the_table_refuses(change: dict[str, Any]) -> None:
     model_of(PICO)
-    full_config(PICO)
+    ModelConfig.of(PICO)
     with pytest.raises(ValueError, match=r"must|give one of"):
         model_of({**PICO, **change})
     with pytest.raises(UsageError):
-        full_config({**PICO, **change})
+        ModelConfig.of({**PICO, **change})
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 4.0])
 def test_the_position_embedding_is_the_models(scale: float) -> None:
-    config = {**full_config(PICO), "sample_size": 24, "interpolation_scale": scale}
+    config = ModelConfig.of({**PICO, "sample_size": 24, "interpolation_scale": scale})
     expected = sincos_position_embedding(48, (12, 12), 12, torch.device("cpu"), scale)
     assert torch.equal(position_embedding(config), expected)
 
@@ -96,7 +90,7 @@ def test_multiply_accumulates_with_captions_are_those_torch_counts(kind: str, si
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.randn(1, 4, side, side), torch.tensor([3]), **given)
     denominators = 3 * (side // 2) ** 2 * 48 if kind == "linear" else 0
-    assert counter.get_total_flops() == 2 * (count_macs(model.config, side) + denominators)
+    assert counter.get_total_flops() == 2 * (count_macs(ModelConfig.of(model.config), side) + denominators)
 
 
 def pico(**config: Any) -> LiTTransformer2DModel:
@@ -115,7 +109,7 @@ def test_counted_multiply_accumulates_are_those_torch_counts(kind: str, side: in
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.randn(1, 1, side, side), torch.tensor([3]), torch.tensor([0]))
     denominators = 2 * tokens * 32 if kind == "linear" else 0
-    assert counter.get_total_flops() == 2 * (count_macs(model.config, side) + denominators)
+    assert counter.get_total_flops() == 2 * (count_macs(ModelConfig.of(model.config), side) + denominators)
 
 
 @pytest.mark.parametrize("kind", ["linear", "softmax"])
@@ -126,7 +120,7 @@ def test_a_full_size_model_is_counted_without_memory_for_it(kind: str) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*inputs)
     denominators = 28 * 1024 * 1152 if kind == "linear" else 0
-    assert counter.get_total_flops() == 2 * (count_macs(model.config, 64) + denominators)
+    assert counter.get_total_flops() == 2 * (count_macs(ModelConfig.of(model.config), 64) + denominators)
 
 
 @pytest.mark.parametrize(("image", "expected"), [(512, 1.10), (1024, 1.53), (2048, 3.23)])
@@ -150,7 +144,9 @@ def block_macs(kind: str, image: int) -> int:
         "linear_conv_size": 5,
         "mlp_ratio": 4.0,
     }
-    one, two = (count_macs({**config, "attention": [kind] * n, "num_layers": n}, image // 8) for n in (1, 2))
+    one, two = (
+        count_macs(ModelConfig.of({**config, "attention": [kind] * n, "num_layers": n}), image // 8) for n in (1, 2)
+    )
     return two - one - 6 * 1152**2
 
 
@@ -166,11 +162,16 @@ def block_macs(kind: str, image: int) -> int:
 def test_the_sizes_of_dit_have_the_published_parameters(layers: int, width: int, heads: int, published: int) -> None:
     with torch.device("meta"):
         model = LiTTransformer2DModel(hidden_size=width, num_layers=layers, num_attention_heads=heads)
-    assert count_parameters(model.config) == published - 16 * 16 * width  # published with the fixed position embedding
+    assert (
+        count_parameters(ModelConfig.of(model.config)) == published - 16 * 16 * width
+    )  # published with the fixed position embedding
 
 
 def test_linear_attention_adds_the_convolutions_weights_alone() -> None:
     with torch.device("meta"):
         softmax = LiTTransformer2DModel(num_layers=2)
         linear = LiTTransformer2DModel(num_layers=2, attention=["linear"] * 2, linear_num_heads=4)
-    assert count_parameters(linear.config) - count_parameters(softmax.config) == 2 * 26 * 1152 // 4
+    assert (
+        count_parameters(ModelConfig.of(linear.config)) - count_parameters(ModelConfig.of(softmax.config))
+        == 2 * 26 * 1152 // 4
+    )

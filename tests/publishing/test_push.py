@@ -25,10 +25,12 @@ import litconvert
 from litconvert.common.hub import check_repo_id
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.publishing.layout import prepare, without_local_paths
+from litconvert.publishing.publication import Publication
 from litconvert.publishing.push import planned_files
 from tests.helpers.checkpoint_files import dit_state
 from tests.helpers.hub import TOKEN, card_of, enter, sent
 from tests.helpers.hub_server import HubServer
+from tests.helpers.listener import Hearing
 
 # Of huggingface_hub's own upload of large files, and of diffusers' own call of huggingface_hub.
 pytestmark = [
@@ -211,6 +213,7 @@ def load_decoder(folder: Path) -> Any:
     return AutoencoderKL.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -223,6 +226,7 @@ def test_a_fresh_process_without_litconvert_computes_the_same_bits(loaded: Loade
     assert torch.equal(loaded.after[name], loaded.before[name])
 
 
+@pytest.mark.slow
 def test_loading_warns_of_no_unexpected_types(loaded: Loaded) -> None:
     assert "Expected types" not in loaded.said
 
@@ -232,12 +236,13 @@ def test_the_dry_run_sends_nothing_and_lists_exactly_what_a_push_sends(
     hub: HubServer, picos: Picos, pipeline: bool
 ) -> None:
     before = snapshot(picos.latents)
-    listed: list[tuple[str, int]] = []
+    notes: list[str] = []
     url = litconvert.push(
-        picos.latents, "tester/m", pipeline=pipeline, dry_run=True, on_file=lambda *file: listed.append(file)
+        picos.latents, "tester/m", pipeline=pipeline, dry_run=True, listener=Hearing(note=notes.append)
     )
     assert hub.requests == []
-    assert listed == planned_files(picos.latents, "tester/m", pipeline=pipeline)
+    listed = planned_files(picos.latents, "tester/m", pipeline=pipeline)
+    assert notes == [f"{path}: {nbytes:,} bytes" for path, nbytes in listed]
     assert litconvert.push(picos.latents, "tester/m", pipeline=pipeline) == url == f"{hub.url}/tester/m"
     assert sorted(listed) == sorted((path, len(data)) for path, data in sent(hub, "tester/m").items())
     assert len(hub.repositories["tester/m"].verified) == (2 if pipeline else 1)
@@ -542,20 +547,20 @@ def test_litconvert_loads_what_it_pushed(
 
 
 def test_a_velocity_model_is_pushed_with_the_flow_scheduler_and_no_other(picos: Picos, tmp_path: Path) -> None:
-    prepare(picos.flow, tmp_path / "right", repo_id="tester/m", pipeline=True)
+    prepare(Publication(picos.flow, "tester/m", pipeline=True), tmp_path / "right")
     index = json.loads((tmp_path / "right" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     model = copied(picos.flow, tmp_path)
     recipe = (model / "recipe.yaml").read_text()
     (model / "recipe.yaml").write_text(recipe.replace("scheduler: flow-euler", "scheduler: ddim"))
     with pytest.raises(UsageError, match="predicts velocity, which DDIMScheduler does not take: use flow-euler"):
-        prepare(model, tmp_path / "wrong", repo_id="tester/m", pipeline=True)
+        prepare(Publication(model, "tester/m", pipeline=True), tmp_path / "wrong")
 
 
 def test_a_text_encoder_goes_only_into_a_pipeline_of_captions(picos: Picos, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a text encoder goes into the pipeline of a model of captions"):
-        prepare(picos.latents, tmp_path / "wrong", repo_id="tester/m", pipeline=True, text_encoder=True)
-    prepare(picos.latents, tmp_path / "right", repo_id="tester/m", pipeline=True)
+        prepare(Publication(picos.latents, "tester/m", pipeline=True, text_encoder=True), tmp_path / "wrong")
+    prepare(Publication(picos.latents, "tester/m", pipeline=True), tmp_path / "right")
 
 
 def test_a_decoder_of_the_hub_goes_along_and_a_later_dry_run_finds_it_in_the_cache(

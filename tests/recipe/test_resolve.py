@@ -67,7 +67,7 @@ def test_a_source_without_a_recipe_finds_its_own(tmp_path: Path, name: str) -> N
     overrides = ["source.family=sit"] if name.startswith("sit") else []
     plan = litconvert.plan(path, None, overrides)
     assert plan.recipe.distill == resolve(name).recipe.distill
-    assert plan.config["linear_num_heads"] == resolve(name).recipe.student.num_attention_heads
+    assert plan.config.linear_num_heads == resolve(name).recipe.student.num_attention_heads
 
 
 @pytest.mark.parametrize(("name", "steps", "batch_size"), [("512", 106_000, 384), ("1024", 155_000, 96)])

@@ -26,10 +26,13 @@ from torch import Tensor
 
 import litconvert
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.families import sources
+from litconvert.families.sources import read_model
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import CaptionConditioning, LiTTransformer2DModel
 from litconvert.model.pipeline_lit_text import LiTAlphaPipeline, LiTSigmaPipeline
-from litconvert.publishing.layout import pipeline_class, prepare
+from litconvert.publishing.layout import prepare
+from litconvert.publishing.pipeline import pipeline_class
+from litconvert.publishing.publication import Publication
 from litconvert.publishing.push import planned_files
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe, TextEncoder
@@ -37,7 +40,7 @@ from litconvert.sampling import captions as captions_module
 from litconvert.sampling.captions import Captions, encode, read_embeddings, write_embeddings
 from litconvert.sampling.draw import make_scheduler, noise_of, sample
 from litconvert.sampling.pictures import SampleSheet, to_images
-from litconvert.sampling.request import sample_to_files
+from litconvert.sampling.request import SampleRequest, sample_to_files
 from tests.helpers.command import command
 from tests.helpers.hub import TOKEN, card_of, enter, sent
 from tests.helpers.hub_server import HubServer
@@ -249,7 +252,7 @@ def test_t5_is_gone_before_the_transformer_is_read(
     pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    load, read = captions_module.load_text_encoder, sources.read_model
+    load = captions_module.load_text_encoder
 
     def watched_load(*arguments: Any, **options: Any) -> Any:
         tokenizer, encoder = load(*arguments, **options)
@@ -259,19 +262,21 @@ def test_t5_is_gone_before_the_transformer_is_read(
 
     def watched_read(*arguments: Any) -> Any:
         events.append("read")
-        return read(*arguments)
+        return read_model(*arguments)
 
     monkeypatch.setattr(captions_module, "load_text_encoder", watched_load)
-    monkeypatch.setattr(sources, "read_model", watched_read)
+    monkeypatch.setattr("litconvert.sampling.request.read_model", watched_read)
     recipe = pretrained.recipe(tmp_path / "recipe.yaml")
     gc.disable()
     try:
-        sample_to_files(str(pretrained.folder / "sigma"), out=tmp_path / "out.png", recipe=str(recipe))
+        asked = SampleRequest(str(pretrained.folder / "sigma"), tmp_path / "out.png", recipe=str(recipe))
+        sample_to_files(asked)
     finally:
         gc.enable()
     assert events == ["loaded", "freed", "read"]
 
 
+@pytest.mark.slow
 def test_sample_draws_one_picture_a_prompt_and_embeddings_draw_the_same_without_a_t5(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
@@ -312,6 +317,7 @@ def test_sample_draws_one_picture_a_prompt_and_embeddings_draw_the_same_without_
     assert np.abs(images.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_each_way_of_asking_is_refused_where_it_means_nothing(
     pretrained: Pretrained, tmp_path: Path, pico_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,13 +488,13 @@ def test_a_runs_sheet_draws_the_recipes_prompts_where_they_can_be_encoded(
     pretrained: Pretrained, sigma: LiTTransformer2DModel, tmp_path: Path
 ) -> None:
     recipe = resolve(str(pretrained.recipe(tmp_path / "recipe.yaml"))).recipe
-    sheet = SampleSheet(recipe, sigma.config, tmp_path)
+    sheet = SampleSheet(recipe, ModelConfig.of(sigma.config), tmp_path)
     sheet.draw(sigma, "teacher")
     sheet.draw(sigma, "after")
     assert sheet.images(sigma).shape == (2, 64, 64, 3)
     assert (tmp_path / "teacher.png").read_bytes() == (tmp_path / "after.png").read_bytes()
     without: Recipe = recipe.model_copy(update={"source": recipe.source.model_copy(update={"text_encoder": None})})
-    assert not SampleSheet(without, sigma.config, tmp_path).drawable
+    assert not SampleSheet(without, ModelConfig.of(sigma.config), tmp_path).drawable
 
 
 @dataclass(frozen=True)
@@ -556,12 +562,14 @@ def pushed(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alpha_latent", "alpha_pt", "sigma_latent", "sigma_pt", "plain", "inside"])
 def test_a_fresh_process_without_litconvert_draws_the_same(pushed: Pushed, name: str) -> None:
     assert_same(pushed.after[name], pushed.before[name])
     assert "Expected types" not in pushed.said
 
 
+@pytest.mark.slow
 def test_the_t5_goes_up_only_when_asked_for(pushed: Pushed) -> None:
     common = {"README.md", "modeling_lit.py", "recipe.yaml", "litconvert.json"}
     pipeline = common | {
@@ -588,12 +596,14 @@ def test_the_t5_goes_up_only_when_asked_for(pushed: Pushed) -> None:
         assert index["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
 
 
+@pytest.mark.slow
 def test_no_local_path_goes_up_with_a_pipeline_of_captions(pushed: Pushed, pretrained: Pretrained) -> None:
     for path, data in pushed.texts.items():
         for secret in (str(pretrained.folder), "/tmp", str(Path.home()) + "/", TOKEN):
             assert secret.encode() not in data, f"{secret} is in {path}"
 
 
+@pytest.mark.slow
 def test_the_card_of_a_model_of_captions_says_so_and_how_to_give_it_a_t5(pushed: Pushed) -> None:
     for card in pushed.cards.values():
         assert card.data.pipeline_tag == "text-to-image"
@@ -615,28 +625,31 @@ def test_the_card_of_a_model_of_captions_says_so_and_how_to_give_it_a_t5(pushed:
             compile(code.split("```")[0], "card", "exec")
 
 
+@pytest.mark.slow
 def test_the_pipelines_class_follows_the_config(pushed: Pushed) -> None:
     for captions, micro, name in ((120, False, "LiTAlphaPipeline"), (300, True, "LiTAlphaPipeline")):
-        config = {"caption_channels": 8, "caption_tokens": captions, "micro_conditions": micro}
+        config = ModelConfig(caption_channels=8, caption_tokens=captions, micro_conditions=micro)
         assert pipeline_class(config) == ("pipeline_lit_text", name)
-    config = {"caption_channels": 8, "caption_tokens": 300, "micro_conditions": False}
+    config = ModelConfig(caption_channels=8, caption_tokens=300, micro_conditions=False)
     assert pipeline_class(config) == ("pipeline_lit_text", "LiTSigmaPipeline")
-    assert pipeline_class({"num_classes": 4}) == ("pipeline_lit", "LiTPipeline")
+    assert pipeline_class(ModelConfig(num_classes=4)) == ("pipeline_lit", "LiTPipeline")
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_captions_takes_no_ddpm_and_no_t5_that_is_not_named(pushed: Pushed, tmp_path: Path) -> None:
     model = Path(shutil.copytree(pushed.models["sigma"], tmp_path / "model"))
     recipe = (model / "recipe.yaml").read_text()
-    usual: dict[str, Any] = {"repo_id": "tester/m", "pipeline": True}
+    usual = Publication(model, "tester/m", pipeline=True)
     (model / "recipe.yaml").write_text(recipe.replace("scheduler: dpm-solver++", "scheduler: ddpm"))
     with pytest.raises(UsageError, match="takes no learned variance, which ddpm needs"):
-        prepare(model, tmp_path / "ddpm", **usual)
+        prepare(usual, tmp_path / "ddpm")
     (model / "recipe.yaml").write_text(recipe.split("  text_encoder:")[0] + "student:" + recipe.split("student:")[1])
     with pytest.raises(UsageError, match=r"name it as source\.text_encoder\.path"):
-        prepare(model, tmp_path / "unnamed", **usual, text_encoder=True)
-    prepare(model, tmp_path / "right", **usual)
+        prepare(replace(usual, text_encoder=True), tmp_path / "unnamed")
+    prepare(usual, tmp_path / "right")
 
 
+@pytest.mark.slow
 def test_push_lists_the_t5_in_a_dry_run(pushed: Pushed) -> None:
     shown = command("push", pushed.models["sigma"], "me/m", "--pipeline", "--text-encoder", "--dry-run", "--json", "-q")
     assert shown.code == 0, shown.err

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,7 +20,7 @@ from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.model.pipeline_lit import LiTPipeline, predict
 from litconvert.recipe.schema import Guidance, Vae
-from litconvert.sampling.draw import draw, make_scheduler, noise_of, sample
+from litconvert.sampling.draw import SamplerSettings, draw, make_scheduler, noise_of, sample
 from litconvert.sampling.pictures import load_vae, save_grid, save_image, save_npz, to_images
 from litconvert.sampling.request import parse_classes
 from tests.helpers.checkpoint_files import dit_state
@@ -70,6 +71,7 @@ def pure_noise(samples: int = 2, channels: int = 1, side: int = 8) -> Tensor:
     return torch.randn((samples, channels, side, side), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_ddim_reproduces_the_original_samplers_digits(shared: Path) -> None:
     oracle = load_file(shared / "dit-digits.oracle.safetensors")
     model = litconvert.load(shared / "dit-digits.pt", num_attention_heads=6)
@@ -113,7 +115,7 @@ def test_ddpm_with_learned_variance_is_the_original_ancestral_sampler(
 class GaussianData:
     """The perfect model of data ~ N(0, 0.5^2), for which the sampling ODE has a closed form."""
 
-    config = SimpleNamespace(
+    config = FrozenDict(
         in_channels=1, out_channels=2, num_classes=10, null_class=True, caption_channels=None, prediction="noise"
     )
     device = torch.device("cpu")
@@ -147,6 +149,7 @@ def test_ddim_and_dpm_solver_converge_to_the_solution_of_the_ode() -> None:
     assert error_on_gaussian_data("dpm-solver++", 20) < 0.5 * error_on_gaussian_data("ddim", 20)
 
 
+@pytest.mark.slow
 def test_dpm_solver_ends_where_ddim_with_every_step_ends(model: LiTTransformer2DModel) -> None:
     noise, labels = pure_noise(), torch.tensor([0, 2])
     fine = sample(model, noise=noise, class_labels=labels, scheduler="ddim", steps=1000)
@@ -180,7 +183,7 @@ class StraightLine:
     dtype = torch.float32
 
     def __init__(self, data: Tensor, noise: Tensor, data_timestep: int) -> None:
-        self.config = SimpleNamespace(
+        self.config = FrozenDict(
             in_channels=1,
             out_channels=2,
             num_classes=10,
@@ -360,8 +363,7 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(model: LiTTransfor
     labels = torch.arange(6) % 4
 
     def drawn(batch_size: int, labels: Tensor = labels, first: int = 0) -> Tensor:
-        batches = draw(model, settings, labels, seed=5, batch_size=batch_size, num_timesteps=1000, first=first)
-        return torch.cat(list(batches))
+        return torch.cat(list(draw(model, labels, SamplerSettings(settings, 1000, 5, batch_size), first=first)))
 
     whole = drawn(6)
     for batch_size in (2, 4):
@@ -547,9 +549,7 @@ def test_ancestral_samples_do_not_depend_on_the_batch_size(pico_checkpoint: Path
     model = litconvert.load(pico_checkpoint, num_attention_heads=2)
     settings = Guidance(scheduler="ddpm", steps=3)
     labels = torch.tensor([0, 1, 2, 3, 0])
-    drawn = [
-        torch.cat(list(draw(model, settings, labels, seed=5, batch_size=size, num_timesteps=1000))) for size in (2, 5)
-    ]
+    drawn = [torch.cat(list(draw(model, labels, SamplerSettings(settings, 1000, 5, size)))) for size in (2, 5)]
     torch.testing.assert_close(drawn[0], drawn[1], atol=1e-4, rtol=1e-4)
 
 

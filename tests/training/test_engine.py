@@ -43,6 +43,7 @@ def losses(run: Path) -> list[str]:
     return [row["loss"] for row in RunDirectory(run).read_metrics()]
 
 
+@pytest.mark.slow
 def test_runs_of_any_precision_follow_one_another_in_one_python_process(train: Callable[..., Path]) -> None:
     first = train("first", "distill.mixed_precision=no")
     half = train("half", "distill.mixed_precision=bf16")
@@ -54,6 +55,7 @@ def test_runs_of_any_precision_follow_one_another_in_one_python_process(train: C
     assert [float(loss) for loss in losses(half)] == pytest.approx([float(loss) for loss in losses(first)], rel=5e-2)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_mind_what_accelerate_was_set_up_for_before_it(train: Callable[..., Path]) -> None:
     first = train("first", "distill.mixed_precision=no")
     try:
@@ -68,6 +70,7 @@ def test_a_run_does_not_mind_what_accelerate_was_set_up_for_before_it(train: Cal
     assert losses(first) == losses(second)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_the_launchers_accumulation(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +259,7 @@ def test_settings_of_other_engines_are_refused_by_name(
         refuse_launcher_settings("no")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "hardware", "refused"),
     [("no", True, True), ("bf16", False, False), ("auto", True, False), ("auto", False, True)],

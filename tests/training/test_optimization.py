@@ -16,6 +16,7 @@ from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.runs.directory import RunDirectory
 from tests.helpers.checkpoint_files import dit_state
+from tests.helpers.listener import Hearing
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -51,6 +52,7 @@ def crash_at(step: int) -> Callable[[StepReport], None]:
     return on_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "came"])
 def test_every_optimiser_learns_and_resumes_exactly(
     tmp_path: Path, pico_student: Path, data: Path, optimizer: str
@@ -60,7 +62,7 @@ def test_every_optimiser_learns_and_resumes_exactly(
     assert sum(losses(whole)[-4:]) < sum(losses(whole)[:4])
     run = tmp_path / "crashed"
     with pytest.raises(KeyboardInterrupt):
-        litconvert.distill(pico_student, run, data=data, overrides=sets, on_step=crash_at(7))
+        litconvert.distill(pico_student, run, data=data, overrides=sets, listener=Hearing(crash_at(7)))
     litconvert.distill(pico_student, run, data=data, overrides=sets)
     assert losses(run) == losses(whole)
     assert all(torch.equal(value, weights(run / "model")[name]) for name, value in weights(whole / "model").items())
@@ -76,6 +78,7 @@ def test_a_missing_optimiser_names_its_package(
         litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[hybrid(optimizer=optimizer)])
 
 
+@pytest.mark.slow
 def test_inherited_tensors_have_a_learning_rate_of_their_own(tmp_path: Path, pico_student: Path, data: Path) -> None:
     sets = [hybrid(1, inherited_learning_rate=1e-5)]
     run = litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets)
@@ -100,6 +103,7 @@ def test_frozen_tensors_stay_and_a_pattern_that_freezes_nothing_is_refused(
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_finite_noise_set_asks_the_teacher_once_for_each_noise(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +123,7 @@ def test_a_finite_noise_set_asks_the_teacher_once_for_each_noise(
     assert sum(asked) == 24
     run = tmp_path / "crashed"
     with pytest.raises(KeyboardInterrupt):
-        litconvert.distill(pico_student, run, data=data, overrides=sets, on_step=crash_at(7))
+        litconvert.distill(pico_student, run, data=data, overrides=sets, listener=Hearing(crash_at(7)))
     asked.clear()
     litconvert.distill(pico_student, run, data=data, overrides=sets)
     assert sum(asked) <= 4  # what the last checkpoint does not vouch for
@@ -127,6 +131,7 @@ def test_a_finite_noise_set_asks_the_teacher_once_for_each_noise(
     assert all(torch.equal(value, weights(run / "model")[name]) for name, value in weights(whole / "model").items())
 
 
+@pytest.mark.slow
 def test_features_are_a_term_of_their_own_and_bring_the_attention_nearer(
     tmp_path: Path, pico_student: Path, data: Path
 ) -> None:
@@ -145,6 +150,7 @@ def test_features_need_a_teacher_of_the_same_layers(tmp_path: Path, pico_student
         )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns itself where it compiles
 def test_compiled_blocks_teach_what_plain_ones_do(tmp_path: Path, pico_student: Path, data: Path) -> None:
     """With features, since a hook inside a compiled block would not be called."""
@@ -159,6 +165,7 @@ def test_compiled_blocks_teach_what_plain_ones_do(tmp_path: Path, pico_student: 
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_student_goes_on_at_another_size_with_a_teacher_of_that_size(
     tmp_path: Path, pico_student: Path, data: Path
 ) -> None:
@@ -182,6 +189,7 @@ def test_a_student_goes_on_at_another_size_with_a_teacher_of_that_size(
         litconvert.distill(large, tmp_path / "no", data=wide, teacher=teacher, overrides=[transfer])
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_the_accumulation_that_keeps_the_mathematics(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,8 +198,8 @@ def test_out_of_memory_names_the_accumulation_that_keeps_the_mathematics(
 
     expected = litconvert.distill(pico_student, tmp_path / "expected", data=data, overrides=[hybrid()])
     with monkeypatch.context() as patch:
-        patch.setattr("litconvert.training.trainer.attention_error", full)
-        patch.setattr("litconvert.training.trainer.distillation_terms", full)
+        patch.setattr("litconvert.distillation.teaching.attention_error", full)
+        patch.setattr("litconvert.distillation.teaching.distillation_terms", full)
         with pytest.raises(
             LitconvertError, match=r"out of memory in stage 0: --set distill.gradient_accumulation_steps=2"
         ):
@@ -202,6 +210,7 @@ def test_out_of_memory_names_the_accumulation_that_keeps_the_mathematics(
     assert losses(run) == pytest.approx(losses(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_out_of_memory_while_looking_is_told_from_that_of_a_step(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +237,7 @@ def test_kept_outputs_are_of_one_node(
         litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[hybrid(), "distill.noise_set=3"])
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_keep_the_gradient_of_their_features(tmp_path: Path, pico_student: Path, data: Path) -> None:
     sets = [hybrid(4, feature_weight=0.5, learning_rate=3e-3)]
     runs = [

@@ -24,6 +24,7 @@ from litconvert.recipe.inputs import Inputs, differences, given
 from litconvert.recipe.schema import Hybrid, Recipe
 from litconvert.runs.directory import RunDirectory
 from tests.helpers.defaults import TABLE, current_defaults
+from tests.helpers.listener import Hearing
 from tests.helpers.processes import Forker, patience
 
 CONSTANT = (
@@ -110,6 +111,7 @@ def test_a_value_that_is_the_default_counts_like_one_that_is_not_given() -> None
 # What changed.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "named"),
     [
@@ -128,6 +130,7 @@ def test_a_changed_key_is_named(train: Callable[..., Path], override: str, named
     train("run")
 
 
+@pytest.mark.slow
 def test_a_changed_file_is_named_for_what_it_is(
     tmp_path: Path, train: Callable[..., Path], pico_student: Path, pico_checkpoint: Path, pico_recipe: Path
 ) -> None:
@@ -142,27 +145,30 @@ def test_a_changed_file_is_named_for_what_it_is(
         litconvert.distill(another, run, data=other)
 
 
+@pytest.mark.slow
 def test_how_a_run_is_computed_is_no_input_of_it(train: Callable[..., Path]) -> None:
     with pytest.raises(Stop):
-        train("run", on_step=stop_at(5))
+        train("run", listener=Hearing(stop_at(5)))
     train("run", "distill.checkpoint_every=3", "distill.max_skipped_steps=4", "distill.gradient_checkpointing=1")
 
 
 # More steps.
 
 
+@pytest.mark.slow
 def test_a_run_given_more_steps_is_the_longer_run(train: Callable[..., Path]) -> None:
     whole = train("whole", CONSTANT.format(steps=40))
     run = train("run", CONSTANT.format(steps=20))
     assert read_json(run / "model" / "litconvert.json")["distillation"]["steps"] == 20
     notes: list[str] = []
-    train("run", CONSTANT.format(steps=40), on_note=notes.append)
+    train("run", CONSTANT.format(steps=40), listener=Hearing(note=notes.append))
     assert "stage 0: 40 steps, 20 before" in notes
     assert not any("schedule" in note for note in notes)
     assert read_json(run / "model" / "litconvert.json")["distillation"]["steps"] == 40
     assert_same(run, whole)
 
 
+@pytest.mark.slow
 def test_two_processes_given_more_steps_make_the_longer_run(tmp_path: Path, pico_student: Path, data: Path) -> None:
     with Forker() as forker:
         for name, lengths in (("whole", (40,)), ("run", (20, 40))):
@@ -175,10 +181,11 @@ def test_two_processes_given_more_steps_make_the_longer_run(tmp_path: Path, pico
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_may_be_given_more_steps_and_fewer(train: Callable[..., Path]) -> None:
     whole, shorter = train("whole", CONSTANT.format(steps=12)), train("shorter", CONSTANT.format(steps=7))
     with pytest.raises(Stop):
-        train("run", CONSTANT.format(steps=9), on_step=stop_at(7))  # the checkpoint is that of step 6
+        train("run", CONSTANT.format(steps=9), listener=Hearing(stop_at(7)))  # the checkpoint is that of step 6
     train("run", CONSTANT.format(steps=7))
     assert_same(whole.with_name("run"), shorter)
     train("run", CONSTANT.format(steps=12))
@@ -187,15 +194,17 @@ def test_an_interrupted_run_may_be_given_more_steps_and_fewer(train: Callable[..
         train("run", CONSTANT.format(steps=11))
 
 
+@pytest.mark.slow
 def test_a_schedule_that_ends_elsewhere_is_said(train: Callable[..., Path]) -> None:
     cosine = CONSTANT.replace("ema_decay", "schedule: cosine, ema_decay")
     run = train("run", cosine.format(steps=6))
     notes: list[str] = []
-    train("run", cosine.format(steps=9), on_note=notes.append)
+    train("run", cosine.format(steps=9), listener=Hearing(note=notes.append))
     assert any("follows the cosine schedule of 9 steps from here on" in note for note in notes)
     assert [int(row["step"]) for row in RunDirectory(run).read_metrics()] == list(range(1, 10))
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_done_keeps_its_length(train: Callable[..., Path]) -> None:
     train("run")  # attention transfer of 3 steps, then 5 of the hybrid loss
     with pytest.raises(LitconvertError, match=r"is at stage 1: distill.stages.0.steps was 3 and cannot become 4"):
@@ -210,11 +219,12 @@ def test_a_stage_that_is_done_keeps_its_length(train: Callable[..., Path]) -> No
 # Starting from another run.
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_runs_weights(tmp_path: Path, train: Callable[..., Path], pico_student: Path) -> None:
     first = train("first", CONSTANT.format(steps=6), "distill.keep_checkpoints=9")
     seen: list[int] = []
     tiny = CONSTANT.format(steps=1).replace("1.0e-3", "1.0e-30")
-    second = train("second", tiny, start=f"{first}@4", on_step=lambda report: seen.append(report.global_step))
+    second = train("second", tiny, start=f"{first}@4", listener=Hearing(lambda report: seen.append(report.global_step)))
     assert seen == [1]
     # A step of no length: what comes out is what it started from.
     average = litconvert.load(f"{first}@4").state_dict()
@@ -235,10 +245,11 @@ def test_a_run_starts_from_another_runs_weights(tmp_path: Path, train: Callable[
     assert "start: null" in (third / "model" / "recipe.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_an_input_and_needed_only_once(train: Callable[..., Path]) -> None:
     first = train("first", CONSTANT.format(steps=4))
     with pytest.raises(Stop):
-        train("second", CONSTANT.format(steps=6), start=str(first), on_step=stop_at(5))
+        train("second", CONSTANT.format(steps=6), start=str(first), listener=Hearing(stop_at(5)))
     whole = train("whole", CONSTANT.format(steps=6), start=str(first))
     with pytest.raises(LitconvertError, match="other inputs: the weights to start from"):
         train("second", CONSTANT.format(steps=6))
@@ -249,16 +260,17 @@ def test_a_warm_start_is_an_input_and_needed_only_once(train: Callable[..., Path
     assert_same(second, whole)
 
 
+@pytest.mark.slow
 def test_a_warm_run_that_begins_again_begins_where_it_did(tmp_path: Path, train: Callable[..., Path]) -> None:
     keep = "distill.keep_checkpoints=9"
     with pytest.raises(Stop):
-        train("first", CONSTANT.format(steps=8), keep, on_step=stop_at(5))
+        train("first", CONSTANT.format(steps=8), keep, listener=Hearing(stop_at(5)))
     first = tmp_path / "first"  # at the checkpoint of step 4
     second = train("second", CONSTANT.format(steps=4), start=str(first))
     train("first", CONSTANT.format(steps=8), keep)  # whose latest weights are others now
     shutil.rmtree(second / "checkpoints")
     notes: list[str] = []
-    train("second", CONSTANT.format(steps=6), start=str(first), on_note=notes.append)
+    train("second", CONSTANT.format(steps=6), start=str(first), listener=Hearing(note=notes.append))
     assert any("no checkpoint to go on from: it begins again" in note for note in notes)
     assert_same(second, train("whole", CONSTANT.format(steps=6), start=f"{first}@4"))
     shutil.rmtree(second / "checkpoints")
@@ -267,23 +279,25 @@ def test_a_warm_run_that_begins_again_begins_where_it_did(tmp_path: Path, train:
         train("second", CONSTANT.format(steps=8), start=str(first))
 
 
+@pytest.mark.slow
 def test_force_replaces_only_what_would_be_refused(train: Callable[..., Path]) -> None:
     first = train("first", CONSTANT.format(steps=4))
     with pytest.raises(Stop):
-        train("second", CONSTANT.format(steps=6), start=str(first), force=True, on_step=stop_at(5))
+        train("second", CONSTANT.format(steps=6), start=str(first), force=True, listener=Hearing(stop_at(5)))
     train("first", CONSTANT.format(steps=5))
     seen: list[int] = []
+    notes: list[str] = []
     again: dict[str, Any] = {
         "start": str(first),
         "force": True,
-        "on_step": lambda report: seen.append(report.global_step),
+        "listener": Hearing(lambda report: seen.append(report.global_step), notes.append),
     }
     train("second", CONSTANT.format(steps=6), **again)
     assert seen == [5, 6]
     train("second", CONSTANT.format(steps=7), **again)
     assert seen == [5, 6, 7]
-    notes: list[str] = []
-    train("second", CONSTANT.format(steps=7), "seed=5", **again, on_note=notes.append)
+    notes.clear()
+    train("second", CONSTANT.format(steps=7), "seed=5", **again)
     assert seen == [5, 6, 7, *range(1, 8)]
     assert any("of other inputs, is replaced" in note for note in notes)
 
@@ -295,6 +309,7 @@ def test_training_from_nothing_starts_from_nothing(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_what_a_student_scored_is_not_said_of_what_it_becomes(tmp_path: Path, train: Callable[..., Path]) -> None:
     record = read_json(tmp_path / "student" / "litconvert.json")
     record["metrics"] = {"frechet_distance": 999.0}
@@ -343,6 +358,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_of_the_first_format_goes_on(old: Path) -> None:
     before = [row["loss"] for row in RunDirectory(old / "stopped").read_metrics()][:5]
     litconvert.distill("student", "stopped", data="data")
@@ -362,12 +378,13 @@ def test_what_the_first_format_finished_is_finished(old: Path) -> None:
     litconvert.convert("pico.pt", "student", "pico.yaml")
     synthesize("pico.pt", "data", "pico.yaml")
     steps: list[StepReport] = []
-    litconvert.distill("student", "finished", data="data", on_step=steps.append)
+    litconvert.distill("student", "finished", data="data", listener=Hearing(steps.append))
     assert not steps
     written = {"recipe.yaml"}  # resolved anew each time
     assert {path.name for path, time in kept.items() if path.stat().st_mtime_ns != time} <= written
 
 
+@pytest.mark.slow
 def test_a_run_of_the_first_format_takes_more_steps_and_names_what_changed(old: Path) -> None:
     with pytest.raises(LitconvertError, match=r"other inputs: distill.stages.1.learning_rate was 0.001 and is 0.01\. "):
         litconvert.distill("student", "stopped", data="data", overrides=["distill.stages.1.learning_rate=0.01"])
@@ -383,6 +400,7 @@ def test_a_checkpoint_of_the_first_format_is_refused_as_a_model_with_the_reason(
     assert litconvert.load("finished").config.hidden_size == 16
 
 
+@pytest.mark.slow
 def test_a_run_of_a_newer_litconvert_is_left_alone(train: Callable[..., Path]) -> None:
     run = train("run")
     record = read_json(run / "run.json")

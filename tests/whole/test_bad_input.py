@@ -86,6 +86,7 @@ FORMATS = ("pt", "ckpt", "safetensors")
 # Broken files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_truncated_file(bench: Bench, pico_state: State, suffix: str) -> None:
     path = save(pico_state, bench.folder / f"dit.{suffix}")
@@ -329,6 +330,7 @@ def test_a_disk_that_fills_up(
     assert_done(command(*arguments))
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_drawing_data(bench: Bench, pico_checkpoint: Path) -> None:
     arguments = ("latents", "synthesize", bench.folder / "out", "--source", pico_checkpoint, "-r", bench.recipe)
     with file_size_limit(1000):
@@ -338,6 +340,7 @@ def test_a_full_disk_while_drawing_data(bench: Bench, pico_checkpoint: Path) -> 
     assert_done(command(*arguments, *SHORT))
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_distilling_and_the_same_command_goes_on(
     tmp_path: Path, pico_student: Path, data: Path
 ) -> None:
@@ -358,6 +361,7 @@ def test_a_full_disk_while_sampling(tmp_path: Path, pico_student: Path) -> None:
     assert_done(command(*arguments))
 
 
+@pytest.mark.slow
 def test_an_output_beneath_a_file(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path, data: Path) -> None:
     def commands(place: Path) -> list[tuple[object, ...]]:
         return [
@@ -379,6 +383,7 @@ def test_an_output_beneath_a_file(tmp_path: Path, pico_checkpoint: Path, pico_re
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_an_output_that_is_something_else(
     tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path, pico_student: Path, data: Path
 ) -> None:
@@ -413,6 +418,7 @@ def save_data(latents: Tensor, folder: Path) -> Path:
     return write_latents(latents, torch.zeros(len(latents), dtype=torch.int64), folder, "test")
 
 
+@pytest.mark.slow
 def test_an_empty_data_set(tmp_path: Path, pico_student: Path, data: Path) -> None:
     from datasets import Array3D, Dataset, Features, Value
 
@@ -440,6 +446,7 @@ def test_data_that_is_none(tmp_path: Path, pico_student: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_data_of_the_wrong_shape(tmp_path: Path, pico_student: Path) -> None:
     for index, shape in enumerate([(4, 2, 8, 8), (4, 1, 7, 8)]):
         wrong = save_data(torch.zeros(shape), tmp_path / f"wrong-{index}")
@@ -450,6 +457,7 @@ def test_data_of_the_wrong_shape(tmp_path: Path, pico_student: Path) -> None:
     assert_done(command("distill", pico_student, tmp_path / "run", "--data", right, *SHORT))
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_latent_or_other_classes(tmp_path: Path, pico_student: Path, data: Path) -> None:
     sound = {"channels": 1, "sample_size": 8, "rows": 5}
 
@@ -473,6 +481,7 @@ def test_a_student_that_is_none(tmp_path: Path, pico_checkpoint: Path, pico_stud
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_student_with_a_broken_file(tmp_path: Path, pico_student: Path, data: Path) -> None:
     arguments = ("distill", pico_student, tmp_path / "run", "--data", data, *SHORT)
     for name in ("config.json", "litconvert.json", "recipe.yaml"):
@@ -484,6 +493,7 @@ def test_a_student_with_a_broken_file(tmp_path: Path, pico_student: Path, data: 
     assert_done(command(*arguments))
 
 
+@pytest.mark.slow
 def test_a_source_that_changed_since_the_conversion(
     tmp_path: Path, pico_checkpoint: Path, pico_student: Path, data: Path
 ) -> None:

@@ -167,6 +167,7 @@ def test_both_recipes_differ_in_what_is_measured_alone_and_take_as_many_steps() 
     assert fast.model_copy(update=changed) == paper
 
 
+@pytest.mark.slow
 @needs_raqm
 def test_the_whole_line_runs_small(tmp_path: Path, font: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_small(tmp_path / "line", font, table, seed=0)

@@ -35,6 +35,8 @@ from litconvert.families.sources import open_source
 from litconvert.recipe.schema import Source
 from tests.helpers.damage import CONVERTED, all_cases, sound_forms
 
+pytestmark = pytest.mark.slow
+
 SEED = 11
 # What a case may take: far more than any of these files should need, far less than a file can claim.
 MEMORY_BYTES = 512 << 20

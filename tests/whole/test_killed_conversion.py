@@ -25,6 +25,8 @@ from litconvert.errors import LitconvertError
 from tests.helpers.checkpoint_files import dit_state
 from tests.helpers.command import command
 
+pytestmark = pytest.mark.slow
+
 # Of 21 MB, in one file and in shards of at most 8 MB; the last kind replaces an older result.
 KINDS = {"one file": 20, "shards": 20, "replacing": 10}
 HINTS = ["source.num_attention_heads=4", "student.num_attention_heads=4"]

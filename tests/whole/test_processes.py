@@ -28,7 +28,7 @@ STAGES = (
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 # Two processes at a time are all that two cores bear: these tests run one after the other.
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from tests.helpers.hub_server import HubServer
 from tests.helpers.pretrained import Pretrained
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning"),
 ]

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,16 +25,18 @@ from litconvert.common.listener import StepReport
 from litconvert.common.quantities import duration
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.attention_layers import attention_of
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.schema import Recipe
 from litconvert.runs.backup import Backup
 from litconvert.runs.directory import COLUMNS, Progress, RunDirectory
 from litconvert.runs.plots import running_median
-from litconvert.runs.throughput import Throughput, peak_flops, training_flops
+from litconvert.runs.throughput import Throughput, peak_flops, stage_work, training_flops
 from litconvert.runs.trackers import Trackers, tracker_packages
 from litconvert.training.observer import timestep_errors
 from tests.helpers.hub import TOKEN, enter
 from tests.helpers.hub_server import HubServer
+from tests.helpers.listener import Hearing
 
 STEP = {
     "loss": 0.25,
@@ -213,9 +214,9 @@ def recipe_of(*stages: dict[str, Any], **distill: Any) -> Recipe:
     return Recipe.model_validate({"distill": {"stages": [{**defaults, **stage} for stage in stages], **distill}})
 
 
-def config(kind: str, **values: Any) -> dict[str, Any]:
+def config(kind: str, **values: Any) -> ModelConfig:
     size = {"hidden_size": 64, "num_layers": 4, "linear_num_heads": 2, "linear_conv_size": 5}
-    return {**PICO, **size, "attention": [kind] * 4, **values}
+    return ModelConfig.of({**PICO, **size, "attention": [kind] * 4, **values})
 
 
 def counted(work: Callable[[], object]) -> int:
@@ -228,7 +229,7 @@ def counted(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("objective", ["hybrid", "attention_transfer"])
 @pytest.mark.parametrize("conv_size", [0, 5])
 def test_a_steps_flops_are_those_that_pytorch_counts(objective: str, conv_size: int) -> None:
-    made = [LiTTransformer2DModel(**config(kind, linear_conv_size=conv_size)) for kind in ("linear", "softmax")]
+    made = [LiTTransformer2DModel(**config(kind, linear_conv_size=conv_size).values) for kind in ("linear", "softmax")]
     student, teacher = (model.train() for model in made)
     noisy, timestep, labels = torch.randn(1, 2, 16, 16), torch.tensor([3]), torch.tensor([1])
     tokens = torch.randn(1, 64, 64, requires_grad=True)
@@ -247,7 +248,9 @@ def test_a_steps_flops_are_those_that_pytorch_counts(objective: str, conv_size: 
     else:  # PyTorch counts the backward pass of a depth-wise convolution as that of a dense one
         expected = counted(teach) + 3 * counted(learn)
     stage = recipe_of({"objective": objective}).distill.stages[0]
-    assert training_flops(stage, student.config, teacher.config) == pytest.approx(expected, rel=0.03)
+    assert training_flops(stage, ModelConfig.of(student.config), ModelConfig.of(teacher.config)) == pytest.approx(
+        expected, rel=0.03
+    )
 
 
 def test_a_teacher_that_is_not_run_is_not_counted() -> None:
@@ -261,8 +264,8 @@ def test_a_teacher_that_is_not_run_is_not_counted() -> None:
 
 
 def throughput(recipe: Recipe, stage: int = 0, device: str = "cpu", processes: int = 1) -> Throughput:
-    engine: Any = SimpleNamespace(device=torch.device(device), processes=processes)
-    return Throughput(recipe, stage, config("linear"), config("softmax"), engine)
+    work = stage_work(recipe, config("linear"), config("softmax"))
+    return Throughput(recipe, stage, work, torch.device(device), processes)
 
 
 def test_the_speed_is_that_of_the_last_twenty_steps() -> None:
@@ -464,7 +467,7 @@ def test_a_tracker_that_keeps_every_row_is_given_each_step_once_over_resumes(
     recipe = recipe_of({}, trackers=["trackio"])
 
     def session(first: int, last: int) -> None:
-        trackers = Trackers(run, recipe, pytest.fail)
+        trackers = Trackers(run, recipe, Hearing(note=pytest.fail))
         run.truncate_metrics(first - 1)
         for step in range(first, last + 1):
             train(run, step, step)
@@ -484,7 +487,7 @@ def test_a_tracker_that_fails_is_given_up_with_a_note_and_the_others_go_on(
     good, bad, notes = FakeTracker("tensorboard"), FakeTracker("wandb", fails=True), list[str]()
     start_fakes(bad, good)
     recipe = recipe_of({}, trackers=["tensorboard", "wandb"])
-    trackers = Trackers(run, recipe, notes.append)
+    trackers = Trackers(run, recipe, Hearing(note=notes.append))
     for step in (1, 2):
         trackers.log(step, STEP)
     assert good.steps == [1, 2]
@@ -500,7 +503,7 @@ def test_tensorboard_shows_each_step_once_over_resumes(run: RunDirectory) -> Non
     for first, last in ((1, 6), (5, 8)):
         if first > 1:
             checkpoint(run, first - 1)
-        trackers = Trackers(run, recipe, pytest.fail)
+        trackers = Trackers(run, recipe, Hearing(note=pytest.fail))
         for step in range(first, last + 1):
             trackers.log(step, {**STEP, "loss": 10.0 * first + step})
         trackers.finish()
@@ -526,7 +529,7 @@ def kept(hub: HubServer) -> dict[str, bytes]:
 
 
 def backup(run: RunDirectory, notes: list[str], *, minutes: float = 60, private: bool = True) -> Backup:
-    return Backup(run.path, "tester/backup", minutes, private=private, on_note=notes.append)
+    return Backup(run.path, "tester/backup", minutes, private=private, listener=Hearing(note=notes.append))
 
 
 def test_a_backup_holds_the_run_without_checkpoints_and_what_is_half_written(run: RunDirectory, hub: HubServer) -> None:
@@ -574,7 +577,7 @@ def test_a_backup_that_can_never_work_is_refused_before_training(
     run: RunDirectory, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match="owner/name"):
-        Backup(run.path, "backup", 5, private=True, on_note=pytest.fail)
+        Backup(run.path, "backup", 5, private=True, listener=Hearing(note=pytest.fail))
     hub.fail_next("POST", "/api/repos/create", 403)
     with pytest.raises(LitconvertError, match="refused"):
         backup(run, [])

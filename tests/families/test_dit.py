@@ -46,14 +46,14 @@ def test_a_sit_equals_the_formula(tmp_path: Path, noisy: Tensor) -> None:
 
 def test_only_the_hint_tells_sit_from_dit(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "SiT-XL-2-256.safetensors", dit_shapes())
-    as_dit = open_source(Source(path=str(path))).reading
-    assert (as_dit.family, as_dit.config["prediction"]) == ("dit", "noise")
-    assert any("family=sit" in text for text in as_dit.unsure)
-    as_sit = open_source(Source(path=str(path), family="sit")).reading
-    assert (as_sit.family, as_sit.config["prediction"], as_sit.config["data_timestep"]) == ("sit", "velocity", 1)
+    as_dit = open_source(Source(path=str(path)))
+    assert (as_dit.reading.family, as_dit.config.prediction) == ("dit", "noise")
+    assert any("family=sit" in text for text in as_dit.reading.unsure)
+    as_sit = open_source(Source(path=str(path), family="sit"))
+    assert (as_sit.reading.family, as_sit.config.prediction, as_sit.config.data_timestep) == ("sit", "velocity", 1)
     assert count_parameters(as_sit.config) == 675_129_632 - 256 * 1152
-    reversed_time = open_source(Source(path=str(path), family="sit", data_timestep=0)).reading
-    assert reversed_time.config["data_timestep"] == 0
+    reversed_time = open_source(Source(path=str(path), family="sit", data_timestep=0))
+    assert reversed_time.config.data_timestep == 0
 
 
 def test_a_diffusers_file_is_no_sit(tmp_path: Path) -> None:
@@ -110,9 +110,10 @@ def test_a_lit_equals_the_formula(tmp_path: Path, noisy: Tensor) -> None:
 def test_a_lit_of_full_size_is_recognised_by_its_headers(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "lit.safetensors", dit_shapes(linear_heads=2))
     hints: dict[str, Any] = {"family": "dit", "linear_kernel": "relu", "linear_eps": 1e-6, "num_classes": 1000}
-    reading = open_source(Source(path=str(path), **hints)).reading
-    assert (reading.layout, reading.unsure, reading.config["linear_conv_size"]) == ("lit", (), 5)
-    assert count_parameters(reading.config) == 675_129_632 - 256 * 1152 + 28 * 26 * 1152 // 2
+    source = open_source(Source(path=str(path), **hints))
+    reading = source.reading
+    assert (reading.layout, reading.unsure, source.config.linear_conv_size) == ("lit", (), 5)
+    assert count_parameters(source.config) == 675_129_632 - 256 * 1152 + 28 * 26 * 1152 // 2
 
 
 def test_without_a_convolution_the_linear_heads_are_asked_for(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_without_a_convolution_the_linear_heads_are_asked_for(tmp_path: Path) ->
     path = write_hollow(tmp_path / "lit.safetensors", shapes)
     with pytest.raises(UsageError, match="linear_num_heads=N"):
         open_source(Source(path=str(path)))
-    config = open_source(Source(path=str(path), linear_num_heads=3)).reading.config
+    config = open_source(Source(path=str(path), linear_num_heads=3)).config.values
     assert (config["linear_num_heads"], config["linear_conv_size"]) == (3, 0)
     with_one = write_hollow(tmp_path / "with.safetensors", dit_shapes(**PICO, linear_heads=3))
     with pytest.raises(UsageError, match="so it is 3; leave linear_num_heads out"):

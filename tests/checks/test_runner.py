@@ -26,7 +26,7 @@ from tests.helpers.command import command
 if TYPE_CHECKING:
     from torch import Tensor
 
-HERE = "tests.checks.test_report"
+HERE = "tests.checks.test_runner"
 
 
 def passes(context: Context, **given: Any) -> Finding:
@@ -80,7 +80,7 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Have the command make these checks alone."""
 
     def choose(*names: str) -> None:
-        monkeypatch.setattr(checking, "all_checks", lambda: named(*names))
+        monkeypatch.setattr("litconvert.checks.report.all_checks", lambda: named(*names))
 
     return choose
 
@@ -114,6 +114,7 @@ def test_every_check_ends_as_one_entry_whatever_happens_in_it(tmp_path: Path) ->
     assert alone.figures["given"] == 3
 
 
+@pytest.mark.slow
 def test_a_check_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
     first, hanging = named("passes", "hangs")
     with Worker(tmp_path / "log") as worker:
@@ -220,6 +221,7 @@ def test_a_launcher_is_refused(only: Callable[..., None], monkeypatch: pytest.Mo
     assert "start it alone" in result.err
 
 
+@pytest.mark.slow
 def test_every_listed_check_exists_and_has_a_name_of_its_own() -> None:
     import importlib
 
@@ -356,6 +358,7 @@ def test_compiled_blocks_are_held_to_the_eager_ones(tmp_path: Path, monkeypatch:
     assert wrong.startswith("1 of 2 errors over the limit; worst: gradient of blocks.0.adaLN_modulation.weight")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns itself where it compiles
 def test_compiled_blocks_have_the_gradients_of_plain_ones_on_this_processor(tmp_path: Path) -> None:
     """Which they had not while tokens kept the strides of the patch embedding's image."""
@@ -431,6 +434,7 @@ def test_the_digits_line_must_learn(
     assert (check_digits_line(here(tmp_path)).wrong == "") is ok
 
 
+@pytest.mark.slow
 def test_what_two_processes_do_is_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from litconvert.checks import processes
 
@@ -456,6 +460,7 @@ def test_what_two_processes_do_is_what_one_does(tmp_path: Path, monkeypatch: pyt
     assert wrong.startswith("two processes had not ended after 180 s; not trained: data parallel, bf16, sharded")
 
 
+@pytest.mark.slow
 def test_two_processes_are_launched_and_what_they_print_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,6 +473,7 @@ def test_two_processes_are_launched_and_what_they_print_is_kept(
     assert {"0 of 2 on cpu", "1 of 2 on cpu"} <= set(printed)
 
 
+@pytest.mark.slow
 def test_what_needs_another_machine_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
 
@@ -483,6 +489,7 @@ def test_what_needs_another_machine_is_skipped_with_the_reason(tmp_path: Path, m
     assert "only when asked" in reason("steps:check_compiled_step", "cpu", size="DiT-S/2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("captions", [False, True])
 def test_a_step_is_measured_beside_its_estimate(
     captions: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
