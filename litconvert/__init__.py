@@ -3,20 +3,34 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from litconvert.errors import LitconvertError
+from litconvert.errors import GateError, LitconvertError, UsageError
 
 if TYPE_CHECKING:
     from litconvert import objectives
     from litconvert.conversion.convert import convert
     from litconvert.conversion.plan import plan
     from litconvert.data.dataset import open_latents
+    from litconvert.distillation.pretraining import train
     from litconvert.families.sources import load
     from litconvert.publishing.push import push
     from litconvert.sampling.draw import sample
     from litconvert.workflow import distill
 
 __version__ = "0.1.0"
-__all__ = ["LitconvertError", "convert", "distill", "load", "objectives", "open_latents", "plan", "push", "sample"]
+__all__ = [
+    "GateError",
+    "LitconvertError",
+    "UsageError",
+    "convert",
+    "distill",
+    "load",
+    "objectives",
+    "open_latents",
+    "plan",
+    "push",
+    "sample",
+    "train",
+]
 
 _HOMES = {
     "convert": "conversion.convert",
@@ -26,6 +40,7 @@ _HOMES = {
     "plan": "conversion.plan",
     "push": "publishing.push",
     "sample": "sampling.draw",
+    "train": "distillation.pretraining",
 }
 
 

@@ -61,7 +61,8 @@ def distill(
             estimates = _estimates(prepared)
             _say_estimates(estimates, listener)
         fit(prepared, listener)
-    _say_usage(estimates, prepared.directory.read_usage(), listener)
+    if estimates:
+        _say_usage(estimates, prepared.directory.read_usage(), listener)
     return asked.out
 
 

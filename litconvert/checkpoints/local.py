@@ -1,4 +1,4 @@
-"""Any checkpoint as lazily read named tensors."""
+"""Checkpoints on this machine: folders, safetensors, pickles, shards."""
 
 import io
 import json
@@ -55,7 +55,6 @@ def open_files(
     config: dict[str, Any] | None,
     *,
     weights: str = "auto",
-    revision: str | None = None,
 ) -> Checkpoint:
     """Open weight files, shards of one checkpoint or a single one: headers only. Arguments as of `open_checkpoint`."""
     chosen: str | None = None
@@ -69,7 +68,7 @@ def open_files(
     stored = stored.without_prefix(prefix)
     if not stored.tensors:
         raise LitconvertError(f"{source}: holds no tensors")
-    return Checkpoint(source, config, stored.tensors, chosen, sets, revision, 0, lambda: stored)
+    return Checkpoint(source, config, stored.tensors, chosen, sets, None, 0, lambda: stored)
 
 
 def _open_run_checkpoint(source: str, folder: Path, weights: str) -> Checkpoint:

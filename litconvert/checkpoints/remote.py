@@ -1,4 +1,4 @@
-"""Reading from the Hub: which files of a repository are wanted, and what goes wrong, in sentences."""
+"""Checkpoints on the Hub: which files of a repository are wanted, and their headers before they are downloaded."""
 
 import errno
 import io

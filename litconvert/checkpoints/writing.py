@@ -89,9 +89,9 @@ def write_safetensors(path: Path, tensors: LazyTensors, metadata: Metadata, *, t
         _allocate(descriptor, 8 + length + tensors.nbytes)
         values = _Values(descriptor, 8 + length)
         for name, info in tensors.infos.items():
-            value = tensors.produce(name) if first is None else first
+            # Not kept by a name here: it would be in memory beside the next one.
+            values.append(name, info, tensors.produce(name) if first is None else first)
             first = None
-            values.append(name, info, value)
             task.advance()
         values.copy_run()
         encoded = tensors.header(metadata() if callable(metadata) else metadata)

@@ -5,16 +5,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from litconvert.errors import DISTILLATION_PACKAGES, LitconvertError, system_cause
-
-if TYPE_CHECKING:
-    pass
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)

@@ -54,7 +54,7 @@ UNSEEN = Task()
 
 
 class Listener:
-    """Hears what a function has to say, and shows it or not; this one is silent. A terminal's is `cli.live.Screen`."""
+    """Hears what a function has to say, and shows it or not; this one is silent. A terminal's are in `cli.live`."""
 
     # Whether a run is to be estimated before it begins, which takes some seconds, and said in notes.
     wants_estimates = False

@@ -1,15 +1,5 @@
 """Bytes, seconds and counts as a reader wants them."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
-    pass
-
 
 def size(nbytes: int) -> str:
     """Bytes as MB or GB."""

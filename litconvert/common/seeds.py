@@ -5,13 +5,9 @@ A resumed run, and a run on another number of processes, therefore draw the same
 
 import hashlib
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 def generator_of(seed: int, purpose: str, *indices: int) -> torch.Generator:

@@ -2,10 +2,6 @@
 
 import platform
 from importlib.metadata import version
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def versions() -> dict[str, str]:

@@ -18,35 +18,35 @@ class Provenance:
 
     Attributes:
         digest: of what determines it.
+        defaults, inputs: number of the table of defaults, and the inputs that differ from it.
         source: what it was converted from: path, revision, sha256, family, layout, weights, license. Without a path, it
             was trained from nothing.
-        defaults, inputs: number of the table of defaults, and the inputs that differ from it.
         plan: tensors, parameters and multiply-accumulates of its conversion.
-        distillation: how it was taught: steps, stages, data, teacher, and what it started from.
-        training: the same of a model that was trained from nothing.
         versions: packages that it was made with.
         seed: of fresh weights.
         metrics: scores by name.
+        distillation: how it was taught: steps, stages, data, teacher, and what it started from.
+        training: the same of a model that was trained from nothing.
         set: which weights of a checkpoint of a run these are, `ema` or `model`.
         others: what a later version wrote; kept as it is.
     """
 
     digest: str = ""
-    source: Mapping[str, Any] = field(default_factory=dict)
     defaults: int | None = None
     inputs: Mapping[str, Any] | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
-    distillation: Mapping[str, Any] | None = None
-    training: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=versions)
     seed: int | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    distillation: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] | None = None
     set: str | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
-        """Of plain data, in which all but `source` may be missing."""
+        """Of plain data, of which any part may be missing."""
         known = {one.name for one in fields(cls)} - {"others"}
         values: dict[str, Any] = {name: record[name] for name in known if record.get(name) is not None}
         others = {name: value for name, value in record.items() if name not in known | {"format"}}
@@ -76,7 +76,7 @@ class Provenance:
         known = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "others"}
         return {
             "format": FORMAT_VERSION,
-            **{name: value for name, value in known.items() if value is not None},
+            **{name: value for name, value in known.items() if value not in (None, "")},
             **self.others,
         }
 

@@ -53,7 +53,7 @@ class Conditioner:
     @property
     def tokens(self) -> int:
         """Every caption's length."""
-        return int(self.config.caption_tokens)
+        return self.config.caption_tokens
 
     def _pad(self, features: Tensor) -> Tensor:
         return F.pad(features.float(), (0, 0, 0, self.tokens - len(features)))

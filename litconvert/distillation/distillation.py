@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +71,26 @@ class Lineage:
 
     Attributes:
         student, source, teacher: recognised, headers only.
-        files: content of source and teacher.
+        source_file: the source's content.
         provenance: the student's litconvert.json.
     """
 
     student: OpenSource
     source: OpenSource
     teacher: OpenSource
-    files: Mapping[str, File]
+    source_file: File
     provenance: Provenance
 
     @property
     def config(self) -> ModelConfig:
         """The student's."""
         return self.student.config
+
+    @cached_property
+    def files(self) -> dict[str, File]:
+        """Content of source and teacher. A teacher of its own is read for it, and of the Hub downloaded."""
+        teacher = self.source_file if self.teacher is self.source else File.of(self.teacher)
+        return {"source": self.source_file, "teacher": teacher}
 
     @property
     def nbytes(self) -> int:
@@ -169,8 +176,7 @@ def _open_lineage(asked: Request, student: OpenSource, recipe: Recipe, provenanc
     check_source(config, source.config, recipe, is_teacher=teacher is source)
     for index, stage in enumerate(recipe.distill.stages):
         trained_names(config, list(student.reading.origins), stage, f"distill.stages.{index}")
-    files = {"source": source_file, "teacher": source_file if teacher is source else File.of(teacher)}
-    return Lineage(student, source, teacher, files, provenance)
+    return Lineage(student, source, teacher, source_file, provenance)
 
 
 def _open_data(
@@ -212,7 +218,7 @@ def fit(prepared: Distillation, listener: Listener = SILENT) -> None:
     source = None
     if any(isinstance(stage, AttentionTransfer) for stage in recipe.distill.stages):
         source = teacher if lineage.teacher is lineage.source else read_model(lineage.source, torch.float32)
-    channels = model.config.in_channels if model.config.prediction == "velocity" else model.config.out_channels
+    channels = model.config.in_channels if lineage.config.predicts_velocity else model.config.out_channels
     sizes = [(len(bucket), (channels, *bucket.shape[1:])) for bucket in data.buckets]
     outputs = open_outputs(recipe.distill, prepared.directory.path / "teacher-outputs", sizes)
     entries = plan_conversion(lineage.source, prepared.recorded).entries

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litconvert.model.diffusion import DDPM, FlowMatching, _mean
+from litconvert.model.diffusion import DDPM, FlowMatching, sample_means
 from litconvert.recipe.schema import FlowMatchingStage, Hybrid
 
 
@@ -55,7 +55,7 @@ def attention_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
     layer's scale and however the batch is split.
     """
     losses = [
-        (_mean((mine.float() - theirs.float()) ** 2) / _mean(theirs.float() ** 2).clamp(min=1e-12)).mean()
+        (sample_means((mine.float() - theirs.float()) ** 2) / sample_means(theirs.float() ** 2).clamp(min=1e-12)).mean()
         for mine, theirs in zip(student, teacher, strict=True)
     ]
     return torch.stack(losses).mean()

@@ -160,31 +160,31 @@ def optimizer_workspace(stage: AnyStage, parameters: Sequence[Tensor]) -> int:
     return 4 * max(parameter.nbytes for parameter in parameters) if stage.optimizer == "came" else 0
 
 
-class StepInputs(NamedTuple):
+class RandomBatch(NamedTuple):
     clean: Tensor
     noise: Tensor
     timestep: Tensor
     condition: dict[str, Any]
 
 
-def random_inputs(config: ModelConfig, count: int) -> StepInputs:
+def random_inputs(config: ModelConfig, count: int) -> RandomBatch:
     """What a batch and its conditions are to the models; captions have the longest length."""
     size, channels = config.sample_size, config.in_channels
     clean, noise = (torch.randn(count, channels, size, size) for _ in range(2))
     timestep = torch.rand(count) if config.predicts_velocity else torch.randint(1, (count,))
     if not config.reads_captions:
-        return StepInputs(clean, noise, timestep, {"class_labels": torch.randint(1, (count,))})
+        return RandomBatch(clean, noise, timestep, {"class_labels": torch.randint(1, (count,))})
     condition: dict[str, Any] = {
         "encoder_hidden_states": torch.randn(count, config.caption_tokens, config.caption_width),
         "encoder_attention_mask": torch.ones(count, config.caption_tokens, dtype=torch.int64),
     }
     if config.micro_conditions:
         condition["added_cond_kwargs"] = {"resolution": torch.randn(count, 2), "aspect_ratio": torch.randn(count, 1)}
-    return StepInputs(clean, noise, timestep, condition)
+    return RandomBatch(clean, noise, timestep, condition)
 
 
 def _loss(
-    stage: AnyStage, student: Student, teacher: LiTTransformer2DModel | None, inputs: StepInputs
+    stage: AnyStage, student: Student, teacher: LiTTransformer2DModel | None, inputs: RandomBatch
 ) -> tuple[Tensor, list[Any]]:
     """The step's loss as the trainer computes it, and what the trainer holds on to until the next one."""
     clean, noise, timestep, condition = inputs

@@ -26,7 +26,7 @@ def _block(config: ModelConfig) -> int:
 
 def gathered_bytes(config: ModelConfig) -> int:
     """Bytes that sharding has whole at a time: two blocks, one computing and one arriving, and all but the blocks."""
-    layers = int(config.num_layers)
+    layers = config.num_layers
     return weights_bytes(config) - max(layers - 2, 0) * _block(config)
 
 

@@ -167,8 +167,7 @@ class Pair:
     @property
     def kinds(self) -> Sequence[str]:
         """The teacher's attention, layer by layer."""
-        kinds: Sequence[str] = self.teacher.config.attention
-        return kinds
+        return self.teacher.config.attention
 
     @property
     def layers(self) -> list[int]:

@@ -8,12 +8,14 @@ from litconvert.errors import UsageError
 from litconvert.families.family import Family, Reading
 from litconvert.families.headers import count_layers, has_key, num_attention_heads, sample_size, shape_of
 from litconvert.families.layout import Layout
+from litconvert.model.config import ModelConfig
 from litconvert.recipe.schema import Source
 
 __all__ = [
     "Checkpoint",
     "Family",
     "Layout",
+    "ModelConfig",
     "Reading",
     "Source",
     "UsageError",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from litconvert.errors import UsageError
+from litconvert.errors import UsageError, did_you_mean
 
 KINDS = ("linear", "softmax", "kv_compress")
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -33,7 +33,7 @@ class ModelConfig:
         patch_size: a token is so many by so many of them.
         in_channels, out_channels: C, and twice that where the variance is learned.
         hidden_size: D.
-        attention: the kind of each layer, one of KINDS.
+        attention: the kind of each layer, one of KINDS; softmax where none is named.
         num_attention_heads, linear_num_heads: of softmax (and KV-compressed, and cross-attention), of linear layers.
         linear_kernel, linear_conv_size, linear_eps: phi, k of the depth-wise convolution (0: none), and eps.
         num_classes, null_class: classes, and whether one more stands for none; None: the model reads captions.
@@ -72,14 +72,22 @@ class ModelConfig:
     prediction: str = "noise"
     data_timestep: int = 1
 
+    def __post_init__(self) -> None:
+        if not self.attention:
+            object.__setattr__(self, "attention", ("softmax",) * self.num_layers)
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """The config of these values, the model's defaults filled in; keys that are none of the model's are left out.
+        """The config of these values, the model's defaults filled in.
 
-        Raises UsageError for kinds of attention that do not exist or are not one a layer, and for heads that do not
-        divide the width.
+        What diffusers and transformers keep beside them (`_class_name`, `auto_map`) is left out.
+
+        Raises UsageError for keys that the model has not, for kinds of attention that do not exist or are not one a
+        layer, and for heads that do not divide the width.
         """
-        known = {name: values[name] for name in CONFIG_DEFAULTS if name in values}
+        known = {name: value for name, value in values.items() if not name.startswith("_") and name != "auto_map"}
+        if unknown := next((name for name in known if name not in CONFIG_DEFAULTS), None):
+            raise UsageError(f"the model's config has no key {unknown!r}{did_you_mean(unknown, CONFIG_DEFAULTS)}")
         full = {**CONFIG_DEFAULTS, **known}
         kinds = list(full["attention"] or ["softmax"] * full["num_layers"])
         if len(kinds) != full["num_layers"] or set(kinds) - set(KINDS):

@@ -21,7 +21,7 @@ def linear_betas(num_timesteps: int) -> Tensor:
     return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
 
 
-def _mean(x: Tensor) -> Tensor:
+def sample_means(x: Tensor) -> Tensor:
     """Mean over all dimensions but the batch."""
     return x.flatten(1).mean(dim=1)
 
@@ -110,8 +110,8 @@ class DDPM:
             - 1.0
         )
         likelihood = self._discretized_log_likelihood(clean, model_mean, 0.5 * log_variance)
-        bound = torch.where(timestep == 0, -_mean(likelihood), _mean(kl)) / math.log(2.0)
-        return {"noise": _mean((predicted_noise - noise) ** 2), "variational_bound": bound}
+        bound = torch.where(timestep == 0, -sample_means(likelihood), sample_means(kl)) / math.log(2.0)
+        return {"noise": sample_means((predicted_noise - noise) ** 2), "variational_bound": bound}
 
     @staticmethod
     def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class FlowMatching:
 
     def terms(self, model_output: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """`velocity` (N,): the mean squared error of the velocity (N, C, H, W), for each sample, before weighting."""
-        return {"velocity": _mean((model_output.float() - self.velocity(clean, noise).float()) ** 2)}
+        return {"velocity": sample_means((model_output.float() - self.velocity(clean, noise).float()) ** 2)}
 
 
 def make_diffusion(config: ModelConfig, num_timesteps: int) -> DDPM | FlowMatching:

@@ -65,7 +65,7 @@ class Contents:
         if weights.checkpoint.weights == "model":
             provenance = replace(provenance, metrics={})  # those that are kept are of the moving average
         written = {key: value for key, value in read_json(model / "config.json").items() if key != "_name_or_path"}
-        config = ModelConfig.of(written)
+        config = weights.config
         captions = config.reads_captions
         decoder = decoder_of(recipe, asked.vae, config, model) if asked.pipeline else None
         if asked.text_encoder and not (asked.pipeline and captions and recipe.source.text_encoder):

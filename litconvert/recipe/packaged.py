@@ -1,4 +1,4 @@
-"""The recipes that ship with litconvert. Apart from `recipe`, so that listing them does not wait for the schema."""
+"""The recipes that ship with litconvert. Apart from `schema`, so that listing them does not wait for the schema."""
 
 from collections.abc import Mapping
 from pathlib import Path

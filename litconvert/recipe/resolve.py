@@ -241,7 +241,7 @@ def resolve(name: str | None, overrides: Sequence[str] = (), source: str | Path 
 
     Raises UsageError that lists every problem at once, each with its file and line.
     """
-    if name is None:
+    if not name:
         return _with_source(resolve_data({}, overrides, "command line"), source)
     path = find_recipe(name)
     tree = _read_yaml(path)

@@ -1,4 +1,4 @@
-"""What is measured of a run while it trains: the error by timestep, speed, memory, utilisation of the device."""
+"""Speed of training, the time that is left, memory, and utilisation of the device."""
 
 import re
 from collections import deque
@@ -47,7 +47,7 @@ def training_flops(stage: AnyStage, student: ModelConfig, teacher: ModelConfig |
         student, teacher: configs; no teacher: none is run.
         kept: the teacher's outputs are read from disk where a stage needs nothing else of it.
     """
-    size: int = student.sample_size
+    size = student.sample_size
     trained: int
     if isinstance(stage, AttentionTransfer):
         tokens, width = (size // student.patch_size) ** 2, student.hidden_size

@@ -94,7 +94,7 @@ class Observer(Listener, AbstractContextManager["Observer"]):
             return
         self.sheet.draw(model, name)
         if self.teacher is not None:
-            end = 1.0 if model.config.prediction == "velocity" else float(self.recipe.diffusion.num_timesteps)
+            end = 1.0 if self.config.predicts_velocity else float(self.recipe.diffusion.num_timesteps)
             self.run.append_timestep_errors(
                 step, timestep_errors(_predictor(model), _predictor(self.teacher), self._batches(), end), end
             )
@@ -102,7 +102,7 @@ class Observer(Listener, AbstractContextManager["Observer"]):
     def _batches(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
         """The same samples and noises each time, their timesteps spread evenly."""
         diffusion = make_diffusion(self.config, self.recipe.diffusion.num_timesteps)
-        steps = None if self.model.config.prediction == "velocity" else self.recipe.diffusion.num_timesteps
+        steps = None if self.config.predicts_velocity else self.recipe.diffusion.num_timesteps
         draws = MicroBatches(self.data, self.recipe.seed, NO_STAGE, ERROR_SAMPLES, steps)
         batches = []
         for start in range(0, ERROR_SAMPLES, 10):

@@ -362,6 +362,7 @@ def test_milliseconds_are_spent(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("litconvert.evaluation.probe.milliseconds_by_kind", lambda *arguments: times)
     for budget, kept in ((1e6, 3), (8.0, 2), (4.0, 0)):
         result = probe(case.student, case.data, num_samples=2, budget_ms=budget)
+        assert result.softmax_layers is not None
         assert len(result.softmax_layers) == kept
         assert {row.milliseconds for row in result.rows} == {2.0}
     with pytest.raises(UsageError, match="--budget-ms 1e-06 cannot be met"):

@@ -72,6 +72,12 @@ def test_what_the_model_refuses_the_table_refuses(change: dict[str, Any]) -> Non
         ModelConfig.of({**PICO, **change})
 
 
+def test_a_key_that_the_model_has_not_is_refused_and_not_left_out() -> None:
+    with pytest.raises(UsageError, match=r"no key 'norm_epsilon' .did you mean 'norm_eps'"):
+        ModelConfig.of({**PICO, "norm_epsilon": 1e-5})
+    assert ModelConfig.of({**PICO, "_class_name": "LiTTransformer2DModel"}) == ModelConfig.of(PICO)
+
+
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 4.0])
 def test_the_position_embedding_is_the_models(scale: float) -> None:
     config = ModelConfig.of({**PICO, "sample_size": 24, "interpolation_scale": scale})

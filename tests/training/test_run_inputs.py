@@ -352,7 +352,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What an earlier commit wrote, in the current folder."""
     folder = tmp_path / "old"
     folder.mkdir()
-    with tarfile.open(Path(__file__).parents[1] / "data" / "format-1.tar.xz") as archive:
+    with tarfile.open(Path(__file__).parents[1] / "helpers" / "format-1.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     monkeypatch.chdir(folder)
     return folder
