@@ -217,20 +217,17 @@ def push(
 
     Example: litconvert push runs/digits/distilled me/lit-digits --pipeline
     """
-    from litconvert.publishing import push as publishing
+    from litconvert.publishing.push import planned_files
+    from litconvert.publishing.push import push as publish
 
     console.be_quiet(quiet)
     weights = "model" if raw else "auto"
     if dry_run:
-        files = publishing.planned_files(
-            directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, weights=weights
-        )
+        files = planned_files(directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, weights=weights)
         if as_json:
             console.data([{"path": path, "bytes": nbytes} for path, nbytes in files])
         else:
             console.table(("file", "bytes"), [(path, count(nbytes)) for path, nbytes in files], numbers=(1,))
         return
-    url = publishing.push(
-        directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, private=private, weights=weights
-    )
+    url = publish(directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, private=private, weights=weights)
     console.data({"url": url}) if as_json else console.line(url)

@@ -16,7 +16,7 @@ from litconvert.recipe.schema import Recipe
 from litconvert.runs.directory import RunDirectory
 
 PROJECT = "litconvert"
-RECORD = "trackers.json"
+IDENTITY = "trackers.json"
 
 
 def tracker_packages(names: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ class Trackers:
         self.given: dict[str, int] = {}
         if not recipe.distill.trackers or not is_main:
             return
-        record = run.path / RECORD
+        record = run.path / IDENTITY
         if not record.is_file():
             # Of this folder, not of its inputs: the same inputs, run again elsewhere, are another run.
             write_whole(record, json.dumps({"id": secrets.token_hex(4)}) + "\n")

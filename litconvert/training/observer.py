@@ -103,13 +103,13 @@ class Observer(Listener, AbstractContextManager["Observer"]):
         """The same samples and noises each time, their timesteps spread evenly."""
         diffusion = make_diffusion(self.config, self.recipe.diffusion.num_timesteps)
         steps = None if self.config.predicts_velocity else self.recipe.diffusion.num_timesteps
-        draws = MicroBatches(self.data, self.recipe.seed, NO_STAGE, ERROR_SAMPLES, steps)
+        micro_batches = MicroBatches(self.data, self.recipe.seed, NO_STAGE, ERROR_SAMPLES, steps)
         batches = []
         for start in range(0, ERROR_SAMPLES, 10):
             positions = range(start, start + 10)
             spread = (torch.tensor(positions) + 0.5) / ERROR_SAMPLES
             timestep = spread if steps is None else (spread * steps).long()
-            batch = replace(draws.batch(0, positions), timestep=timestep)
+            batch = replace(micro_batches.batch(0, positions), timestep=timestep)
             noisy = diffusion.add_noise(batch.samples.clean, batch.noise, timestep)
             device = self.engine.device
             batches.append((noisy.to(device), timestep.to(device), self.conditioner(batch)))

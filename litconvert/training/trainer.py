@@ -52,7 +52,7 @@ class _Stage:
 
     index: int
     settings: AnyStage
-    draws: MicroBatches
+    micro_batches: MicroBatches
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -150,7 +150,7 @@ class Trainer:
             self.recipe, self.training.config, None if teacher is None else ModelConfig.of(teacher.config)
         )
         throughput = Throughput(self.recipe, index, work, self.engine.device, self.engine.processes)
-        batches = stage.draws.read_ahead(first, settings.steps, self.recipe.data.workers)
+        batches = stage.micro_batches.read_ahead(first, settings.steps, self.recipe.data.workers)
         for step in range(first, settings.steps):
             began = time.perf_counter()
             rate = stage.rate.set(step)
@@ -186,7 +186,7 @@ class Trainer:
         module = self.engine.wrap(student, student.parts)
         parameters = {name: value for name, value in self.student.named_parameters() if name in trained}
         optimizer = make_optimizer(settings, parameters, self.training.fresh)
-        draws = MicroBatches(
+        micro_batches = MicroBatches(
             self.training.data,
             seed=self.recipe.seed,
             stage=index,
@@ -202,7 +202,7 @@ class Trainer:
         return _Stage(
             index,
             settings,
-            draws,
+            micro_batches,
             module,
             parameters,
             optimizer,
