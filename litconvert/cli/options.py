@@ -11,7 +11,6 @@ SourceArgument = Annotated[
     str | None,
     typer.Argument(metavar="SRC", help="File, folder, Hub id (owner/name) or asset:NAME. Default: the recipe's."),
 ]
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Name, file or Hub id of a recipe.")]
 OwnRecipeOption = Annotated[
     str | None, typer.Option("--recipe", "-r", help="Default: the packaged one for what the source is.")
 ]

@@ -10,14 +10,11 @@ from litconvert.conversion.directory import is_checkpoint
 from litconvert.conversion.provenance import Provenance
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.sources import OpenSource, open_student
-from litconvert.model.config import ModelConfig
+from litconvert.model.config import RESIZABLE, ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.schema import Start
 from litconvert.runs.directory import RunDirectory, model_of
 from litconvert.training.engine import Engine
-
-# A student may start from the weights of one at another size.
-RESIZABLE = ("sample_size", "interpolation_scale")
 
 
 @dataclass(frozen=True)
@@ -173,6 +170,7 @@ def _fitting(path: str, folder: str, weights: str, config: ModelConfig) -> tuple
         )
     for key, mine in config.values.items():
         theirs = source.config.values[key]
+        # A student may start from the weights of one at another size.
         if key not in RESIZABLE and theirs != mine:
             raise UsageError(
                 f"--from {path}: its model has {key}={theirs}, the student {mine}; start from a run of the same model"

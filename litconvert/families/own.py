@@ -5,7 +5,7 @@ from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.families.family import Family, Reading
 from litconvert.families.headers import LINEAR_HINTS
 from litconvert.families.layout import Origin
-from litconvert.model.config import CONFIG_DEFAULTS, ModelConfig
+from litconvert.model.config import CONFIG_DEFAULTS, RESIZABLE, ModelConfig
 from litconvert.model.shapes import model_tensors
 from litconvert.recipe.schema import Source
 
@@ -27,7 +27,6 @@ SIZES = (
 # What config.json says, so that no hint may differ. The size and the interpolation of positions may change: so a
 # student goes on at another resolution.
 FIXED = ("num_attention_heads", "num_classes", "data_timestep", "timestep_freq_shift", "norm_eps", *LINEAR_HINTS)
-RESIZABLE = ("sample_size", "interpolation_scale")
 
 
 def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:

@@ -13,6 +13,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "prediction": ("noise", "velocity"),
     "data_timestep": (1, 0),
 }
+# Keys of which a model may be given other values than it was made with.
+RESIZABLE = ("sample_size", "interpolation_scale")
 # More positions than any image has: their embedding alone would not fit into memory.
 MAX_SAMPLE_SIZE = 1 << 14
 
