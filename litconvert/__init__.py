@@ -7,13 +7,13 @@ from litconvert.errors import GateError, LitconvertError, UsageError
 
 if TYPE_CHECKING:
     from litconvert import objectives
-    from litconvert.conversion.convert import convert
     from litconvert.conversion.plan import plan
     from litconvert.data.dataset import open_latents
     from litconvert.distillation.pretraining import train
     from litconvert.families.sources import load
     from litconvert.publishing.push import push
     from litconvert.sampling.draw import sample
+    from litconvert.solving.convert import convert
     from litconvert.workflow import distill
 
 __version__ = "0.1.0"
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "convert": "conversion.convert",
+    "convert": "solving.convert",
     "distill": "workflow",
     "load": "families.sources",
     "open_latents": "data.dataset",

@@ -8,7 +8,6 @@ from typing import Any
 from litconvert.common.launch import launched_processes
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.quantities import duration, size
-from litconvert.conversion.convert import carry_out
 from litconvert.conversion.plan import ConversionPlan, plan_conversion
 from litconvert.data.synthesize import synthesize_resolved
 from litconvert.distillation.distillation import Distillation, Request, fit, prepare
@@ -19,6 +18,7 @@ from litconvert.families.sources import open_source_of
 from litconvert.publishing.push import push
 from litconvert.recipe.resolve import resolve
 from litconvert.runs.plots import compare
+from litconvert.solving.convert import convert_planned
 from litconvert.training.checks import check_model
 
 
@@ -136,7 +136,7 @@ def run_line(
     settings = resolved.recipe
     plan = plan_conversion(open_source_of(settings), settings)
     check_model(plan.config, settings)
-    student = carry_out(plan, out / "student", force=force)
+    student = convert_planned(plan, out / "student", force=force, listener=listener)
     listener.note(f"converted: {student}")
     data = settings.data.path
     if data is None:

@@ -24,7 +24,7 @@ LAYERS = (
     "data",
     "publishing",
     "training",
-    "distillation",
+    "solving | distillation",
     "objectives | estimates | evaluation",
     "workflow",
     "__init__",

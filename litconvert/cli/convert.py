@@ -146,10 +146,10 @@ def convert(
     """
     from litconvert.cli.live import screen
     from litconvert.cli.reports import show_plan
-    from litconvert.conversion.convert import carry_out
     from litconvert.conversion.plan import plan as plan_of
     from litconvert.conversion.relayout import TARGETS
     from litconvert.recipe.resolve import resolve
+    from litconvert.solving.convert import convert_planned
 
     console.be_quiet(quiet)
     given = overrides_of(sets, num_attention_heads, sample_size, seed)
@@ -162,7 +162,7 @@ def convert(
         return
     made = plan_of(source, recipe, given)
     if not dry_run:
-        carry_out(made, out, force=force, listener=screen())
+        convert_planned(made, out, force=force, listener=screen())
     if as_json:
         console.data({"out": None if dry_run else str(out), **made.to_json()})
     else:

@@ -2,10 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from litconvert.common.files import digest_of, refuse_source, require_space, who
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.tensors import DTYPES, TensorInfo
 from litconvert.conversion.directory import already_done, write_model_directory
-from litconvert.conversion.plan import ConversionPlan, Entry, plan
+from litconvert.conversion.plan import STORED, ConversionPlan, Entry
 from litconvert.conversion.provenance import FORMAT_VERSION, Provenance
+from litconvert.conversion.solve_plan import SolvedStart
 from litconvert.families.sources import OpenSource
 from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.resolve import read_recorded
@@ -41,8 +43,8 @@ def fresh_tensor(name: str, info: TensorInfo, seed: int, conv_size: int) -> Tens
     return nn.init.xavier_uniform_(tensor, generator=generator)
 
 
-def conversion_inputs(plan: ConversionPlan, sha256: str) -> Inputs:
-    """What determines the result."""
+def conversion_inputs(plan: ConversionPlan, sha256: str, more: Mapping[str, Any]) -> Inputs:
+    """What determines the result; `more` is what determines solved tensors."""
     recipe = plan.recipe
     # The source section is recorded with the result, and read again by distill and push: the licence, the decoder, the
     # hints. Its path is not: a source may be moved.
@@ -56,6 +58,7 @@ def conversion_inputs(plan: ConversionPlan, sha256: str) -> Inputs:
         "student": given(recipe.student),
         "inherit": {"attention": list(recipe.inherit.attention)},
         "seed": recipe.seed,
+        **more,
     }
     first = {
         "format": FORMAT_VERSION,
@@ -68,34 +71,50 @@ def conversion_inputs(plan: ConversionPlan, sha256: str) -> Inputs:
         "license": recipe.source.license.model_dump(mode="json"),
         "seed": recipe.seed,
     }
-    return Inputs(values, digest_of(first))
+    # Nothing was solved when outputs had digests of this kind.
+    return Inputs(values, digest_of(first) if plan.solve is None else None)
 
 
-def convert(
-    source: str | Path | None,
-    out: str | Path,
-    recipe: str | None = None,
-    overrides: Sequence[str] = (),
+def is_converted(plan: ConversionPlan, out: Path, inputs: Inputs, *, force: bool) -> bool:
+    """Whether `out` is the result of these inputs already; what comes after its weights in the recipe is kept up.
+
+    Raises LitconvertError when something else is there that is not to be replaced.
+    """
+    if not out.exists() or not already_done(out, inputs, force=force):
+        return False
+    recipe = _with_absolute_sources(plan.recipe)
+    # The weights are those of these inputs; what comes after them in the recipe may have changed.
+    recorded = read_recorded(out / "recipe.yaml").model_copy(update={"source": recipe.source})
+    if recorded != recipe:
+        write_whole(out / "recipe.yaml", recipe.to_yaml())
+    return True
+
+
+def refuse_early(plan: ConversionPlan, out: Path) -> None:
+    """Raise for an output that would overwrite the source, and for one that the disk has no room for."""
+    refuse_source(out, plan.source.checkpoint.files)
+    require_space(out.parent, plan.totals["student_bytes"])
+
+
+def carry_out(
+    plan: ConversionPlan,
+    out: Path,
     *,
     force: bool = False,
+    solved: SolvedStart | None = None,
     listener: Listener = SILENT,
 ) -> Path:
-    """Convert a checkpoint to a linear model directory, written whole or not at all.
+    """Write the student of a plan, whole or not at all.
 
     Args:
-        source: file, folder, Hub id or `asset:NAME`; None: the recipe's.
         out: the model directory. One made from the same inputs is left as it is.
-        recipe, overrides: as for `plan`.
         force: replace an `out` that was made from other inputs.
+        solved: of a plan that solves.
         listener: hears of each tensor that is written.
 
     Returns: the model directory.
     """
-    return carry_out(plan(source, recipe, overrides), Path(out), force=force, listener=listener)
-
-
-def carry_out(plan: ConversionPlan, out: Path, *, force: bool = False, listener: Listener = SILENT) -> Path:
-    """Write the student of a plan. Arguments as of `convert`."""
+    assert (plan.solve is None) == (solved is None)
     refuse_source(out, plan.source.checkpoint.files)
     checkpoint, recipe = plan.source.checkpoint, _with_absolute_sources(plan.recipe)
     # The digest is reading and arithmetic: on a second core it costs the copying no time.
@@ -103,39 +122,38 @@ def carry_out(plan: ConversionPlan, out: Path, *, force: bool = False, listener:
         hashing = pool.submit(checkpoint.sha256)
 
         def inputs() -> Inputs:
-            return conversion_inputs(plan, hashing.result())
+            return conversion_inputs(plan, hashing.result(), solved.inputs if solved else {})
 
-        if out.exists() and already_done(out, inputs(), force=force):
-            # The weights are those of these inputs; what comes after them in the recipe may have changed.
-            recorded = read_recorded(out / "recipe.yaml").model_copy(update={"source": recipe.source})
-            if recorded != recipe:
-                write_whole(out / "recipe.yaml", recipe.to_yaml())
+        if out.exists() and is_converted(plan, out, inputs(), force=force):
             return out
         require_space(out.parent, plan.totals["student_bytes"])
         plan.source.check_recomputed()
         for name in _unread(plan):
             plan.source.values(name)
-        tensors = _student_tensors(plan)
+        tensors = _student_tensors(plan, solved)
         with whole_directory(out) as folder, listener.task("convert", len(tensors.infos)) as task:
             write_model_directory(
                 folder,
                 config=plan.config,
                 tensors=tensors,
                 recipe=recipe,
-                provenance=lambda: _provenance(plan, recipe, inputs()),
+                provenance=lambda: _provenance(plan, recipe, inputs(), solved),
                 task=task,
             )
     return out
 
 
-def _student_tensors(plan: ConversionPlan) -> LazyTensors:
-    """The student's weights: inherited ones checked, fresh ones made."""
-    written = [entry for entry in plan.entries if entry.fate in ("inherited", "fresh")]
+def _student_tensors(plan: ConversionPlan, solved: SolvedStart | None) -> LazyTensors:
+    """The student's weights: inherited ones checked, fresh ones made, solved ones as they were solved."""
+    written = [entry for entry in plan.entries if entry.fate in STORED]
     fates = {entry.target: entry.fate for entry in written}
     written.sort(key=lambda entry: _place(plan.source, entry))
     infos = {str(entry.target): TensorInfo(entry.shape, DTYPES[entry.dtype]) for entry in written}
 
     def produce(name: str) -> Tensor | Extent | Iterator[Tensor]:
+        if fates[name] == "solved":
+            assert solved is not None
+            return solved.tensors[name]
         if fates[name] == "fresh":
             return fresh_tensor(name, infos[name], plan.recipe.seed, plan.recipe.student.conv_size)
         return plan.source.checked(name, infos[name].dtype)
@@ -161,7 +179,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _provenance(plan: ConversionPlan, recipe: Recipe, inputs: Inputs) -> Provenance:
+def _provenance(plan: ConversionPlan, recipe: Recipe, inputs: Inputs, solved: SolvedStart | None) -> Provenance:
     """That of a converted student."""
     return Provenance(
         **inputs.record,
@@ -176,6 +194,7 @@ def _provenance(plan: ConversionPlan, recipe: Recipe, inputs: Inputs) -> Provena
         },
         plan={"groups": plan.groups, "totals": plan.totals, "macs": plan.macs},
         seed=plan.recipe.seed,
+        solve=None if solved is None else solved.record,
     )
 
 
@@ -205,6 +224,9 @@ def _with_absolute_sources(recipe: Recipe) -> Recipe:
             parts["path"] = resolved(source.path)
         return source.model_copy(update=parts)
 
+    solve = recipe.solve and recipe.solve.model_copy(
+        update={name: resolved(path) for name in ("data", "embeddings") if (path := getattr(recipe.solve, name))}
+    )
     teacher = recipe.distill.teacher and absolute(recipe.distill.teacher)
     distill = recipe.distill.model_copy(update={"teacher": teacher})
-    return recipe.model_copy(update={"source": absolute(recipe.source), "distill": distill})
+    return recipe.model_copy(update={"source": absolute(recipe.source), "solve": solve, "distill": distill})

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from litconvert.common.tensors import DTYPES, TensorInfo
+from litconvert.conversion.solve_plan import SolvePlan, solve_plan
 from litconvert.errors import UsageError
 from litconvert.families.layout import Origin
 from litconvert.families.sources import OpenSource, describe, open_source_of
@@ -18,9 +19,10 @@ from litconvert.recipe.packaged import recipe_of
 from litconvert.recipe.resolve import ResolvedRecipe, resolve
 from litconvert.recipe.schema import Recipe, Source
 
-Fate = Literal["inherited", "fresh", "recomputed", "dropped"]
+Fate = Literal["inherited", "fresh", "solved", "recomputed", "dropped"]
 
-FATES: tuple[Fate, ...] = ("inherited", "fresh", "recomputed", "dropped")
+FATES: tuple[Fate, ...] = ("inherited", "fresh", "solved", "recomputed", "dropped")
+STORED: tuple[Fate, ...] = ("inherited", "fresh", "solved")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Entry:
 
     Attributes:
         target: tensor of the student, None when dropped.
-        source: tensor of the source, None when fresh.
+        source: tensor of the source that it is, or of a solved one the tensor that it starts from; None when fresh.
         rows: which rows of the source tensor, None for all.
         copies: how many equal source tensors stand behind it.
     """
@@ -54,13 +56,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What becomes of every tensor, and what it means in parameters, bytes and multiply-accumulates."""
+    """What becomes of every tensor, and what it means in parameters, bytes and multiply-accumulates.
+
+    Attributes:
+        solve: what is solved and what it costs; None: what is fresh starts at random.
+        unsolved_because: why nothing is solved although the recipe asks for it.
+    """
 
     source: OpenSource
     recipe: Recipe
     config: ModelConfig
     entries: tuple[Entry, ...]
     recipe_name: str | None = None
+    solve: SolvePlan | None = None
+    unsolved_because: str | None = None
 
     @cached_property
     def groups(self) -> dict[str, dict[str, int]]:
@@ -72,10 +81,12 @@ class ConversionPlan:
         fate_of_source: dict[str, str] = {}
         for entry in self.entries:
             for name in entry.copies:
-                if fate_of_source.get(name) != "inherited":
+                if fate_of_source.get(name) not in ("inherited", "solved"):
                     fate_of_source[name] = entry.fate
         groups: dict[str, dict[str, int]] = {}
         for fate in FATES:
+            if fate == "solved" and self.solve is None:
+                continue
             mine = [entry for entry in self.entries if entry.fate == fate]
             groups[fate] = {
                 "source_tensors": sum(found == fate for found in fate_of_source.values()),
@@ -93,12 +104,12 @@ class ConversionPlan:
         return {
             "source_tensors": len(self.source.checkpoint.tensors),
             "student_tensors": sum(entry.target is not None for entry in self.entries),
-            "student_tensors_stored": sum(entry.fate in ("inherited", "fresh") for entry in self.entries),
+            "student_tensors_stored": sum(entry.fate in STORED for entry in self.entries),
             "source_parameters": teacher,
             "source_parameters_with_pos_embed": teacher + fixed,
             "student_parameters": student,
             "student_parameters_with_pos_embed": student + fixed,
-            "student_bytes": sum(entry.nbytes for entry in self.entries if entry.fate in ("inherited", "fresh")),
+            "student_bytes": sum(entry.nbytes for entry in self.entries if entry.fate in STORED),
         }
 
     @cached_property
@@ -134,6 +145,8 @@ class ConversionPlan:
             "groups": self.groups,
             "totals": self.totals,
             "macs": self.macs,
+            **({} if self.solve is None else {"solve": {**self.solve.to_json(), "seconds": self.solve.seconds}}),
+            **({} if self.unsolved_because is None else {"unsolved_because": self.unsolved_because}),
             "tensors": [{**asdict(entry), "parameters": entry.numel, "bytes": entry.nbytes} for entry in self.entries],
         }
 
@@ -187,6 +200,7 @@ def plan_conversion(source: OpenSource, recipe: Recipe, recipe_name: str | None 
     """The plan, from headers alone. `recipe_name` is for people; None: no recipe, the defaults."""
     config = student_config(source.config, recipe)
     kinds, checkpoint = (source.config.attention, config.attention), source.checkpoint
+    solving, unsolved_because = solve_plan(source.config, config, recipe)
     wanted = recipe.student.dtype
 
     def name_of(dtype: torch.dtype) -> str:
@@ -203,8 +217,12 @@ def plan_conversion(source: OpenSource, recipe: Recipe, recipe_name: str | None 
     taken = set()
     for name, info in model_tensors(config).items():
         origin = source.reading.origins.get(name)
-        if origin is not None and _inherits(name, *kinds, recipe.inherit.attention):
+        takes = origin is not None and _inherits(name, *kinds, recipe.inherit.attention)
+        if takes:
             taken.add(name)
+        if solving is not None and solving.solves(name):
+            entries.append(entry("solved", name, origin if takes else None, info, wanted or own_dtype))
+        elif takes and origin is not None:
             dtype = wanted or name_of(checkpoint.tensors[origin.names[0]].dtype)
             if dtype not in DTYPES:
                 raise UsageError(f"{checkpoint.source}: {origin.names[0]} is {dtype}; set student.dtype=float32")
@@ -220,7 +238,7 @@ def plan_conversion(source: OpenSource, recipe: Recipe, recipe_name: str | None 
             origin = source.reading.origins[name]
             dtype = name_of(checkpoint.tensors[origin.names[0]].dtype)
             entries.append(entry("dropped", None, origin, info, dtype))
-    return ConversionPlan(source, recipe, config, tuple(entries), recipe_name)
+    return ConversionPlan(source, recipe, config, tuple(entries), recipe_name, solving, unsolved_because)
 
 
 def plan(source: str | Path | None, recipe: str | None = None, overrides: Sequence[str] = ()) -> ConversionPlan:

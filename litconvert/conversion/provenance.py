@@ -24,6 +24,7 @@ class Provenance:
         plan: tensors, parameters and multiply-accumulates of its conversion.
         versions: packages that it was made with.
         seed: of fresh weights.
+        solve: how the fresh attention was solved, and the errors before and after.
         metrics: scores by name.
         distillation: how it was taught: steps, stages, data, teacher, and what it started from.
         training: the same of a model that was trained from nothing.
@@ -38,6 +39,7 @@ class Provenance:
     plan: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=versions)
     seed: int | None = None
+    solve: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     distillation: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None

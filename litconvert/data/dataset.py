@@ -27,7 +27,7 @@ from torch import Tensor
 from litconvert.common.files import read_json, whole_directory, write_whole
 from litconvert.errors import UsageError
 from litconvert.model.config import is_pixel_space
-from litconvert.sampling.captions import read_embeddings
+from litconvert.sampling.captions import Captions, read_embeddings, write_embeddings
 
 DATA_RECORD = "litconvert-latents.json"
 NULL_CAPTION = "null-caption.safetensors"
@@ -313,4 +313,28 @@ def write_latents(latents: Tensor, labels: Tensor, out: Path, digest: str) -> Pa
         write_whole(
             folder / DATA_RECORD, record_text({"digest": digest}, len(labels), kind="latents", condition="class")
         )
+    return out
+
+
+def write_captioned(latents: Tensor, captions: Captions, out: Path, digest: str) -> Path:
+    """Write latents (N, C, H, W) and their N encoded captions, whose texts are not known, whole or not at all."""
+    from datasets import Dataset
+
+    quiet_datasets()
+    lengths = [int(mask.sum()) for mask in captions.mask]
+    features = [one[mask.bool()].half().numpy().reshape(-1) for one, mask in zip(captions.features, captions.mask)]
+    columns = {
+        "latent": latents.numpy(),
+        "caption": [""] * len(latents),
+        "caption_features": features,
+        "caption_tokens": lengths,
+    }
+    schema = features_of({"latent": (latents.shape[1:], "float32")}, "caption")
+    with whole_directory(out) as folder:
+        Dataset.from_dict(columns, features=schema).save_to_disk(str(folder))
+        if captions.null_features is not None and captions.null_mask is not None:
+            null = Captions(captions.null_features, captions.null_mask)
+            write_embeddings(null, folder / NULL_CAPTION)
+        record = record_text({"digest": digest}, len(latents), kind="latents", condition="caption")
+        write_whole(folder / DATA_RECORD, record)
     return out

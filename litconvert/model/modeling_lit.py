@@ -485,12 +485,18 @@ class LinearAttention(Attention):
             out = convolve(image.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         return out.permute(0, 2, 3, 1).flatten(1, 2).to(v.dtype)  # (N, T, D)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def core(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Linear attention without the convolution, and the values, (N, T, D) each."""
         q, k, v = self.project(x)  # (N, T, D) each
-        out = linear_attention(self.kernel(q, self.eps), self.kernel(k, self.eps), v, self.num_heads, self.eps)
-        if self.dwc is not None:
-            out = out + self.convolve(v, grid)
-        projected: Tensor = self.to_out(out)  # (N, T, D)
+        return linear_attention(self.kernel(q, self.eps), self.kernel(k, self.eps), v, self.num_heads, self.eps), v
+
+    def features(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the output projection reads, (N, T, D)."""
+        out, v = self.core(x)
+        return out if self.dwc is None else out + self.convolve(v, grid)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        projected: Tensor = self.to_out(self.features(x, grid))  # (N, T, D)
         return projected
 
 
@@ -696,12 +702,20 @@ class Block(nn.Module):
         self.adaLN_modulation = modulation
 
     def forward(self, x: Tensor, condition: Condition, grid: tuple[int, int]) -> Tensor:
-        modulation = self.adaLN_modulation(condition.blocks).chunk(6, dim=1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # (N, 1, D) each
+        shift_msa, scale_msa, gate_msa, *mlp = self.modulation(condition)
         x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)  # (N, T, D)
+        return self.after_attention(x, condition, *mlp)
+
+    def modulation(self, condition: Condition) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of self-attention, then those of the feed-forward, (N, 1, D) each."""
+        parts: tuple[Tensor, ...] = self.adaLN_modulation(condition.blocks).chunk(6, dim=1)
+        return parts
+
+    def after_attention(self, x: Tensor, condition: Condition, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """Cross-attention where there are captions, and the feed-forward, (N, T, D) to (N, T, D)."""
         if self.cross_attn is not None:
             x = x + self.cross_attn(x, condition.caption, condition.caption_bias)  # (N, T, D)
-        x = x + gate_mlp * self.ff(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
+        x = x + gate * self.ff(modulate(self.norm2(x), shift, scale))  # (N, T, D)
         return x
 
 
@@ -921,6 +935,27 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         Returns: (N, out_channels, H, W); (N, in_channels, H, W) for a model that predicts velocity.
         """
+        x, condition, grid = self.embed(
+            hidden_states, timestep, class_labels, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs
+        )
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, condition, grid)  # (N, T, D)
+            else:
+                x = block(x, condition, grid)  # (N, T, D)
+        sample = self.output(x, condition, grid)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def embed(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Condition, tuple[int, int]]:
+        """What the first block reads: tokens (N, T, D), the condition, and the grid. Arguments as of `forward`."""
         height, width = hidden_states.shape[-2:]
         p = self.config.patch_size
         if height % p or width % p:
@@ -938,15 +973,12 @@ class LiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         condition = self.conditioning(
             timestep, class_labels, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs
         )
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, condition, grid)  # (N, T, D)
-            else:
-                x = block(x, condition, grid)  # (N, T, D)
+        return x, condition, grid
+
+    def output(self, x: Tensor, condition: Condition, grid: tuple[int, int]) -> Tensor:
+        """The model's output (N, C, H, W) from what the last block gives, (N, T, D)."""
         sample = self.unpatchify(self.final_layer(x, condition), grid)  # (N, out_channels, H, W)
-        if self.config.prediction == "velocity":
-            sample = sample[:, : self.config.in_channels]
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return sample[:, : self.config.in_channels] if self.config.prediction == "velocity" else sample
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(N, T, p * p * out_channels) to (N, out_channels, H, W)."""

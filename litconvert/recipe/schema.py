@@ -161,6 +161,40 @@ class Inherit(Section):
     """Attention projections to inherit: none | all | any combination of q, k, v, o."""
 
 
+class Solve(Section):
+    """The solved start: `convert` finds the fresh attention layer by layer, before any training."""
+
+    data: str | None = None
+    """Data set whose images the calibration states are made of; None: the teacher draws some."""
+    embeddings: str | None = None
+    """Of a model of captions without `data`: encoded captions to draw for, a file of `sample --save-embeddings`. None:
+    the model's own null caption."""
+    states: Positive | None = None
+    """Calibration states: noisy images with a timestep and a condition. None: by device and size."""
+    states_per_image: Positive = 4
+    """States that one clean image makes."""
+    drawing_steps: Positive = 8
+    """Steps in which the teacher draws the images."""
+    local_steps: NonNegative | None = None
+    """Gradient steps on each layer's attention alone, between two closed forms. None: by device and size."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Of the local steps, which end in a cosine."""
+    local_batch_size: Positive = 64
+    """States in a local step."""
+    walks: Positive = 1
+    """How often the layers are gone through, each time on other noise."""
+    ridge: Annotated[float, Field(gt=0)] = 1e-4
+    """Of the output projection, times the mean of the diagonal of its normal equations."""
+    convolution_ridge: Annotated[float, Field(gt=0)] = 1e-3
+    """Of the convolution, likewise."""
+    held_out: Positive = 64
+    """States that nothing is solved for, on which errors are measured."""
+    batch_size: Positive = 32
+    """States at a time in forward passes; it changes rounding alone."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Of forward passes; auto: bf16 where the device computes it in hardware. Sums are float64."""
+
+
 class Guidance(Section):
     """How samples are drawn."""
 
@@ -397,6 +431,8 @@ class Recipe(Section):
     diffusion: Diffusion = Diffusion()
     student: Student = Student()
     inherit: Inherit = Inherit()
+    solve: Solve | None = Solve()
+    """None: what is fresh starts at random (`convert --no-solve`)."""
     data: Data = Data()
     distill: Distill = Distill()
     sample: Sample = Sample()

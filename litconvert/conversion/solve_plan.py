@@ -1,0 +1,186 @@
+"""What the solved start will do to a model, and what it will cost: from shapes alone."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litconvert.common.device import default_device, uses_bf16
+from litconvert.model.config import ModelConfig
+from litconvert.model.shapes import count_macs, count_parameters
+from litconvert.recipe.schema import Recipe, Solve
+
+# The first choice for states and local steps, measured on the digits teacher; README, results.
+STATES, LOCAL_STEPS = 1024, 200
+# On a GPU so many tokens at most: their two streams take 2 x 4 bytes times the width each.
+MOST_TOKENS = 1 << 18
+# On a CPU a walk of more multiply-accumulates than these, some ten minutes of two cores, is left to the closed forms.
+CPU_MACS = 2e13
+# Tokens for each unknown of the projection, with the closed forms alone; and the least number of states.
+TOKENS_PER_UNKNOWN, FEWEST_STATES = 16, 32
+
+
+@dataclass(frozen=True)
+class SolvePlan:
+    """The solved start of a student, every number chosen.
+
+    Attributes:
+        layers: those that are solved: linear in the student, and not in the source.
+        convolution: the convolution is solved too: V is inherited.
+        states: calibration states.
+        images: clean images that they, and the held-out states, are made of.
+        draws: the teacher draws those images.
+        local_steps: gradient steps on each layer.
+        settings: of the recipe.
+        source, student: their configs.
+    """
+
+    layers: tuple[int, ...]
+    convolution: bool
+    states: int
+    images: int
+    draws: bool
+    local_steps: int
+    settings: Solve
+    source: ModelConfig
+    student: ModelConfig
+
+    def solves(self, name: str) -> bool:
+        """Whether the walk gives this tensor of the student its values."""
+        parts = name.split(".")
+        if parts[0] != "blocks" or parts[2] != "attn" or int(parts[1]) not in self.layers:
+            return False
+        return bool(self.local_steps) or parts[3] == "to_out" or (parts[3] == "dwc" and self.convolution)
+
+    @cached_property
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates by part: `drawing`, `passes`, `closed_forms` (in float64), `local_steps`."""
+        side, width = self.source.sample_size, self.source.hidden_size
+        teacher, student = count_macs(self.source, side), count_macs(self.student, side)
+        tokens, layers, solved = self.source.tokens, self.source.num_layers, len(self.layers)
+        attention = max(0, student - count_macs_of_rest(self.student))
+        states, twice = self.states, 2 if self.local_steps else 1
+        equations = (
+            states * tokens * (width + 1) ** 2 + width * states * (width + 1) ** 2 + width * (width + 1) ** 3 / 6
+        )
+        unknowns = self.student.linear_conv_size**2 + 2
+        convolution = states * tokens * width * unknowns**2 if self.convolution else 0
+        shown = self.settings.local_batch_size * self.local_steps
+        guided = 2
+        return {
+            "drawing": guided * self.images * self.settings.drawing_steps * teacher if self.draws else 0,
+            "passes": (states + self.settings.held_out) * (teacher + student)
+            + states * twice * attention * solved // layers,
+            "closed_forms": int(solved * (twice * equations + convolution)) * self.settings.walks,
+            "local_steps": shown * 3 * attention * solved // layers * self.settings.walks,
+        }
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes at the peak, the teacher's weights among them, without what the libraries take."""
+        width, tokens = self.source.hidden_size, self.source.tokens
+        states = self.states + self.settings.held_out
+        caption = self.source.caption_tokens * width if self.source.reads_captions else 0
+        streams = 4 * states * (2 * tokens * width + caption + 6 * width)
+        grams = 2 * 8 * self.states * (width + 1) ** 2  # kept one by one, then side by side
+        unknowns = self.student.linear_conv_size**2 + 2
+        batch = 4 * self.settings.batch_size * tokens * width * 24 + 3 * 8 * tokens * width * unknowns
+        trained = 4 * 4 * len(self.layers) * width**2 + (1 << 29)
+        return 4 * count_parameters(self.source) + streams + grams + batch + trained
+
+    @cached_property
+    def seconds(self) -> float:
+        """About how long, from products of matrices that are timed now."""
+        bf16 = uses_bf16(self.settings.mixed_precision)
+        device = default_device()
+        single = rate_of(str(device), torch.bfloat16 if bf16 else torch.float32)
+        double = rate_of(str(device), torch.float64)
+        plain = rate_of(str(device), torch.float32)
+        macs = self.macs
+        return macs["drawing"] / plain + (macs["passes"] + macs["local_steps"]) / single + macs["closed_forms"] / double
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without what depends on how fast this machine is now."""
+        names = ("layers", "convolution", "states", "images", "draws", "local_steps")
+        known = {name: value for name, value in asdict(self).items() if name in names}
+        return {**known, "walks": self.settings.walks, "macs": self.macs, "memory": self.memory}
+
+
+@dataclass(frozen=True)
+class SolvedStart:
+    """What the walk gave.
+
+    Attributes:
+        tensors: the solved ones, by the student's names.
+        record: for litconvert.json, plain data: what was done, and the errors before and after.
+        inputs: what determines them, beside what determines every conversion.
+    """
+
+    tensors: Mapping[str, Tensor]
+    record: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+
+
+def count_macs_of_rest(config: ModelConfig) -> int:
+    """Multiply-accumulates of everything but self-attention, of one image of the model's own size."""
+    core = config.tokens * config.hidden_size * 4 * config.hidden_size * config.num_layers
+    return count_macs(config, config.sample_size) - core
+
+
+@lru_cache
+def rate_of(device: str, dtype: torch.dtype) -> float:
+    """Multiply-accumulates a second, of a product that is timed now; half of it is what a pass comes to."""
+    on = torch.device("cpu" if device == "mps" and dtype == torch.float64 else device)
+    one = torch.randn(1024, 1024, device=on).to(dtype)
+    one @ one
+    best = math.inf
+    for _ in range(3):
+        if on.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        one @ one
+        if on.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 0.5 * 1024**3 / best
+
+
+def solve_plan(source: ModelConfig, student: ModelConfig, recipe: Recipe) -> tuple[SolvePlan | None, str | None]:
+    """What is to be solved; and where nothing is although the recipe asks for it, why."""
+    settings = recipe.solve
+    kinds = zip(student.attention, source.attention, strict=True)
+    layers = tuple(layer for layer, (mine, theirs) in enumerate(kinds) if mine == "linear" != theirs)
+    if settings is None or not layers:
+        return None, None
+    if source.reads_captions and not (settings.data or settings.embeddings or source.null_caption):
+        return None, (
+            "no captions are at hand to solve its attention for, and the checkpoint stores no null caption: give "
+            "--data DATA or --embeddings FILE"
+        )
+    states, local_steps = _chosen(source, student, settings, layers, "v" in recipe.inherit.attention)
+    images = -(-states // settings.states_per_image) + -(-settings.held_out // settings.states_per_image)
+    convolution = "v" in recipe.inherit.attention and student.linear_conv_size > 0
+    draws = settings.data is None
+    return SolvePlan(layers, convolution, states, images, draws, local_steps, settings, source, student), None
+
+
+def _chosen(
+    source: ModelConfig, student: ModelConfig, settings: Solve, layers: Sequence[int], inherits_v: bool
+) -> tuple[int, int]:
+    """States and local steps: the recipe's, or by device and size."""
+    tokens, width = source.tokens, source.hidden_size
+
+    def plan(states: int, local_steps: int) -> SolvePlan:
+        return SolvePlan(tuple(layers), inherits_v, states, states // 4, True, local_steps, settings, source, student)
+
+    states = max(FEWEST_STATES, min(STATES, MOST_TOKENS // tokens))
+    local_steps = LOCAL_STEPS
+    if default_device().type != "cuda" and sum(plan(states, local_steps).macs.values()) > CPU_MACS:
+        needed = -(-TOKENS_PER_UNKNOWN * (width + 1) // tokens)
+        states, local_steps = max(FEWEST_STATES, min(states, needed)), 0
+    return settings.states or states, local_steps if settings.local_steps is None else settings.local_steps

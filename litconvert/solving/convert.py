@@ -1,0 +1,51 @@
+"""`litconvert convert`: a plan carried out, its fresh attention solved. Without solving nothing heavy is imported."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from litconvert.common.listener import SILENT, Listener
+from litconvert.conversion.convert import carry_out, conversion_inputs, is_converted, refuse_early
+from litconvert.conversion.plan import ConversionPlan, plan
+
+
+def convert(
+    source: str | Path | None,
+    out: str | Path,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    force: bool = False,
+    listener: Listener = SILENT,
+) -> Path:
+    """Convert a checkpoint to a linear model directory, written whole or not at all.
+
+    Its fresh attention is solved on states that the teacher draws, unless the recipe says `solve: null`. Interrupted,
+    the same call goes on. Every launched process must call it; the first one writes.
+
+    Args:
+        source: file, folder, Hub id or `asset:NAME`; None: the recipe's.
+        out: the model directory. One made from the same inputs is left as it is.
+        recipe, overrides: as for `plan`.
+        force: replace an `out` that was made from other inputs.
+        listener: hears of the layers that are solved and of each tensor that is written.
+
+    Returns: the model directory.
+    """
+    return convert_planned(plan(source, recipe, overrides), Path(out), force=force, listener=listener)
+
+
+def convert_planned(plan: ConversionPlan, out: Path, *, force: bool = False, listener: Listener = SILENT) -> Path:
+    """`convert` of what is planned already."""
+    if plan.solve is None:
+        return carry_out(plan, out, force=force, listener=listener)
+    from litconvert.solving.solve import remove_partial, solve, solving_inputs
+
+    refuse_early(plan, out)
+    inputs = conversion_inputs(plan, plan.source.checkpoint.sha256(), solving_inputs(plan))
+    if is_converted(plan, out, inputs, force=force):
+        return out
+    solved = solve(plan, out, inputs, listener)
+    if solved is not None:
+        carry_out(plan, out, force=force, solved=solved, listener=listener)
+        remove_partial(out)
+    return out
