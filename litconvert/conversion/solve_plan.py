@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -65,9 +65,7 @@ class SolvePlan:
         tokens, layers, solved = self.source.tokens, self.source.num_layers, len(self.layers)
         attention = max(0, student - count_macs_of_rest(self.student))
         states, twice = self.states, 2 if self.local_steps else 1
-        equations = (
-            states * tokens * (width + 1) ** 2 + width * states * (width + 1) ** 2 + width * (width + 1) ** 3 / 6
-        )
+        equations = (states * tokens + width * states + width * (width + 1) / 6) * (width + 1) ** 2
         unknowns = self.student.linear_conv_size**2 + 2
         convolution = states * tokens * width * unknowns**2 if self.convolution else 0
         shown = self.settings.local_batch_size * self.local_steps
@@ -106,9 +104,15 @@ class SolvePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without what depends on how fast this machine is now."""
-        names = ("layers", "convolution", "states", "images", "draws", "local_steps")
-        known = {name: value for name, value in asdict(self).items() if name in names}
-        return {**known, "walks": self.settings.walks, "macs": self.macs, "memory": self.memory}
+        names = ("convolution", "states", "images", "draws", "local_steps")
+        known = {name: getattr(self, name) for name in names}
+        return {
+            "solved_layers": list(self.layers),
+            **known,
+            "walks": self.settings.walks,
+            "macs": self.macs,
+            "memory": self.memory,
+        }
 
 
 @dataclass(frozen=True)

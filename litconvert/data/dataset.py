@@ -322,7 +322,8 @@ def write_captioned(latents: Tensor, captions: Captions, out: Path, digest: str)
 
     quiet_datasets()
     lengths = [int(mask.sum()) for mask in captions.mask]
-    features = [one[mask.bool()].half().numpy().reshape(-1) for one, mask in zip(captions.features, captions.mask)]
+    pairs = zip(captions.features, captions.mask, strict=True)
+    features = [one[mask.bool()].half().numpy().reshape(-1) for one, mask in pairs]
     columns = {
         "latent": latents.numpy(),
         "caption": [""] * len(latents),

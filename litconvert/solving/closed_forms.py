@@ -130,7 +130,8 @@ class ConvolutionSums:
 
     def _by_channel(self, tokens: Tensor) -> Tensor:
         """(T, D) to (d, h T)."""
-        return tokens.unflatten(1, (self.num_heads, -1)).permute(2, 1, 0).flatten(1)
+        by_head: Tensor = tokens.unflatten(1, (self.num_heads, -1))  # (T, h, d)
+        return by_head.permute(2, 1, 0).flatten(1)
 
     def _inputs(self, core: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the unknowns of each channel are multiplied by: the core, the shifted values, and 1."""

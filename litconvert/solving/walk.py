@@ -125,9 +125,9 @@ def _layer_error(layer: int, held_out: HeldOut) -> LayerError:
 
 @dataclass(frozen=True)
 class OutputErrors:
-    """Of the model's output on held-out states: ||student's - teacher's||^2 / ||teacher's||^2 of the noise (or velocity).
+    """Of the model's output on held-out states: ||student's - teacher's||^2 / ||teacher's||^2.
 
-    Attributes:
+    Attributes, of the noise or velocity where nothing else is said:
         before, after: of all states, of the student as it started and as it was solved.
         before_by_tenth, after_by_tenth: by timestep, from clean images to noise; None where no state lies.
         variance: of the learned variance, solved; None where there is none.
