@@ -38,6 +38,7 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import save_file
 
+import litconvert
 from litconvert.checkpoints.checkpoint import Checkpoint
 from litconvert.checkpoints.opening import open_checkpoint
 from litconvert.common.tensors import TensorInfo
@@ -122,12 +123,12 @@ def apart(watch: Stopwatch, digest: str) -> Iterator[None]:
 
 
 def convert(source: Path, out: Path, *overrides: str) -> Path:
-    return conversion.convert(source, out, None, list(overrides))
+    return litconvert.convert(source, out, None, ["solve=null", *overrides])
 
 
 def fresh_alone(source: Path) -> None:
     """The fresh tensors of the default conversion, one at a time."""
-    plan = plan_of(source)
+    plan = plan_of(source, None, ["solve=null"])
     for entry in plan.entries:
         if entry.fate == "fresh":
             info = TensorInfo(entry.shape, torch.float32)

@@ -22,6 +22,7 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch
 PICO_RECIPE = """\
 source: {num_attention_heads: 2}
 student: {num_attention_heads: 2, conv_size: 3}
+solve: null
 data:
   synthesize: {num_samples: 12, scheduler: ddim, steps: 2, batch_size: 4, shard_size: 6}
 distill:

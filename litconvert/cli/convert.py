@@ -8,21 +8,27 @@ import typer
 from litconvert.cli import terminal as console
 from litconvert.cli.options import (
     DeviceOption,
+    EmbeddingsOption,
     ForceOption,
     HeadsOption,
     JsonOption,
+    NoSolveOption,
     OwnRecipeOption,
     QuietOption,
     SeedOption,
     SetOption,
     SizeOption,
+    SolveDataOption,
     SourceArgument,
+    is_first,
     overrides_of,
+    solve_overrides,
     use_device,
 )
 from litconvert.errors import LitconvertError, UsageError
 
 if TYPE_CHECKING:
+    from litconvert.conversion.plan import ConversionPlan
     from litconvert.estimates.stage import StageEstimate
     from litconvert.recipe.schema import Recipe
 
@@ -65,6 +71,9 @@ def plan(
     sets: SetOption = None,
     num_attention_heads: HeadsOption = None,
     sample_size: SizeOption = None,
+    no_solve: NoSolveOption = False,
+    data: SolveDataOption = None,
+    embeddings: EmbeddingsOption = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     stage: Annotated[
         str | None, typer.Option("--stage", help="Memory and time of a training stage instead: its number, or all.")
@@ -84,9 +93,9 @@ def plan(
     """
     from litconvert.cli.reports import show_estimates, show_plan
 
-    given = overrides_of(sets, num_attention_heads, sample_size)
+    use_device(device)
+    given = [*overrides_of(sets, num_attention_heads, sample_size), *solve_overrides(no_solve, data, embeddings)]
     if stage is not None:
-        use_device(device)
         estimates = _plan_stages(source, recipe, given, stage, processes, micro_batch)
         if as_json:
             console.data([estimate.to_json() for estimate in estimates])
@@ -129,6 +138,10 @@ def convert(
     num_attention_heads: HeadsOption = None,
     sample_size: SizeOption = None,
     seed: SeedOption = None,
+    no_solve: NoSolveOption = False,
+    data: SolveDataOption = None,
+    embeddings: EmbeddingsOption = None,
+    device: DeviceOption = None,
     to: Annotated[
         str | None,
         typer.Option("--to", help="original or diffusers: write the same weights in that layout; nothing is replaced."),
@@ -138,21 +151,25 @@ def convert(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Replace softmax attention by fresh linear attention; inherit the rest.
+    """Replace softmax attention by linear attention, solved layer by layer; inherit the rest. Rerun to resume.
 
-    Example: litconvert convert DiT-XL-2-256x256.pt lit-xl --recipe dit-xl-2-256
+    Example: litconvert convert DiT-XL-2-256x256.pt lit-xl
+
+    Example: litconvert convert DiT-XL-2-256x256.pt lit-xl --no-solve --set student.conv_size=3
 
     Example: litconvert convert PixArt-Sigma-XL-2-1024-MS.pth sigma --to diffusers
     """
     from litconvert.cli.live import screen
-    from litconvert.cli.reports import show_plan
+    from litconvert.cli.reports import show_plan, show_solved
     from litconvert.conversion.plan import plan as plan_of
+    from litconvert.conversion.provenance import Provenance
     from litconvert.conversion.relayout import TARGETS
     from litconvert.recipe.resolve import resolve
     from litconvert.solving.convert import convert_planned
 
-    console.be_quiet(quiet)
-    given = overrides_of(sets, num_attention_heads, sample_size, seed)
+    console.be_quiet(quiet or not is_first())
+    use_device(device)
+    given = [*overrides_of(sets, num_attention_heads, sample_size, seed), *solve_overrides(no_solve, data, embeddings)]
     if to is not None:
         if seed is not None:
             raise UsageError("--to writes the source's own weights: --seed means nothing there, leave it out")
@@ -161,13 +178,29 @@ def convert(
         _rewrite(resolve(recipe, given, source).recipe, out, to, dry_run=dry_run, force=force, as_json=as_json)
         return
     made = plan_of(source, recipe, given)
+    solved = None
     if not dry_run:
+        _say_cost(made)
         convert_planned(made, out, force=force, listener=screen())
+        solved = Provenance.read(out).solve if is_first() else None
+    if not is_first():
+        return
     if as_json:
-        console.data({"out": None if dry_run else str(out), **made.to_json()})
+        console.data({"out": None if dry_run else str(out), **made.to_json(), **({"solved": solved} if solved else {})})
     else:
+        show_solved(made, solved)
         show_plan(made)
     console.note(f"nothing written (--dry-run); would write {out}" if dry_run else f"written: {out}")
+
+
+def _say_cost(plan: "ConversionPlan") -> None:
+    """What solving takes, before it begins."""
+    from litconvert.cli.reports import cost_of_solving
+
+    if plan.unsolved_because is not None:
+        console.note(f"not solved: {plan.unsolved_because}")
+    elif plan.solve is not None:
+        console.note(cost_of_solving(plan.solve))
 
 
 def _rewrite(settings: "Recipe", out: Path, to: str, *, dry_run: bool, force: bool, as_json: bool) -> None:

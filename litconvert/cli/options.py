@@ -1,11 +1,14 @@
 """Options that several commands have."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from litconvert.errors import UsageError
 
 SourceArgument = Annotated[
     str | None,
@@ -36,6 +39,17 @@ MinutesOption = Annotated[
     float | None, typer.Option("--minutes", help="Checks begin for so long, the rest is skipped. Default: 5.")
 ]
 ReportOption = Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")]
+NoSolveOption = Annotated[
+    bool, typer.Option("--no-solve", help="Let what is fresh start at random, as in the paper (solve=null).")
+]
+SolveDataOption = Annotated[
+    Path | None,
+    typer.Option("--data", help="Data set to solve on (solve.data). Default: the teacher draws some images."),
+]
+EmbeddingsOption = Annotated[
+    Path | None,
+    typer.Option("--embeddings", help="Of a model of captions: encoded captions to solve on (solve.embeddings)."),
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Of fresh weights and of every draw (seed).")]
 
 
@@ -57,6 +71,17 @@ def overrides_of(
 def assignments(named: Mapping[str, object]) -> list[str]:
     """`key=value` of those options that are given."""
     return [f"{key}={value}" for key, value in named.items() if value is not None]
+
+
+def solve_overrides(no_solve: bool, data: Path | None, embeddings: Path | None) -> list[str]:
+    """`--no-solve`, and what is solved on."""
+    if no_solve:
+        if data is not None or embeddings is not None:
+            raise UsageError("--data and --embeddings say what to solve on, and --no-solve solves nothing")
+        return ["solve=null"]
+    # As JSON, which YAML reads as it is: a path may hold what YAML would make something else of.
+    named = {"solve.data": data, "solve.embeddings": embeddings}
+    return [f"{key}={json.dumps(str(path))}" for key, path in named.items() if path is not None]
 
 
 def use_device(name: str | None) -> None:

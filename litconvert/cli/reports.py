@@ -8,6 +8,7 @@ from litconvert.common.quantities import count, duration, size
 
 if TYPE_CHECKING:
     from litconvert.conversion.plan import ConversionPlan
+    from litconvert.conversion.solve_plan import SolvePlan
     from litconvert.estimates.stage import StageEstimate
     from litconvert.evaluation.probe_result import ProbeResult
     from litconvert.families.sources import Findings, OpenSource
@@ -74,7 +75,7 @@ def _prediction(config: Mapping[str, Any]) -> str:
 
 
 def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
-    """The plan: the four groups, parameters, multiply-accumulates, and with `tensors` every tensor."""
+    """The plan: what becomes of the tensors, parameters, multiply-accumulates, and with `tensors` every tensor."""
     from litconvert.families.sources import describe
 
     facts = describe(plan.source)
@@ -84,6 +85,10 @@ def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
     line(f"recipe: {plan.recipe_name or 'none, the defaults'} (--recipe chooses another)")
     if facts["download_bytes"]:
         line(f"to be downloaded first: {size(facts['download_bytes'])}")
+    if plan.solve is not None:
+        line(cost_of_solving(plan.solve))
+    if plan.unsolved_because is not None:
+        line(f"not solved: {plan.unsolved_because}")
     line("")
     groups, totals = plan.groups, plan.totals
     rows: list[tuple[Any, ...]] = [
@@ -113,6 +118,47 @@ def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
             for entry in plan.entries
         ]
         table(("fate", "student", "source", "shape"), rows)
+
+
+def cost_of_solving(solve: "SolvePlan") -> str:
+    """What the solved start does and takes, in a sentence."""
+    where = f"{solve.images} images that the teacher draws" if solve.draws else f"images of {solve.settings.data}"
+    steps = f"closed forms and {solve.local_steps} local steps a layer" if solve.local_steps else "closed forms alone"
+    return (
+        f"{len(solve.layers)} layers are solved on {solve.states} states of {where}: {steps}; about "
+        f"{_time(solve.seconds)} and {size(solve.memory)} of memory (--no-solve leaves it out)"
+    )
+
+
+def show_solved(plan: "ConversionPlan", solved: Mapping[str, Any] | None) -> None:
+    """How near the solved student is to its teacher: one number for the whole, then layer by layer."""
+    if plan.unsolved_because is not None:
+        line(f"Not solved: {plan.unsolved_because}. What is fresh is random: teach it before you draw.")
+        line("")
+    if solved is None:
+        return
+    output = solved["output"]
+    line(
+        f"The student's output is {output['after']:.2%} off the teacher's on held-out noise "
+        f"({output['before']:.0%} before it was solved), by squared error."
+    )
+    line("")
+    rows = [(one["layer"], f"{one['before']:.2e}", f"{one['after']:.2e}") for one in solved["layers"]]
+    table(("layer", "unsolved", "solved"), rows, numbers=(0, 1, 2), title="Residual stream after a layer")
+    line("")
+    tenths = [
+        (f"{10 * index} to {10 * index + 10} %", _error(before), _error(after))
+        for index, (before, after) in enumerate(
+            zip(output["before_by_tenth"], output["after_by_tenth"], strict=True)
+        )
+    ]  # fmt: skip
+    table(("of the way to noise", "unsolved", "solved"), tenths, numbers=(1, 2), title="Output by timestep")
+    line("||student - teacher||^2 / ||teacher||^2 on states that nothing was solved for")
+    line("")
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
 
 
 def _place(name: str | None, rows: tuple[int, int] | None, copies: int) -> str:

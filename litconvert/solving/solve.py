@@ -95,7 +95,7 @@ def solve(plan: ConversionPlan, out: Path, inputs: Inputs, listener: Listener = 
     with held(folder, hears) if engine.is_main else nullcontext():
         chosen = _kept_choice(chosen, folder, engine)
         images, teacher = _images_and_teacher(plan, chosen, folder, engine, hears)
-        models = _Models(teacher, _student(plan, teacher), images, _written_dtype(plan))
+        models = _Models(teacher, start_student(plan, teacher), images, _written_dtype(plan))
         layers, output = _walk(plan, chosen, folder, engine, models, hears)
         engine.wait()
     _refuse_nan(output)
@@ -164,7 +164,7 @@ def _images_and_teacher(
     return open_images(chosen, plan.source.config, recipe, drawn), teacher
 
 
-def _student(plan: ConversionPlan, teacher: LiTTransformer2DModel) -> LiTTransformer2DModel:
+def start_student(plan: ConversionPlan, teacher: LiTTransformer2DModel) -> LiTTransformer2DModel:
     """The student as it starts: what it inherits shares the teacher's memory, unless it is rounded or solved."""
     with torch.device("meta"):
         student: LiTTransformer2DModel = LiTTransformer2DModel(**plan.config.values)

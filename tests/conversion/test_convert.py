@@ -65,16 +65,18 @@ def student_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_adds_up(plan: ConversionPlan) -> None:
-    """The four groups hold each tensor of the source once, each tensor of the student once, and every parameter."""
+    """The groups hold each tensor of the source once, each tensor of the student once, and every parameter."""
     groups, totals = plan.groups, plan.totals
-    assert list(groups) == ["inherited", "fresh", "recomputed", "dropped"]
+    solved = [] if plan.solve is None else ["solved"]
+    assert list(groups) == ["inherited", "fresh", *solved, "recomputed", "dropped"]
     assert sum(group["source_tensors"] for group in groups.values()) == len(plan.source.checkpoint.tensors)
     assert totals["source_tensors"] == len(plan.source.checkpoint.tensors)
-    stored = groups["inherited"]["student_tensors"] + groups["fresh"]["student_tensors"]
+    stored = sum(groups[fate]["student_tensors"] for fate in ("inherited", "fresh", *solved))
     assert stored == totals["student_tensors_stored"] == len(model_tensors(plan.config))
     assert sum(group["student_tensors"] for group in groups.values()) == totals["student_tensors"] == stored + 1
-    kept = groups["inherited"]["parameters"]
-    assert kept + groups["fresh"]["parameters"] == totals["student_parameters"]
+    others = sum(groups[fate]["parameters"] for fate in ("fresh", *solved))
+    assert groups["inherited"]["parameters"] + others == totals["student_parameters"]
+    kept = sum(entry.numel for entry in plan.entries if entry.fate in ("inherited", "solved") and entry.source)
     assert kept + groups["dropped"]["parameters"] == totals["source_parameters"]
     fixed = groups["recomputed"]["parameters"]
     assert totals["student_parameters_with_pos_embed"] == totals["student_parameters"] + fixed
@@ -105,7 +107,7 @@ def test_the_plan_of_dit_xl_2_from_headers_alone(tmp_path: Path, form: str) -> N
         torch.save({name: torch.empty(shape, device="meta") for name, shape in dit_shapes().items()}, path)
     else:
         write_hollow(path, dit_shapes())
-    plan = litconvert.plan(path, "dit-xl-2-256")
+    plan = litconvert.plan(path, "dit-xl-2-256", ["solve=null"])
     assert plan.totals["source_tensors"] == 292
     assert plan.totals["source_parameters_with_pos_embed"] == 675_129_632
     assert plan.totals["student_parameters"] == 675_044_384
@@ -177,7 +179,9 @@ def test_every_combination_of_inherited_projections_adds_up(
 @pytest.mark.usefixtures("no_values")
 def test_the_plan_names_the_rows_and_the_copies_behind_a_tensor(tmp_path: Path, pico_checkpoint: Path) -> None:
     plan = litconvert.plan(
-        pico_checkpoint, "digits", ["source={num_attention_heads: 2}", "inherit.attention=k", "student.dtype=null"]
+        pico_checkpoint,
+        "digits",
+        ["source={num_attention_heads: 2}", "inherit.attention=k", "student.dtype=null", "solve=null"],
     )
     entry = next(entry for entry in plan.entries if entry.target == "blocks.1.attn.to_k.weight")
     assert (entry.fate, entry.source, entry.rows) == ("inherited", "blocks.1.attn.qkv.weight", (32, 64))
