@@ -43,12 +43,11 @@ def attention_of(value: Any) -> tuple[str, ...]:
 def test_the_promised_recipes_are_packaged() -> None:
     dit = {f"dit-{size}-2-256" for size in ("s", "b", "l", "xl")} | {"dit-xl-2-512"}
     pixart = {f"pixart-sigma-{size}" for size in ("512", "1024", "2k")} | {"pixart-alpha-512", "pixart-alpha-1024"}
-    small = {"digits", "digits-fast", "digits-teacher", "emoji", "emoji-fast", "emoji-teacher"}
-    fast = {f"{name}-fast" for name in ("dit-xl-2-256", "sit-xl-2-256", "pixart-alpha-512", "pixart-sigma-512")}
-    assert {"sit-xl-2-256"} | small | dit | pixart | fast == set(NAMES)
+    small = {"digits", "digits-teacher", "emoji", "emoji-teacher"}
+    assert {"sit-xl-2-256"} | small | dit | pixart == set(NAMES)
 
 
-PUBLISHED = [name for name in NAMES if not name.startswith(("digits", "emoji")) and not name.endswith("-fast")]
+PUBLISHED = [name for name in NAMES if not name.startswith(("digits", "emoji"))]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -141,17 +140,6 @@ def test_each_number_of_the_paper_s_recipes_says_where_it_is_from(name: str) -> 
     assert len(numbers) > 10
     marks = r"\[(paper|slides|page|listing|audit|calc)\]|page\]|ours|open|likewise"
     assert [line for line in numbers if not re.search(marks, line.partition("#")[2])] == []
-
-
-def test_digits_fast_differs_from_digits_in_what_makes_it_fast_alone() -> None:
-    digits, fast = (resolve(name).recipe.model_dump() for name in ("digits", "digits-fast"))
-    assert digits["inherit"].pop("attention") == ()
-    assert fast["inherit"].pop("attention") == ("q", "k", "v", "o")
-    assert digits["student"].pop("softmax_layers") == ()
-    assert fast["student"].pop("softmax_layers") == (1, 2)
-    assert sum(stage["steps"] for stage in fast["distill"].pop("stages")) <= 300
-    del digits["distill"]["stages"]
-    assert digits == fast
 
 
 # Which value wins
