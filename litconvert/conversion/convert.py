@@ -18,6 +18,7 @@ from litconvert.common.tensors import DTYPES, TensorInfo
 from litconvert.conversion.directory import already_done, write_model_directory
 from litconvert.conversion.plan import ConversionPlan, Entry, plan
 from litconvert.conversion.provenance import FORMAT_VERSION, Provenance
+from litconvert.errors import UsageError
 from litconvert.families.sources import OpenSource
 from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.resolve import read_recorded
@@ -107,8 +108,7 @@ def carry_out(plan: ConversionPlan, out: Path, *, force: bool = False, listener:
 
         if out.exists() and already_done(out, inputs(), force=force):
             # The weights are those of these inputs; what comes after them in the recipe may have changed.
-            recorded = read_recorded(out / "recipe.yaml").model_copy(update={"source": recipe.source})
-            if recorded != recipe:
+            if not _records(out / "recipe.yaml", recipe):
                 write_whole(out / "recipe.yaml", recipe.to_yaml())
             return out
         require_space(out.parent, plan.totals["student_bytes"])
@@ -126,6 +126,14 @@ def carry_out(plan: ConversionPlan, out: Path, *, force: bool = False, listener:
                 task=task,
             )
     return out
+
+
+def _records(path: Path, recipe: Recipe) -> bool:
+    """Whether a student's recorded recipe is this one, wherever the source's files are now."""
+    try:
+        return read_recorded(path).model_copy(update={"source": recipe.source}) == recipe
+    except UsageError:  # of a version that knew other keys
+        return False
 
 
 def _student_tensors(plan: ConversionPlan) -> LazyTensors:

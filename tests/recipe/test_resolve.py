@@ -158,10 +158,11 @@ def test_defaults_lose_to_the_recipe_and_the_recipe_to_overrides_and_each_origin
 
 
 def test_origins_go_down_to_the_keys_of_each_stage() -> None:
-    rows = {key: origin for key, _, origin in resolve("digits", ["distill.stages.1.steps=5"]).rows()}
+    rows = {key: origin for key, _, origin in resolve("digits", ["distill.stages.0.steps=5"]).rows()}
     lines = packaged_recipes()["digits"].read_text().splitlines()
-    assert rows["distill.stages.1.steps"] == "--set"
-    assert lines[int(rows["distill.stages.0.steps"].removeprefix("digits:")) - 1].strip() == "steps: 40"
+    assert rows["distill.stages.0.steps"] == "--set"
+    place = rows["distill.stages.0.schedule"].removeprefix("digits:")
+    assert lines[int(place) - 1].strip() == "schedule: cosine"
     assert rows["distill.stages.0.weight_decay"] == "default"
 
 
@@ -189,8 +190,8 @@ def test_recipes_show_prints_every_key_with_its_origin() -> None:
         ("data.path=null", "data.path", None),
         ("data.path=", "data.path", None),
         ("data.path=a=b", "data.path", "a=b"),
-        ("distill.stages.1.learning_rate=1e-3", "distill.stages.1.learning_rate", 1e-3),
-        ("distill.stages.1.learning_rate=1", "distill.stages.1.learning_rate", 1.0),
+        ("distill.stages.0.learning_rate=1e-3", "distill.stages.0.learning_rate", 1e-3),
+        ("distill.stages.0.learning_rate=1", "distill.stages.0.learning_rate", 1.0),
         ("distill.teacher.path=big.pt", "distill.teacher.path", "big.pt"),
         ("distill.mixed_precision=no", "distill.mixed_precision", "no"),
         ("publish.private=true", "publish.private", True),
@@ -210,8 +211,8 @@ def test_set_takes_yaml_values_and_indices(assignment: str, key: str, value: obj
         ("student.conv_siz=3", "student.conv_siz: unknown key (did you mean 'conv_size'?)"),
         ("studnt.conv_size=3", "studnt: unknown key (did you mean 'student'?)"),
         ("distill.stages.0.stepz=3", "distill.stages.0.stepz: unknown key (did you mean 'steps'?)"),
-        ("distill.stages.7.steps=3", "distill.stages is a list that holds 0 to 1, not '7'"),
-        ("distill.stages.first.steps=3", "distill.stages is a list that holds 0 to 1, not 'first'"),
+        ("distill.stages.7.steps=3", "distill.stages is a list that holds 0 to 0, not '7'"),
+        ("distill.stages.first.steps=3", "distill.stages is a list that holds 0 to 0, not 'first'"),
         ("seed.x=3", "seed is a value, not a section"),
         ("evaluate.seeds=[1, -2]", "--set: evaluate.seeds.1: input should be greater than or equal to 0, got -2"),
         ("source=[", "not valid YAML"),
@@ -239,6 +240,7 @@ distill:
     - objective: hybrid
       stepz: 3
     - steps: 3
+    - {objective: attention_transfer, steps: 3}
 evaluate: {seeds: [99]}
 """
     lines = refusal(tmp_path, text, "seed=-1")
@@ -248,12 +250,13 @@ evaluate: {seeds: [99]}
             "recipe.yaml:3: student.conv_siz: unknown key (did you mean 'conv_size'?)",
             "recipe.yaml:4: student.kernel: input should be 'relu', 'gelu' or 'focused', got 'rleu'",
             "recipe.yaml:7: distill.stages.0: unknown objective 'hybird' (did you mean 'hybrid'?); "
-            "there are attention_transfer, hybrid and flow_matching",
+            "there are hybrid and flow_matching",
             "recipe.yaml:9: distill.stages.1.steps: is missing",
             "recipe.yaml:10: distill.stages.1.stepz: unknown key (did you mean 'steps'?)",
-            "recipe.yaml:11: distill.stages.2: objective is missing; there are attention_transfer, hybrid and "
-            "flow_matching",
-            "recipe.yaml:12: evaluate: reference_seed 99 is one of seeds: reference and samples share noise",
+            "recipe.yaml:11: distill.stages.2: objective is missing; there are hybrid and flow_matching",
+            "recipe.yaml:12: distill.stages.3: `convert` solves the attention now, there is no attention_transfer: "
+            "leave the stage out",
+            "recipe.yaml:13: evaluate: reference_seed 99 is one of seeds: reference and samples share noise",
             "--set: seed: input should be greater than or equal to 0, got -1",
         ]
     )
@@ -486,12 +489,13 @@ STAGE = {"objective": "hybrid", "steps": 1}
             {"inherit": {"attention": value}}
             for value in ("none", "all", "k+v", "q , o", ["q", "k"], [], "qk", ["w"], 3)
         ),
-        {"distill": {"stages": [STAGE, {"objective": "attention_transfer", "steps": 1}]}},
+        {"distill": {"stages": [STAGE, {"objective": "flow_matching", "steps": 1}]}},
+        {"distill": {"stages": [{"objective": "attention_transfer", "steps": 1}]}},
         {"distill": {"stages": [{**STAGE, "betas": [0.9, 0.95]}]}},
         {"distill": {"stages": [{**STAGE, "betas": [0.9]}]}},
         {"distill": {"stages": [{"objective": "hybrid"}]}},
         {"distill": {"stages": [{"steps": 1}]}},
-        {"distill": {"stages": [{"objective": "attention_transfer", "steps": 1, "noise_weight": 1}]}},
+        {"distill": {"stages": [{"objective": "flow_matching", "steps": 1, "noise_weight": 1}]}},
         {"distill": {"teacher": None}},
         {"distill": {"teacher": {"path": "x"}}},
         {"distill": {"mixed_precision": "no"}},
