@@ -65,7 +65,7 @@ class Row:
 
     Attributes:
         label: what it says.
-        overrides: of the recipe `digits`.
+        overrides: of the recipe `digits-paper`.
         base: the row it is compared with, for the paper's trend.
         paper: FID of this row and of its base in the paper's ablation (LiT-S/2, ImageNet 256).
     """
@@ -120,12 +120,12 @@ def measure(name: str, seed: int, work: Path, reference: Tensor) -> dict[str, An
         source = str(teacher(name, work))
         data = work / f"{name}-drawn"
         overrides += ("source.num_attention_heads=null",)  # its config.json says it
-        synthesize(source, data, "digits", overrides)
+        synthesize(source, data, "digits-paper", overrides)
         reference = digits()[0]
-    litconvert.convert(source, student, "digits", overrides)
+    litconvert.convert(source, student, "digits-paper", overrides)
     litconvert.distill(student, run, data=data)
     model = litconvert.load(run / "model").float()
-    result = evaluate({name: model}, reference, resolve("digits", overrides).recipe)
+    result = evaluate({name: model}, reference, resolve("digits-paper", overrides).recipe)
     shutil.rmtree(run)
     shutil.rmtree(student)
     return result
@@ -140,24 +140,24 @@ def teacher(name: str, work: Path) -> Path:
 def floor(seed: int, reference: Tensor) -> dict[str, Any]:
     """The teacher against itself on other noise."""
     overrides = (*COMMON, f"evaluate.seeds=[{100 + seed}]")
-    return evaluate({"floor": load_teacher()}, reference, resolve("digits", overrides).recipe)
+    return evaluate({"floor": load_teacher()}, reference, resolve("digits-paper", overrides).recipe)
 
 
 def load_teacher() -> LiTTransformer2DModel:
     """The embedded teacher in float32."""
-    model = litconvert.load("asset:dit-digits", recipe="digits")
+    model = litconvert.load("asset:dit-digits", recipe="digits-paper")
     return model.float()  # type: ignore[no-any-return]
 
 
 def run(rows: Sequence[str], seeds: Sequence[int], work: Path) -> None:
     """Measure what is missing."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    recipe = resolve("digits", COMMON).recipe
+    recipe = resolve("digits-paper", COMMON).recipe
     saved = work / "reference.pt"
     if not saved.exists():
         torch.save(reference_samples(load_teacher(), recipe), saved)
     reference = torch.load(saved)
-    synthesize(None, work / "drawn", "digits", COMMON)
+    synthesize(None, work / "drawn", "digits-paper", COMMON)
     if not (work / "real").exists():
         images, labels = digits()
         write_latents(images, labels, work / "real", "scikit-learn digits")

@@ -17,7 +17,9 @@ from tests.helpers.checkpoint_files import dit_shapes, pixart_shapes, write_holl
 from tests.helpers.command import command
 
 NAMES = sorted(packaged_recipes())
-PAPER = [name for name in NAMES if name.startswith("dit-")]
+PAPERS = [name for name in NAMES if name.endswith("-paper")]
+# Ours, the default for a source of their size.
+OURS = [name.removesuffix("-paper") for name in PAPERS] + ["pixart-alpha-256", "pixart-alpha-sam-256"]
 
 
 def write(folder: Path, text: str) -> Path:
@@ -41,13 +43,14 @@ def attention_of(value: Any) -> tuple[str, ...]:
 
 
 def test_the_promised_recipes_are_packaged() -> None:
-    dit = {f"dit-{size}-2-256" for size in ("s", "b", "l", "xl")} | {"dit-xl-2-512"}
+    dit = {f"dit-{size}-2-256" for size in ("s", "b", "l", "xl")} | {"dit-xl-2-512", "sit-xl-2-256"}
     pixart = {f"pixart-sigma-{size}" for size in ("512", "1024", "2k")} | {"pixart-alpha-512", "pixart-alpha-1024"}
-    small = {"digits", "digits-teacher", "emoji", "emoji-teacher"}
-    assert {"sit-xl-2-256"} | small | dit | pixart == set(NAMES)
+    both = dit | pixart | {"digits", "emoji"}
+    alone = {"pixart-alpha-256", "pixart-alpha-sam-256", "digits-teacher", "emoji-teacher"}
+    assert both | {f"{name}-paper" for name in both} | alone == set(NAMES)
 
 
-PUBLISHED = [name for name in NAMES if not name.startswith(("digits", "emoji"))]
+PUBLISHED = [name for name in OURS if not name.startswith(("digits", "emoji", "pixart-alpha-sam"))]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -71,7 +74,7 @@ def test_a_source_without_a_recipe_finds_its_own(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize(("name", "steps", "batch_size"), [("512", 106_000, 384), ("1024", 155_000, 96)])
 def test_the_paper_s_text_to_image_runs_have_the_paper_s_numbers(name: str, steps: int, batch_size: int) -> None:
-    recipe = resolve(f"pixart-sigma-{name}").recipe
+    recipe = resolve(f"pixart-sigma-{name}-paper").recipe
     (stage,) = recipe.distill.stages
     assert isinstance(stage, Hybrid)
     assert (stage.steps, stage.batch_size, stage.learning_rate, stage.warmup_steps) == (steps, batch_size, 2e-5, 1000)
@@ -106,7 +109,7 @@ def test_a_packaged_recipe_is_valid_and_opens_with_its_command_schema_and_summar
 def test_the_paper_s_recipes_have_the_paper_s_numbers(
     name: str, heads: int, sample_size: int, steps: int, batch_size: int, guidance: float
 ) -> None:
-    recipe = resolve(name).recipe
+    recipe = resolve(f"{name}-paper").recipe
     student = recipe.student
     assert (student.num_attention_heads, student.kernel, student.conv_size, student.eps) == (heads, "relu", 5, 1e-6)
     assert recipe.inherit.attention == ()
@@ -132,14 +135,50 @@ def test_the_paper_s_recipes_have_the_paper_s_numbers(
         assert recipe.distill.teacher.path == "facebook/DiT-XL-2-256"
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_each_number_of_the_paper_s_recipes_says_where_it_is_from(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("dit-")])
+def test_each_number_of_a_recipe_for_a_published_size_says_where_it_is_from(name: str) -> None:
     text = packaged_recipes()[name].read_text()
     method = text[text.index("student:") : text.index("data:")] + text[text.index("distill:") :]
     numbers = [line for line in method.splitlines() if re.search(r":\s+[\d.]+", line.partition("#")[0])]
     assert len(numbers) > 10
     marks = r"\[(paper|slides|page|listing|audit|calc)\]|page\]|ours|open|likewise"
     assert [line for line in numbers if not re.search(marks, line.partition("#")[2])] == []
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_is_the_paper_s_with_one_short_stage_at_a_small_rate_and_a_strong_teacher(name: str) -> None:
+    paper = f"{name}-paper" if f"{name}-paper" in PAPERS else "pixart-alpha-512-paper"
+    mine, theirs = (resolve(one).recipe for one in (name, paper))
+    assert mine.model_copy(update={"distill": theirs.distill, "source": theirs.source}) == theirs
+    assert mine.distill.teacher == theirs.distill.teacher
+    if paper == f"{name}-paper" and name != "pixart-sigma-1024":  # which goes on from its own 512px student
+        assert mine.source == theirs.source
+    (stage,), (long,) = mine.distill.stages, theirs.distill.stages
+    assert stage.schedule == "cosine"
+    if name == "digits":
+        assert (stage.steps, stage.batch_size, stage.learning_rate) == (100, 16, 1e-4)
+    else:
+        images = 6.4e6 if name.startswith("pixart") else 153_600 if name == "emoji" else 12.8e6
+        assert 0 <= images - stage.steps * stage.batch_size < stage.batch_size
+        assert stage.learning_rate == pytest.approx(0.3 * long.learning_rate)
+        # The paper has no 2048px run: how long one would be is open in both.
+        assert name == "pixart-sigma-2k" or stage.steps * stage.batch_size < long.steps * long.batch_size
+    if isinstance(stage, Hybrid):
+        assert (stage.noise_weight, stage.variance_weight) == (10, 1)
+    else:
+        assert stage.velocity_weight == 10
+    text = packaged_recipes()[name].read_text()
+    assert ("open: not run on a GPU yet" in text) == (name != "digits")
+    assert "was best" in text
+
+
+def test_the_digits_recipe_of_the_paper_starts_fresh_and_trains_800_small_steps() -> None:
+    recipe = resolve("digits-paper").recipe
+    (stage,) = recipe.distill.stages
+    assert isinstance(stage, Hybrid)
+    assert recipe.inherit.attention == ()
+    assert (stage.steps, stage.batch_size, stage.learning_rate) == (800, 16, 1e-3)
+    assert (stage.schedule, stage.ema_decay, stage.noise_weight, stage.variance_weight) == ("cosine", 0.99, 0.5, 0.05)
 
 
 # Which value wins
