@@ -31,9 +31,8 @@ format: $(INSTALLED)      ## mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-table: $(INSTALLED)       ## the README's tables of quality: hours on two cores, resumable
+table: $(INSTALLED)       ## the README's table of quality: hours on two cores, resumable
 	$(BIN)/python -m benchmarks.digits_table
-	$(BIN)/python -m benchmarks.fast_recipe
 
 benchmarks: $(INSTALLED)  ## start-up, conversion, a training step and its memory: an hour, and 30 GB of disk
 	$(BIN)/python -m benchmarks.startup

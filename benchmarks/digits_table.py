@@ -42,7 +42,6 @@ COMMON = (
     "evaluate.reference_seed=99",
 )
 SCHEDULE = "batch_size: 64, learning_rate: 1.0e-3, schedule: cosine, ema_decay: 0.99"
-TRANSFER = f"{{objective: attention_transfer, steps: 70, {SCHEDULE}}}"
 SMALL = (
     "scratch.hidden_size=96",
     "scratch.num_layers=4",
@@ -55,10 +54,9 @@ SMALL = (
 TEACHER_STEPS = {"young": 1000, "converged": 10000}
 
 
-def stages(hybrid_steps: int, extra: str = "") -> str:
-    """The override for a hybrid stage of so many steps, after transfer when they are fewer than 200."""
-    hybrid = f"{{objective: hybrid, steps: {hybrid_steps}, {SCHEDULE}{extra}}}"
-    return f"distill.stages=[{hybrid}]" if hybrid_steps == 200 else f"distill.stages=[{TRANSFER}, {hybrid}]"
+def stage(extra: str = "") -> str:
+    """The override for the hybrid stage, with more of its keys."""
+    return f"distill.stages=[{{objective: hybrid, steps: 200, {SCHEDULE}{extra}}}]"
 
 
 @dataclass(frozen=True)
@@ -67,51 +65,47 @@ class Row:
 
     Attributes:
         label: what it says.
-        overrides: of the recipe `digits`.
+        overrides: of the recipe `digits-paper`.
         base: the row it is compared with, for the paper's trend.
         paper: FID of this row and of its base in the paper's ablation (LiT-S/2, ImageNet 256).
     """
 
     label: str
-    overrides: tuple[str, ...] = (stages(200),)
+    overrides: tuple[str, ...] = (stage(),)
     base: str | None = None
     paper: tuple[float, float] | None = None
 
 
 def heads(count: int) -> tuple[str, ...]:
-    return (stages(200), f"student.num_attention_heads={count}")
+    return (stage(), f"student.num_attention_heads={count}")
 
 
 INHERITED = "inherit.attention=all"
 ROWS: dict[str, Row] = {
     "paper": Row("**the paper's recipe**: convolution, 2 heads, fresh attention, lambda 0.5 and 0.05"),
-    "no-convolution": Row("without the convolution", (stages(200), "student.conv_size=0"), "paper", (88.46, 63.66)),
+    "no-convolution": Row("without the convolution", (stage(), "student.conv_size=0"), "paper", (88.46, 63.66)),
     "heads-1": Row("1 head", heads(1), "paper", (64.42, 63.24)),
     "heads-3": Row("3 heads", heads(3), "paper", (63.21, 63.24)),
     "heads-6": Row("6 heads", heads(6), "paper", (63.66, 63.24)),
     "heads-48": Row("48 heads", heads(48), "paper", (78.76, 63.24)),
     "no-teacher": Row(
         "lambda 0 and 0: no teacher",
-        (stages(200, ", noise_weight: 0, variance_weight: 0"),),
+        (stage(", noise_weight: 0, variance_weight: 0"),),
         "paper",
         (53.83, 50.79),
     ),
-    "noise-only": Row(
-        "lambda 0.5 and 0: the noise alone", (stages(200, ", variance_weight: 0"),), "paper", (51.13, 50.79)
-    ),
-    "strong-teacher": Row("ours: lambda 10 and 1", (stages(200, ", noise_weight: 10, variance_weight: 1"),), "paper"),
-    "inherit": Row("attention inherited (Q, K, V, O)", (stages(200), INHERITED), "paper", (55.29, 54.80)),
+    "noise-only": Row("lambda 0.5 and 0: the noise alone", (stage(", variance_weight: 0"),), "paper", (51.13, 50.79)),
+    "strong-teacher": Row("ours: lambda 10 and 1", (stage(", noise_weight: 10, variance_weight: 1"),), "paper"),
+    "inherit": Row("attention inherited (Q, K, V, O)", (stage(), INHERITED), "paper", (55.29, 54.80)),
     "converged": Row("a small teacher, converged: its student against the real digits"),
-    "young": Row("the same teacher, young", (stages(200),), "converged", (57.84, 53.83)),
-    "transfer": Row("ours: 70 steps of attention transfer, 130 hybrid", (stages(130),), "paper"),
-    "features": Row("ours: features beside the output, weight 0.5", (stages(200, ", feature_weight: 0.5"),), "paper"),
-    "features-light": Row("ours: the same, weight 0.05", (stages(200, ", feature_weight: 0.05"),), "paper"),
+    "young": Row("the same teacher, young", (stage(),), "converged", (57.84, 53.83)),
+    "features": Row("ours: features beside the output, weight 0.5", (stage(", feature_weight: 0.5"),), "paper"),
+    "features-light": Row("ours: the same, weight 0.05", (stage(", feature_weight: 0.05"),), "paper"),
     "kept": Row(
         "ours: 2 of 6 layers kept in softmax (1 and 2, by `probe`)",
-        (stages(200), "student.softmax_layers=[1,2]"),
+        (stage(), "student.softmax_layers=[1,2]"),
         "paper",
     ),
-    "inherit-transfer": Row("ours: attention inherited, 70 transfer, 130 hybrid", (stages(130), INHERITED), "inherit"),
     "real-data": Row("on the real digits instead of teacher-drawn data", base="paper"),
     "floor": Row("floor: the teacher against itself"),
 }
@@ -126,12 +120,12 @@ def measure(name: str, seed: int, work: Path, reference: Tensor) -> dict[str, An
         source = str(teacher(name, work))
         data = work / f"{name}-drawn"
         overrides += ("source.num_attention_heads=null",)  # its config.json says it
-        synthesize(source, data, "digits", overrides)
+        synthesize(source, data, "digits-paper", overrides)
         reference = digits()[0]
-    litconvert.convert(source, student, "digits", overrides)
+    litconvert.convert(source, student, "digits-paper", overrides)
     litconvert.distill(student, run, data=data)
     model = litconvert.load(run / "model").float()
-    result = evaluate({name: model}, reference, resolve("digits", overrides).recipe)
+    result = evaluate({name: model}, reference, resolve("digits-paper", overrides).recipe)
     shutil.rmtree(run)
     shutil.rmtree(student)
     return result
@@ -146,24 +140,24 @@ def teacher(name: str, work: Path) -> Path:
 def floor(seed: int, reference: Tensor) -> dict[str, Any]:
     """The teacher against itself on other noise."""
     overrides = (*COMMON, f"evaluate.seeds=[{100 + seed}]")
-    return evaluate({"floor": load_teacher()}, reference, resolve("digits", overrides).recipe)
+    return evaluate({"floor": load_teacher()}, reference, resolve("digits-paper", overrides).recipe)
 
 
 def load_teacher() -> LiTTransformer2DModel:
     """The embedded teacher in float32."""
-    model = litconvert.load("asset:dit-digits", recipe="digits")
+    model = litconvert.load("asset:dit-digits", recipe="digits-paper")
     return model.float()  # type: ignore[no-any-return]
 
 
 def run(rows: Sequence[str], seeds: Sequence[int], work: Path) -> None:
     """Measure what is missing."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    recipe = resolve("digits", COMMON).recipe
+    recipe = resolve("digits-paper", COMMON).recipe
     saved = work / "reference.pt"
     if not saved.exists():
         torch.save(reference_samples(load_teacher(), recipe), saved)
     reference = torch.load(saved)
-    synthesize(None, work / "drawn", "digits", COMMON)
+    synthesize(None, work / "drawn", "digits-paper", COMMON)
     if not (work / "real").exists():
         images, labels = digits()
         write_latents(images, labels, work / "real", "scikit-learn digits")

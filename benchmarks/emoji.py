@@ -5,7 +5,7 @@
                                                                           four minutes on one core
     litconvert latents encode images/ data/ --recipe emoji-teacher
     litconvert train teacher/ --recipe emoji-teacher --data data/         wants a GPU
-    litconvert convert teacher/model student/ --recipe emoji              or emoji-fast
+    litconvert convert teacher/model student/ --recipe emoji
     litconvert distill student/ distilled/ --data data/
     litconvert sample distilled/ --teacher teacher/model --out samples.png
 
@@ -48,7 +48,11 @@ SMALL = {
     "scratch.num_attention_heads": 2,
 }
 SMALL_RUN = {"data.workers": 0, "sample.steps": 2, "sample.num_images": 9}
-SMALL_STAGE = {"steps": 4, "batch_size": 8, "warmup_steps": 0}
+SMALL_STAGE = {
+    "distill.stages.0.steps": 4,
+    "distill.stages.0.batch_size": 8,
+    "distill.stages.0.warmup_steps": 0,
+}
 
 
 def read_table(path: Path) -> dict[str, list[str]]:
@@ -160,14 +164,11 @@ def small_commands(out: Path) -> list[list[str]]:
     def sets(values: Mapping[str, object]) -> list[str]:
         return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
-    def stages(count: int) -> list[str]:
-        few = {f"distill.stages.{i}.{key}": value for i in range(count) for key, value in SMALL_STAGE.items()}
-        return sets({**SMALL_RUN, **few})
-
+    stages = sets({**SMALL_RUN, **SMALL_STAGE})
     return [
         ["latents", "encode", images, data, "--recipe", "emoji-teacher", *sets(SMALL)],
-        ["train", teacher, "--recipe", "emoji-teacher", "--data", data, *sets(SMALL), *stages(1)],
-        ["convert", f"{teacher}/model", student, "--recipe", "emoji-fast", *stages(2)],
+        ["train", teacher, "--recipe", "emoji-teacher", "--data", data, *sets(SMALL), *stages],
+        ["convert", f"{teacher}/model", student, "--recipe", "emoji", *stages],
         ["distill", student, distilled, "--data", data],
         ["sample", distilled, "--teacher", f"{teacher}/model", "--out", str(out / "samples.png")],
     ]

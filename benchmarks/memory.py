@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory --work /some/folder/with/10/GB
 
-Three sizes, each with a stage of attention transfer and a hybrid one, on random weights and latents. Every step is a
-process of its own; what was measured is the most resident memory of the whole process, as the kernel counted it. The
-time of a step is compared too, where the machine has nothing else to do. Written to benchmarks/results/memory.json.
+Three sizes, each with a hybrid stage, on random weights and latents. Every step is a process of its own; what was
+measured is the most resident memory of the whole process, as the kernel counted it. The time of a step is compared too,
+where the machine has nothing else to do. Written to benchmarks/results/memory.json.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 4
-STAGES = ("attention_transfer", "hybrid")
 
 MAKE = """
 import sys, torch
@@ -40,7 +39,7 @@ source: {{path: {teacher}}}
 distill:
   mixed_precision: "no"
   stages:
-    - {{objective: {objective}, steps: {steps}, batch_size: {batch}}}
+    - {{objective: hybrid, steps: {steps}, batch_size: {batch}}}
 sample: {{scheduler: ddim, steps: 1, num_images: 1}}
 """
 
@@ -73,10 +72,10 @@ def peak_of(arguments: list[str]) -> int:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def compare(size: Size, objective: str, work: Path) -> dict[str, Any]:
-    """Estimate and measure one stage."""
-    recipe, student, run = work / f"{objective}.yaml", work / "student", work / objective
-    recipe.write_text(RECIPE.format(teacher=work / "teacher", objective=objective, steps=STEPS, batch=size.batch))
+def compare(size: Size, work: Path) -> dict[str, Any]:
+    """Estimate and measure the stage of a size."""
+    recipe, student, run = work / "recipe.yaml", work / "student", work / "run"
+    recipe.write_text(RECIPE.format(teacher=work / "teacher", steps=STEPS, batch=size.batch))
     cli = ["-m", "litconvert"]
     subprocess.run(
         [
@@ -109,7 +108,6 @@ def compare(size: Size, objective: str, work: Path) -> dict[str, Any]:
         "width": size.width,
         "layers": size.layers,
         "batch": size.batch,
-        "objective": objective,
         "memory": estimate["memory"],
         "estimated": estimate["peak"],
         "measured": measured,
@@ -120,24 +118,23 @@ def compare(size: Size, objective: str, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compare all sizes and stages."""
+    """Compare all sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=None, help="Default: a temporary folder.")
     given = parser.parse_args().work
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # resident memory is what is measured
     rows = []
-    print(f"{'width':>5} {'layers':>6} {'batch':>5} {'stage':<18} {'estimated':>9} {'measured':>8} {'difference':>10}")
+    print(f"{'width':>5} {'layers':>6} {'batch':>5} {'estimated':>9} {'measured':>8} {'difference':>10}")
     with tempfile.TemporaryDirectory(prefix="litconvert-memory-", dir=given) as folder:
         for size in SIZES:
             work = Path(folder) / str(size.width)
             work.mkdir()
             peak_of(["-c", MAKE, str(work), str(size.width), str(size.layers), str(size.heads)])
-            for objective in STAGES:
-                row = compare(size, objective, work)
-                rows.append(row)
-                place = f"{size.width:>5} {size.layers:>6} {size.batch:>5} {objective:<18}"
-                megabytes = f"{row['estimated'] / 1e6:>6.0f} MB {row['measured'] / 1e6:>5.0f} MB"
-                print(place, megabytes, f"{row['difference']:>+10.1%}", flush=True)
+            row = compare(size, work)
+            rows.append(row)
+            place = f"{size.width:>5} {size.layers:>6} {size.batch:>5}"
+            megabytes = f"{row['estimated'] / 1e6:>6.0f} MB {row['measured'] / 1e6:>5.0f} MB"
+            print(place, megabytes, f"{row['difference']:>+10.1%}", flush=True)
     result = {
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),

@@ -39,7 +39,7 @@ from litconvert.common.device import bf16_in_hardware
 from litconvert.common.listener import Listener, StepReport
 from litconvert.data.conditions import Conditioner
 from litconvert.data.dataset import Bucket, LatentDataset
-from litconvert.distillation.teaching import Teachers
+from litconvert.distillation.teaching import Teacher
 from litconvert.model.config import ModelConfig
 from litconvert.model.diffusion import DDPM
 from litconvert.model.modeling_lit import LiTTransformer2DModel
@@ -190,7 +190,7 @@ def run_litconvert(size: Size, folder: Path, on_step: Callable[[StepReport], Non
     teacher = random_weights(LiTTransformer2DModel(**model_config(size, "softmax")))
     run = RunDirectory(folder / "run")
     run.start({"digest": "random"}, recipe.to_yaml())
-    teachers = Teachers(engine, None, teacher, list(range(size.layers)), recipe.distill)
+    teachers = Teacher(engine, teacher, list(range(size.layers)), recipe.distill)
     training = TrainingRun(engine, recipe, run, random_latents(size), student, teachers)
     trainer = Trainer(
         training, Conditioner(ModelConfig.of(student.config), device=engine.device), listener=Calls(on_step)

@@ -40,7 +40,7 @@ def distill(
         student: model directory that `convert` wrote.
         out: run directory: recipe.yaml, metrics.csv, curves.png, samples/, checkpoints/, model/.
         recipe: name or path; None: the one recorded in the student.
-        teacher: another checkpoint for the stages after attention transfer; None: the recipe's, or else the source.
+        teacher: another checkpoint than the source; None: the recipe's, or else the source.
         data: dataset folder; None: the recipe's, or else the teacher draws it into a folder `out`-latents.
         start: RUN or RUN@STEP, another run whose weights are trained on with a new optimiser; None: the recipe's, or
             else the student's own.
@@ -74,7 +74,6 @@ def _estimates(prepared: Distillation) -> list[StageEstimate]:
             prepared.recipe,
             lineage.config,
             teacher=lineage.teacher.config,
-            source=lineage.source.config,
             mapped_bytes=lineage.nbytes,
             processes=engine.processes,
             sharded=engine.sharded,

@@ -29,7 +29,7 @@ distill:
   checkpoint_every: 2
   mixed_precision: "no"
   stages:
-    - {objective: attention_transfer, steps: 3, batch_size: 4, learning_rate: 1.0e-3, schedule: cosine, ema_decay: 0.9}
+    - {objective: hybrid, steps: 3, batch_size: 4, learning_rate: 1.0e-3, schedule: cosine, feature_weight: 0.5}
     - {objective: hybrid, steps: 5, batch_size: 4, learning_rate: 1.0e-3, warmup_steps: 2, ema_decay: 0.9}
 sample: {scheduler: ddim, steps: 2, num_images: 4}
 """

@@ -35,7 +35,7 @@ LIMITS = {"no": 1e-4, "bf16": 2e-2}
 PICO = (
     "distill.compile=no",
     "distill.stages=["
-    "{objective: attention_transfer, steps: 4, batch_size: 8, learning_rate: 1.0e-3},"
+    "{objective: hybrid, steps: 4, batch_size: 8, learning_rate: 1.0e-3, feature_weight: 0.5},"
     "{objective: hybrid, steps: 8, batch_size: 8, learning_rate: 1.0e-3}]",
     "sample.num_images=1",
     "sample.steps=1",

@@ -15,7 +15,7 @@ from litconvert.common.memory import available_memory, measured_peak
 from litconvert.common.quantities import size as text_of
 from litconvert.data.conditions import Conditioner
 from litconvert.data.dataset import Bucket, LatentDataset, quiet_datasets
-from litconvert.distillation.teaching import Teachers
+from litconvert.distillation.teaching import Teacher
 from litconvert.estimates.stage import StageEstimate, Workload, estimate_stage
 from litconvert.estimates.states import weights_bytes
 from litconvert.model.config import ModelConfig
@@ -155,7 +155,7 @@ def measure(size: Size, batch: int, context: Context, compile: str) -> tuple[flo
     run.path.mkdir()
     warm_up, timed = STEPS[context.device]
     steps = Timed(engine.device, warm_up + timed)
-    teachers = Teachers(engine, None, teacher, list(range(size.layers)), recipe.distill)
+    teachers = Teacher(engine, teacher, list(range(size.layers)), recipe.distill)
     conditioner = Conditioner(size.config("linear"), device=engine.device)
     data = random_data(size.config("linear"), max(batch, 8))
     try:

@@ -23,7 +23,7 @@ def distill(
     out: Annotated[Path, typer.Argument(help="Run directory to write, or to go on with.")],
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Default: the one recorded in STUDENT.")] = None,
     sets: SetOption = None,
-    teacher: Annotated[str | None, typer.Option("--teacher", help="Another teacher for the hybrid stage.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="Another teacher than the source.")] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's, or else the teacher draws it.")
     ] = None,

@@ -7,7 +7,6 @@ from types import TracebackType
 
 # The terms that a loss may be the sum of, by their names in metrics.csv.
 TERMS = (
-    "attention",
     "noise",
     "variational_bound",
     "velocity",

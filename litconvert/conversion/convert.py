@@ -20,6 +20,7 @@ from litconvert.conversion.directory import already_done, write_model_directory
 from litconvert.conversion.plan import STORED, ConversionPlan, Entry
 from litconvert.conversion.provenance import FORMAT_VERSION, Provenance
 from litconvert.conversion.solve_plan import SolvedStart
+from litconvert.errors import UsageError
 from litconvert.families.sources import OpenSource
 from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.resolve import read_recorded
@@ -84,8 +85,7 @@ def is_converted(plan: ConversionPlan, out: Path, inputs: Inputs, *, force: bool
         return False
     recipe = _with_absolute_sources(plan.recipe)
     # The weights are those of these inputs; what comes after them in the recipe may have changed.
-    recorded = read_recorded(out / "recipe.yaml").model_copy(update={"source": recipe.source})
-    if recorded != recipe:
+    if not _records(out / "recipe.yaml", recipe):
         write_whole(out / "recipe.yaml", recipe.to_yaml())
     return True
 
@@ -141,6 +141,14 @@ def carry_out(
                 task=task,
             )
     return out
+
+
+def _records(path: Path, recipe: Recipe) -> bool:
+    """Whether a student's recorded recipe is this one, wherever the source's files are now."""
+    try:
+        return read_recorded(path).model_copy(update={"source": recipe.source}) == recipe
+    except UsageError:  # of a version that knew other keys
+        return False
 
 
 def _student_tensors(plan: ConversionPlan, solved: SolvedStart | None) -> LazyTensors:

@@ -10,24 +10,22 @@ import torch
 
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.versions import versions
-from litconvert.conversion.directory import (
-    refuse_changed_source,
-)
+from litconvert.conversion.directory import refuse_changed_source
 from litconvert.conversion.plan import plan_conversion
 from litconvert.conversion.provenance import Provenance
 from litconvert.data.dataset import LatentDataset, open_latents
 from litconvert.data.synthesize import synthesize_resolved
-from litconvert.distillation.teaching import Teachers, open_outputs
+from litconvert.distillation.teaching import Teacher, open_outputs
 from litconvert.distillation.warm_start import WarmStart, check_start, open_start
 from litconvert.errors import UsageError
 from litconvert.families.sources import OpenSource, open_named_teacher, open_source_of, open_student, read_model
 from litconvert.model.attention_layers import linear_layers
 from litconvert.model.config import ModelConfig
 from litconvert.recipe.resolve import ResolvedRecipe, read_recorded, resolve
-from litconvert.recipe.schema import AttentionTransfer, Recipe, Source, Start
+from litconvert.recipe.schema import Recipe, Source, Start
 from litconvert.runs.directory import RunDirectory, is_run, model_of
 from litconvert.runs.trackers import tracker_packages
-from litconvert.training.checks import check_data, check_model, check_source, check_teacher
+from litconvert.training.checks import check_data, check_model, check_teacher
 from litconvert.training.engine import Engine
 from litconvert.training.fitting import begin, refuse_inputs_in, trained_record
 from litconvert.training.fitting import fit as fit_and_write
@@ -172,10 +170,9 @@ def _open_lineage(asked: Request, student: OpenSource, recipe: Recipe, provenanc
     teacher = open_named_teacher(recipe, source)
     source_file = File.of(source)
     refuse_changed_source(asked.student, provenance, recipe.source.path, source_file.sha256)
-    check_teacher(config, teacher.config, recipe)
-    check_source(config, source.config, recipe, is_teacher=teacher is source)
+    check_teacher(config, teacher.config, recipe, is_source=teacher is source)
     for index, stage in enumerate(recipe.distill.stages):
-        trained_names(config, list(student.reading.origins), stage, f"distill.stages.{index}")
+        trained_names(list(student.reading.origins), stage, f"distill.stages.{index}")
     return Lineage(student, source, teacher, source_file, provenance)
 
 
@@ -215,9 +212,6 @@ def fit(prepared: Distillation, listener: Listener = SILENT) -> None:
     if prepared.warm is not None:
         prepared.warm.give(model)
     teacher = read_model(lineage.teacher, torch.float32)
-    source = None
-    if any(isinstance(stage, AttentionTransfer) for stage in recipe.distill.stages):
-        source = teacher if lineage.teacher is lineage.source else read_model(lineage.source, torch.float32)
     channels = model.config.in_channels if lineage.config.predicts_velocity else model.config.out_channels
     sizes = [(len(bucket), (channels, *bucket.shape[1:])) for bucket in data.buckets]
     outputs = open_outputs(recipe.distill, prepared.directory.path / "teacher-outputs", sizes)
@@ -228,7 +222,7 @@ def fit(prepared: Distillation, listener: Listener = SILENT) -> None:
         directory=prepared.directory,
         data=data,
         model=model,
-        objective=Teachers(prepared.engine, source, teacher, linear_layers(model), recipe.distill, outputs),
+        objective=Teacher(prepared.engine, teacher, linear_layers(model), recipe.distill, outputs),
         fresh=frozenset(entry.target for entry in entries if entry.fate == "fresh" and entry.target),
         dtypes={name: info.dtype for name, info in lineage.student.checkpoint.tensors.items()},
         provenance=_provenance(prepared),

@@ -8,7 +8,7 @@ import torch
 from litconvert.common.listener import SILENT, Listener
 from litconvert.conversion.provenance import Provenance
 from litconvert.data.dataset import open_latents
-from litconvert.distillation.teaching import Teachers
+from litconvert.distillation.teaching import Teacher
 from litconvert.errors import UsageError
 from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
@@ -83,12 +83,12 @@ def train(
         model = LiTTransformer2DModel(**config.values)
     names = [name for name, _ in model.named_parameters()]
     for index, stage in enumerate(settings.distill.stages):
-        trained_names(config, names, stage, f"distill.stages.{index}")
+        trained_names(names, stage, f"distill.stages.{index}")
     source = {"path": None, "sha256": None, "license": settings.source.license.model_dump()}
     provenance = Provenance(
         **wanted.inputs.record, source=source, training=trained_record(settings, dataset), seed=settings.seed
     )
-    objective = Teachers(engine, None, None, [], settings.distill)
+    objective = Teacher(engine, None, [], settings.distill)
     training = TrainingRun(
         engine, settings, run, dataset, model, objective, fresh=frozenset(names), provenance=provenance
     )

@@ -1,8 +1,7 @@
-"""What a student learns from: its teachers, and the terms of the loss that they add."""
+"""What a student learns from: its teacher, and the terms of the loss that it adds."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +10,17 @@ from litconvert.distillation.objectives import attention_error, distillation_ter
 from litconvert.distillation.teacher_outputs import TeacherOutputs
 from litconvert.model.attention_layers import recorded_attention
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.recipe.schema import AnyStage, AttentionTransfer, Distill, FlowMatchingStage, Hybrid, teacher_weights
+from litconvert.recipe.schema import AnyStage, Distill, teacher_weights
 from litconvert.training.engine import Engine
 from litconvert.training.objective import StepInputs
 from litconvert.training.student import compile_blocks, compiles
 
 
-class Teachers:
-    """What the student learns from: the source's layers in attention transfer, the teacher's output after it.
+class Teacher:
+    """What the student learns from: the teacher's output and, where a stage gives them weight, its attention outputs.
 
     Args:
-        source: the softmax model inherited from; None: there is none, and no stage may ask.
-        teacher: often the source itself.
+        teacher: often the model inherited from; None: there is none, and no stage may ask.
         layers: the student's linear layers.
         settings: where the weights are.
         outputs: where outputs for a finite set of noises are kept; None: they are always computed.
@@ -31,64 +29,41 @@ class Teachers:
     def __init__(
         self,
         engine: Engine,
-        source: LiTTransformer2DModel | None,
         teacher: LiTTransformer2DModel | None,
         layers: list[int],
         settings: Distill,
         outputs: TeacherOutputs | None = None,
     ) -> None:
         self.layers, self.outputs = layers, outputs
-        self.source, self.teacher = source, teacher
-        unique = {id(model): model for model in (source, teacher) if model is not None}
-        needs_records = any(
-            isinstance(stage, AttentionTransfer) or stage.feature_weight > 0 for stage in settings.stages
-        )
-        for model in unique.values():
-            model.eval().requires_grad_(False)
-            if compiles(settings.compile, engine.device):
-                compile_blocks(model, recorded=needs_records)
-            place(model, settings.teacher_placement, engine)
+        self.teacher = teacher
+        if teacher is None:
+            return
+        teacher.eval().requires_grad_(False)
+        if compiles(settings.compile, engine.device):
+            compile_blocks(teacher, recorded=any(stage.feature_weight > 0 for stage in settings.stages))
+        place(teacher, settings.teacher_placement, engine)
 
     def terms(
         self, stage: AnyStage, student: nn.Module, inputs: StepInputs, watched: MutableMapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """The weighted terms of the loss of a micro-batch; see `litconvert.training.objective.Objective`."""
-        noisy, timestep, condition = inputs.noisy, inputs.timestep, inputs.condition
-        if isinstance(stage, AttentionTransfer):
-            into, theirs = self.attention(noisy, timestep, condition)
-            _, mine = student(noisy, timestep, condition, into)
-            self._watch_attention(watched, theirs, mine)
-            return {"attention": attention_error(mine, theirs)}
         teacher, theirs = self.output(stage, inputs)
-        output, mine = student(noisy, timestep, condition)
+        output, mine = student(inputs.noisy, inputs.timestep, inputs.condition)
         if teacher is not None:
             watched["the teacher's output"] = teacher
         watched["the student's output"] = output
-        terms = distillation_terms(stage, inputs.diffusion, output, teacher, inputs.clean, inputs.noise, timestep)
+        terms = distillation_terms(
+            stage, inputs.diffusion, output, teacher, inputs.clean, inputs.noise, inputs.timestep
+        )
         if stage.feature_weight:
-            self._watch_attention(watched, theirs, mine)
+            for who, outputs in (("teacher", theirs), ("student", mine)):
+                for layer, attended in zip(self.layers, outputs, strict=True):
+                    watched[f"the {who}'s attention output of layer {layer}"] = attended
             terms["features"] = stage.feature_weight * attention_error(mine, theirs)
         return terms
 
-    def _watch_attention(
-        self, watched: MutableMapping[str, Tensor], teacher: list[Tensor], student: list[Tensor]
-    ) -> None:
-        for who, outputs in (("teacher", teacher), ("student", student)):
-            for layer, output in zip(self.layers, outputs, strict=True):
-                watched[f"the {who}'s attention output of layer {layer}"] = output
-
     @torch.no_grad()
-    def attention(
-        self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and outputs (N, T, D) of the source's attention in the student's linear layers."""
-        assert self.source is not None
-        with recorded_attention(self.source, self.layers) as (inputs, outputs):
-            self.source(noisy, timestep, **condition)
-        return inputs, outputs
-
-    @torch.no_grad()
-    def output(self, stage: Hybrid | FlowMatchingStage, inputs: StepInputs) -> tuple[Tensor | None, list[Tensor]]:
+    def output(self, stage: AnyStage, inputs: StepInputs) -> tuple[Tensor | None, list[Tensor]]:
         """The teacher's output, None where the stage gives it no weight, and its attention outputs where it does."""
         if not any(teacher_weights(stage)):
             return None, []

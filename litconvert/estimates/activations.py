@@ -22,7 +22,7 @@ from litconvert.model.attention_layers import recorded_attention
 from litconvert.model.config import ModelConfig
 from litconvert.model.diffusion import make_diffusion
 from litconvert.model.modeling_lit import LiTTransformer2DModel, sincos_position_embedding
-from litconvert.recipe.schema import AnyStage, AttentionTransfer, Distill
+from litconvert.recipe.schema import AnyStage, Distill
 from litconvert.training.optimization import trained_names
 from litconvert.training.student import Student
 
@@ -104,7 +104,7 @@ class Step:
         stage: its objective and optimiser.
         settings: gradient checkpointing and accumulation are as they say; nothing is compiled.
         student: config.
-        teacher: config of what the stage learns from, the source in attention transfer; None: nothing.
+        teacher: config of what the stage learns from; None: nothing.
         micro_batch: samples that are computed at a time.
         device: that it is computed on.
         bf16: autocast.
@@ -135,7 +135,7 @@ def step_memory(step: Step) -> StepMemory:
         teaching = None if teacher is None else LiTTransformer2DModel(**teacher.values).eval().requires_grad_(False)
         models: list[nn.Module] = [model] if teaching is None else [model, teaching]
         memory = LiveMemory(tensor for one in models for tensor in (*one.parameters(), *one.buffers()))
-        trained = set(trained_names(student, [name for name, _ in model.named_parameters()], stage, "the stage"))
+        trained = set(trained_names([name for name, _ in model.named_parameters()], stage, "the stage"))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
             if name in trained:
@@ -190,16 +190,10 @@ def _loss(
     clean, noise, timestep, condition = inputs
     diffusion = make_diffusion(ModelConfig.of(student.model.config), num_timesteps=1000)
     noisy = diffusion.add_noise(clean, noise, timestep)
-    if isinstance(stage, AttentionTransfer):
-        assert teacher is not None
-        _, into, theirs = _teach(teacher, student.layers, noisy, timestep, condition)
-        _, mine = student(noisy, timestep, condition, into)
-        return attention_error(mine, theirs), [inputs, theirs, mine]
-    output, theirs = None, []
+    output, theirs = None, list[Tensor]()
     if teacher is not None:
         layers = student.layers if stage.feature_weight else []
-        # Recorded inputs are let go of here, as the trainer does.
-        output, theirs = _teach(teacher, layers, noisy, timestep, condition)[::2]
+        output, theirs = _teach(teacher, layers, noisy, timestep, condition)
     sample, mine = student(noisy, timestep, condition)
     terms = distillation_terms(stage, diffusion, sample, output, clean, noise, timestep)
     if stage.feature_weight:
@@ -210,8 +204,8 @@ def _loss(
 @torch.no_grad()
 def _teach(
     teacher: LiTTransformer2DModel, layers: list[int], noisy: Tensor, timestep: Tensor, condition: Mapping[str, Any]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The teacher's output, and inputs and outputs of these layers' attention."""
-    with recorded_attention(teacher, layers) as (inputs, outputs):
+) -> tuple[Tensor, list[Tensor]]:
+    """The teacher's output, and those of these layers' attention; the inputs are let go of, as the trainer does."""
+    with recorded_attention(teacher, layers) as (_, outputs):
         sample = teacher(noisy, timestep, **condition, return_dict=False)[0]
-    return sample, inputs, outputs
+    return sample, outputs

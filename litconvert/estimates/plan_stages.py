@@ -8,7 +8,7 @@ from litconvert.errors import UsageError
 from litconvert.estimates.stage import StageEstimate, Workload, estimate_stages
 from litconvert.families.sources import open_named_teacher, open_source_of
 from litconvert.recipe.resolve import resolve
-from litconvert.training.checks import check_model, check_source, check_teacher
+from litconvert.training.checks import check_model, check_teacher
 
 
 def plan_stages(
@@ -34,20 +34,17 @@ def plan_stages(
         raise UsageError("--processes and --micro-batch count from 1")
     settings = resolve(recipe, overrides, source).recipe
     if settings.scratch is not None:
-        config, teacher, inherited, files = checked_config(settings), None, None, 0
+        config, teacher, files = checked_config(settings), None, 0
     else:
         opened = open_source_of(settings)
         plan = plan_conversion(opened, settings)
         config = plan.config
         teaching = open_named_teacher(settings, opened)
         check_model(config, settings)
-        check_teacher(config, teaching.config, settings)
-        check_source(config, opened.config, settings, is_teacher=teaching is opened)
-        teacher, inherited = teaching.config, opened.config
+        check_teacher(config, teaching.config, settings, is_source=teaching is opened)
+        teacher = teaching.config
         files = plan.totals["student_bytes"] + sum(
             one.nbytes for one in {id(one): one for one in (opened, teaching)}.values()
         )
-    work = Workload(
-        settings, config, teacher, inherited, processes=processes, micro_batch=micro_batch, mapped_bytes=files
-    )
+    work = Workload(settings, config, teacher, processes=processes, micro_batch=micro_batch, mapped_bytes=files)
     return estimate_stages(work, stage)

@@ -15,12 +15,12 @@ from litconvert.estimates.times import step_seconds
 from litconvert.model.config import ModelConfig
 from litconvert.model.shapes import BUFFERS, model_tensors
 from litconvert.recipe.batch_split import micro_batch_of, out_of_memory_advice, stage_at
-from litconvert.recipe.schema import AttentionTransfer, Recipe, teacher_weights
+from litconvert.recipe.schema import Recipe, teacher_weights
 from litconvert.training.optimization import trained_names
 
 # glibc maps blocks of 32 MiB and more by themselves (DEFAULT_MMAP_THRESHOLD_MAX) and gives them back when they are
 # freed. Smaller ones share a heap, whose gaps stay resident: a quarter to a half of what was in use when they were
-# measured (DiTs of width 192 to 768, both kinds of stage). benchmarks/memory.py shows what comes of it at other sizes.
+# measured (DiTs of width 192 to 768). benchmarks/memory.py shows what comes of it at other sizes.
 HEAP_GAPS = 0.3
 
 
@@ -72,7 +72,6 @@ class Workload:
         recipe: resolved.
         student: full config.
         teacher: full config of what teaches it; None: nothing is learnt from a teacher.
-        source: full config of what it was converted from, where there is one.
         processes: that share a batch, each on a device like this one.
         micro_batch: samples at a time; None: what batch, accumulation and processes leave.
         device: None: the GPU if there is one, or else the CPU.
@@ -84,7 +83,6 @@ class Workload:
     recipe: Recipe
     student: ModelConfig
     teacher: ModelConfig | None = None
-    source: ModelConfig | None = None
     processes: int = 1
     micro_batch: int | None = None
     device: torch.device | None = None
@@ -95,12 +93,11 @@ class Workload:
     def step(self, index: int) -> Step:
         """One step of a stage. Raises UsageError for one that does not exist, or whose batch does not split."""
         stage, settings = stage_at(self.recipe, index), self.recipe.distill
-        teaching = self.source or self.teacher if isinstance(stage, AttentionTransfer) else self.teacher
         return Step(
             stage,
             settings,
             self.student,
-            teaching if any(teacher_weights(stage)) else None,
+            self.teacher if any(teacher_weights(stage)) else None,
             self.micro_batch or micro_batch_of(self.recipe, index, self.processes),
             self.device or default_device(),
             uses_bf16(settings.mixed_precision),
@@ -113,15 +110,14 @@ def estimate_stage(work: Workload, index: int) -> StageEstimate:
     Activations are counted on the real modules (`activations`), and blocks are timed now (`times`); the rest is
     arithmetic. To be asked before models are read, since what this process takes then counts as its libraries.
     On a GPU what is not a tensor (context, kernels, the allocator's reserve) is left out, as it is in
-    torch.cuda.max_memory_allocated; on a CPU, T5 where captions are encoded on the fly. A source is counted as another
-    model beside the teacher.
+    torch.cuda.max_memory_allocated; on a CPU, T5 where captions are encoded on the fly.
 
     Raises UsageError for a stage that does not exist and for a batch that does not split.
     """
     step = work.step(index)
     stage, device = step.stage, step.device
     shapes = {name: info.shape for name, info in model_tensors(work.student).items() if name not in BUFFERS}
-    names = trained_names(work.student, list(shapes), stage, f"distill.stages.{index}")
+    names = trained_names(list(shapes), stage, f"distill.stages.{index}")
     trained = [shapes[name] for name in names]
     parameters = sum(map(math.prod, trained))
     resident = 0
@@ -153,7 +149,7 @@ def _memory(work: Workload, step: Step, trained: Sequence[tuple[int, ...]], resi
     counted, share = step_memory(step), processes if work.sharded else 1
     memory = {
         "student weights": weights_bytes(work.student) // share,
-        "teacher weights": teacher_bytes(work.recipe, [work.teacher, work.source], processes, step.device),
+        "teacher weights": teacher_bytes(work.recipe, work.teacher, processes, step.device),
         "optimiser states": optimizer_bytes(step.stage, trained) // share,
         "EMA": FLOAT32 * parameters // share,
         "gradients": counted.gradients // share,
@@ -172,10 +168,7 @@ def _memory(work: Workload, step: Step, trained: Sequence[tuple[int, ...]], resi
 
 def estimate_stages(work: Workload, stage: int | None = None) -> list[StageEstimate]:
     """Estimates of one stage, or with None of all, in their order."""
-    # The source is in memory beside another teacher where a stage learns from it, and then through all stages.
-    stages = work.recipe.distill.stages
-    both = work.teacher is not None and work.recipe.distill.teacher is not None
-    both = both and any(one.objective == "attention_transfer" for one in stages)
     # Once, for all stages: the first estimate leaves something behind.
-    work = replace(work, source=work.source if both else None, resident_bytes=resident_now())
-    return [estimate_stage(work, index) for index in (range(len(stages)) if stage is None else [stage])]
+    work = replace(work, resident_bytes=resident_now())
+    every = range(len(work.recipe.distill.stages))
+    return [estimate_stage(work, index) for index in (every if stage is None else [stage])]

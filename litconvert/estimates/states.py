@@ -30,20 +30,14 @@ def gathered_bytes(config: ModelConfig) -> int:
     return weights_bytes(config) - max(layers - 2, 0) * _block(config)
 
 
-def teacher_bytes(recipe: Recipe, configs: Sequence[ModelConfig | None], processes: int, device: torch.device) -> int:
-    """Bytes of the models learnt from, which stay through all stages, where the recipe places them."""
+def teacher_bytes(recipe: Recipe, config: ModelConfig | None, processes: int, device: torch.device) -> int:
+    """Bytes of the teacher, which stays through all stages, where the recipe places it."""
     placement = recipe.distill.teacher_placement
-    total = 0
-    for config in configs:
-        if config is None:
-            continue
-        if placement == "offloaded" and device.type == "cuda":
-            total += 2 * _block(config)
-        elif placement == "sharded" and processes > 1:
-            total += weights_bytes(config) // processes + gathered_bytes(config)
-        else:
-            total += weights_bytes(config)
-    return total
+    if config is not None and placement == "offloaded" and device.type == "cuda":
+        return 2 * _block(config)
+    if config is not None and placement == "sharded" and processes > 1:
+        return weights_bytes(config) // processes + gathered_bytes(config)
+    return weights_bytes(config)
 
 
 def optimizer_bytes(stage: AnyStage, shapes: Sequence[tuple[int, ...]]) -> int:

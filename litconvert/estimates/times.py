@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from litconvert.estimates.activations import Step, random_inputs
-from litconvert.model.attention_layers import attention_of
 from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import Condition, LiTTransformer2DModel
 from litconvert.model.shapes import count_macs
-from litconvert.recipe.schema import AttentionTransfer
 from litconvert.training.optimization import MovingAverage
 
 # Of the timed forward pass: a tenth of a second or so on a processor's core, a few milliseconds on a GPU.
@@ -56,15 +54,6 @@ class BlockTimer:
         blocks = sum(kinds.count(kind) * self._block_seconds(kind, trained) for kind in sorted(set(kinds)))
         return blocks * (1 + self.rest_macs() / sum(self.macs(kind, self.config.sample_size) for kind in kinds))
 
-    def attention_seconds(self) -> float:
-        """Forward and backward of all linear attentions alone, without gradients of their inputs."""
-        model, count = self._model("linear")
-        attention = attention_of(model, 0)
-        x = self._tokens(count)
-        seconds = self._median(lambda: attention(x, (self.side, self.side)), trained=True)
-        kinds = self.config.attention
-        return kinds.count("linear") * self._scaled(seconds, "linear", count)
-
     def update_seconds(self, trained: int) -> float:
         """The optimiser's step and that of the EMA, for so many weights; AdamW's, whichever optimiser it is."""
         model, _ = self._model(self.config.attention[0])
@@ -89,22 +78,17 @@ class BlockTimer:
         with self.device:
             return LiTTransformer2DModel(**config.values), max(1, min(self.micro_batch, count))
 
-    def _tokens(self, count: int) -> Tensor:
-        return torch.randn(count, self.side**2, self.config.hidden_size, device=self.device)
-
     def _block_seconds(self, kind: str, trained: bool) -> float:
         """One block of a kind over a micro-batch."""
         model, count = self._model(kind)
         model.requires_grad_(trained)
-        x = self._tokens(count).requires_grad_(trained)
+        tokens = torch.randn(count, self.side**2, self.config.hidden_size, device=self.device)
+        x = tokens.requires_grad_(trained)
         with self.device, torch.no_grad():
             inputs = random_inputs(ModelConfig.of(model.config), count)
             condition: Condition = model.conditioning(inputs.timestep, **inputs.condition)
         seconds = self._median(lambda: model.blocks[0](x, condition, (self.side, self.side)), trained=trained)
-        return self._scaled(seconds, kind, count)
-
-    def _scaled(self, seconds: float, kind: str, count: int) -> float:
-        """From what was timed to a micro-batch of the model's own size."""
+        # From what was timed to a micro-batch of the model's own size.
         more: float = self.macs(kind, self.config.sample_size) / self.macs(kind, self.timed_size)
         return seconds * more * (self.micro_batch / count)
 
@@ -140,9 +124,6 @@ def step_seconds(step: Step, trained: int) -> float:
     if step.teacher is not None:
         teacher = BlockTimer(step.teacher, step.micro_batch, step.device, step.bf16)
         part = teacher.pass_seconds(trained=False)
-    if isinstance(step.stage, AttentionTransfer):
-        part += timer.attention_seconds()
-    else:
-        # A block whose activations are computed again goes forward twice; backward is two of its three thirds.
-        part += timer.pass_seconds(trained=True) * (1 + step.settings.gradient_checkpointing / 3)
+    # A block whose activations are computed again goes forward twice; backward is two of its three thirds.
+    part += timer.pass_seconds(trained=True) * (1 + step.settings.gradient_checkpointing / 3)
     return step.settings.gradient_accumulation_steps * part + timer.update_seconds(trained)

@@ -88,9 +88,9 @@ class ProbeRequest:
 def probe(asked: ProbeRequest, listener: Listener = SILENT) -> ProbeResult:
     """Measure each linear layer alone in the teacher, and suggest which layers to keep in softmax for a budget.
 
-    Best asked of a student after a stage of attention transfer. One that was merely converted has random attention,
-    and the ranking then means little. The student's attention modules alone are taken: whatever else was trained in
-    later stages stays the teacher's here.
+    Best asked of a student whose linear attention was trained. One that was merely converted has random attention, and
+    the ranking then means little. The student's attention modules alone are taken: whatever else was trained stays the
+    teacher's here.
 
     Args:
         listener: hears of the layers that are measured, over all batches.

@@ -163,7 +163,7 @@ def open_source_of(recipe: Recipe) -> OpenSource:
 
 
 def open_named_teacher(recipe: Recipe, source: OpenSource) -> OpenSource:
-    """Who teaches the stages after attention transfer: the teacher that a recipe names, or else its source itself."""
+    """Who teaches: the teacher that a recipe names, or else its source itself."""
     return source if recipe.distill.teacher is None else open_source(recipe.distill.teacher)
 
 

@@ -2,7 +2,7 @@
 
 from litconvert.common.device import has_gpu
 from litconvert.errors import UsageError
-from litconvert.recipe.schema import AnyStage, AttentionTransfer, Recipe
+from litconvert.recipe.schema import AnyStage, Recipe
 
 
 def stage_at(recipe: Recipe, index: int) -> AnyStage:
@@ -47,7 +47,7 @@ def out_of_memory_advice(recipe: Recipe, stage_index: int, processes: int) -> st
             f"at a time in place of {before}"
         )
     advice = "accumulation is exhausted: no larger gradient_accumulation_steps divides the batch of every stage. "
-    if not isinstance(stage, AttentionTransfer) and settings.gradient_checkpointing < 1:
+    if settings.gradient_checkpointing < 1:
         return advice + "--set distill.gradient_checkpointing=1 computes activations again rather than keeping them"
     if settings.teacher_placement == "device" and has_gpu():
         return advice + "--set distill.teacher_placement=offloaded keeps the teacher in main memory"

@@ -12,6 +12,8 @@ _RECIPES = {
     ("dit", 1152, 32): "dit-xl-2-256",
     ("dit", 1152, 64): "dit-xl-2-512",
     ("sit", 1152, 32): "sit-xl-2-256",
+    # Its sibling trained on SAM's images (pixart-alpha-sam-256) has the same keys and shapes: who has that one says so.
+    ("pixart-alpha", 1152, 32): "pixart-alpha-256",
     ("pixart-alpha", 1152, 64): "pixart-alpha-512",
     ("pixart-alpha", 1152, 128): "pixart-alpha-1024",
     ("pixart-sigma", 1152, 64): "pixart-sigma-512",

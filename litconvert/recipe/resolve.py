@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.recipe.packaged import packaged_recipes
-from litconvert.recipe.schema import NUMBER, STAGES, FlowMatchingStage, Recipe
+from litconvert.recipe.schema import FORMER_STAGES, NUMBER, STAGES, FlowMatchingStage, Recipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -220,7 +220,8 @@ def _problems(
             message = f"objective is missing; there are {_listed(STAGES)}"
         elif detail["type"] == "union_tag_invalid":
             tag = str(detail["ctx"]["tag"])
-            message = f"unknown objective {tag!r}{did_you_mean(tag, STAGES)}; there are {_listed(STAGES)}"
+            unknown = f"unknown objective {tag!r}{did_you_mean(tag, STAGES)}; there are {_listed(STAGES)}"
+            message = FORMER_STAGES.get(tag, unknown)
         else:
             message = detail["msg"].removeprefix("Value error, ")
             message = message.replace("a valid array", "a list").replace("an object", "a section of key: value")

@@ -7,11 +7,15 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # The number of the table of defaults, which is in every digest of inputs. Another default for any key needs another
-# number, a new key does not: tests/helpers/defaults.json is the table, and a test holds the two together.
+# number, a key that comes or goes needs none: tests/helpers/defaults.json is the table, which a test holds to it.
 DEFAULTS = 1
 
 PROJECTIONS = ("q", "k", "v", "o")
-STAGES = ("attention_transfer", "hybrid", "flow_matching")
+STAGES = ("hybrid", "flow_matching")
+# Objectives of earlier versions, and why there is none any more.
+FORMER_STAGES = {
+    "attention_transfer": "`convert` solves the attention now, there is no attention_transfer: leave the stage out"
+}
 PROMPTS = (
     "a red fox in fresh snow, morning light",
     "a lighthouse on a cliff above a stormy sea, oil painting",
@@ -284,12 +288,8 @@ class Stage(Section):
     """The EMA starts from the stage's first weights, with decay min(ema_decay, (1 + s) / (10 + s)) at step s."""
     condition_dropout: Fraction = 0.1
     """Share of samples whose condition is dropped, for student and teacher alike."""
-
-
-class AttentionTransfer(Stage):
-    """Each fresh attention learns its teacher layer's output, on the teacher's own activations."""
-
-    objective: Literal["attention_transfer"]
+    feature_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of the attention outputs of linear layers against the teacher's (0.5 in LinFusion and CLEAR)."""
 
 
 class Hybrid(Stage):
@@ -302,8 +302,6 @@ class Hybrid(Stage):
     """Of the noise term (lambda1 in the paper)."""
     variance_weight: Annotated[float, Field(ge=0)] = 0.05
     """Of the variance term (lambda2 in the paper)."""
-    feature_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Of the attention outputs of linear layers against the teacher's (0.5 in LinFusion and CLEAR)."""
 
 
 class FlowMatchingStage(Stage):
@@ -312,11 +310,9 @@ class FlowMatchingStage(Stage):
     objective: Literal["flow_matching"]
     velocity_weight: Annotated[float, Field(ge=0)] = 0.5
     """Of the teacher's velocity."""
-    feature_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Of the attention outputs of linear layers against the teacher's (0.5 in LinFusion and CLEAR)."""
 
 
-AnyStage = AttentionTransfer | Hybrid | FlowMatchingStage
+AnyStage = Hybrid | FlowMatchingStage
 
 
 def _share(value: Any) -> Any:
@@ -337,7 +333,7 @@ class Distill(Section):
     """The stages, and how they run."""
 
     teacher: Source | None = None
-    """Another, say larger, teacher for the stages after attention transfer; None: the source."""
+    """Another teacher than the source, say a larger one; None: the source."""
     start: Start | None = None
     """Start from another run's weights, with a new optimiser; None: from the student as it was converted."""
     stages: tuple[Annotated[AnyStage, Field(discriminator="objective")], ...] = ()
@@ -445,9 +441,7 @@ class Recipe(Section):
 
 
 def teacher_weights(stage: AnyStage) -> tuple[float, ...]:
-    """The weights of what a stage asks its teacher for; attention transfer asks for everything."""
-    if isinstance(stage, AttentionTransfer):
-        return (1.0,)
+    """The weights of what a stage asks its teacher for."""
     if isinstance(stage, FlowMatchingStage):
         return (stage.velocity_weight, stage.feature_weight)
     return (stage.noise_weight, stage.variance_weight, stage.feature_weight)

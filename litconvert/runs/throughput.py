@@ -9,7 +9,7 @@ import torch
 
 from litconvert.model.config import ModelConfig
 from litconvert.model.shapes import count_macs
-from litconvert.recipe.schema import AnyStage, AttentionTransfer, Recipe, teacher_weights
+from litconvert.recipe.schema import AnyStage, Recipe, teacher_weights
 
 WINDOW = 20
 # Dense bf16 products with float32 accumulation, in TFLOP/s, by torch's name of the device. From NVIDIA's data sheets of
@@ -43,23 +43,15 @@ def training_flops(stage: AnyStage, student: ModelConfig, teacher: ModelConfig |
     PaLM (arXiv 2204.02311, appendix B), what gradient checkpointing computes again is not counted: it is no progress.
 
     Args:
-        stage: attention transfer trains the linear attentions alone; the others the whole student.
+        stage: its weights say what of the teacher is asked for.
         student, teacher: configs; no teacher: none is run.
         kept: the teacher's outputs are read from disk where a stage needs nothing else of it.
     """
     size = student.sample_size
-    trained: int
-    if isinstance(stage, AttentionTransfer):
-        tokens, width = (size // student.patch_size) ** 2, student.hidden_size
-        core = 2 * min(tokens, width // student.linear_num_heads) + student.linear_conv_size**2
-        trained = student.attention.count("linear") * tokens * width * (4 * width + core)
-    else:
-        trained = count_macs(student, size)
-    if teacher is None or not any(teacher_weights(stage)):
-        return 6.0 * trained
-    if kept and not isinstance(stage, AttentionTransfer) and not stage.feature_weight:
-        return 6.0 * trained
-    return 6.0 * trained + 2.0 * count_macs(teacher, size)
+    trained = 6.0 * count_macs(student, size)
+    if teacher is None or not any(teacher_weights(stage)) or (kept and not stage.feature_weight):
+        return trained
+    return trained + 2.0 * count_macs(teacher, size)
 
 
 def stage_work(recipe: Recipe, student: ModelConfig, teacher: ModelConfig | None) -> list[float]:

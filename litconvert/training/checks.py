@@ -7,7 +7,7 @@ from litconvert.data.dataset import LatentDataset
 from litconvert.errors import UsageError
 from litconvert.model.config import ModelConfig
 from litconvert.recipe.batch_split import micro_batch_of
-from litconvert.recipe.schema import AttentionTransfer, FlowMatchingStage, Recipe, teacher_weights
+from litconvert.recipe.schema import FlowMatchingStage, Recipe, teacher_weights
 
 
 def check_model(config: ModelConfig, recipe: Recipe) -> None:
@@ -28,7 +28,7 @@ def check_model(config: ModelConfig, recipe: Recipe) -> None:
             raise UsageError(
                 "distill.noise_set keeps outputs process by process, and a sharded teacher answers all at once"
             )
-        if len({stage.condition_dropout for stage in settings.stages if not isinstance(stage, AttentionTransfer)}) > 1:
+        if len({stage.condition_dropout for stage in settings.stages}) > 1:
             raise UsageError("distill.noise_set draws dropped conditions once: give all stages one condition_dropout")
     sharded = sharding_asked() and launched_processes() > 1
     for index, stage in enumerate(recipe.distill.stages):
@@ -43,10 +43,6 @@ def check_model(config: ModelConfig, recipe: Recipe) -> None:
             raise UsageError(
                 f"{where}.condition_dropout needs a null class, which this model was trained without; set 0"
             )
-        if isinstance(stage, AttentionTransfer):
-            if "linear" not in config.attention:
-                raise UsageError(f"{where} transfers attention, but the student has no linear layer")
-            continue
         if isinstance(stage, FlowMatchingStage) != velocity:
             right = "flow_matching" if velocity else "hybrid"
             raise UsageError(
@@ -96,8 +92,8 @@ def check_data(config: ModelConfig, data: LatentDataset, recipe: Recipe) -> None
         raise UsageError("data.flip needs mirrored latents, which the data set has not: encode it with data.flip=true")
 
 
-def check_teacher(student: ModelConfig, teacher: ModelConfig, recipe: Recipe) -> None:
-    """Whether a teacher can teach this student. Raises UsageError."""
+def check_teacher(student: ModelConfig, teacher: ModelConfig, recipe: Recipe, *, is_source: bool) -> None:
+    """Whether a teacher can teach this student, which was converted from it or from another. Raises UsageError."""
     keys = ("in_channels", "sample_size", "out_channels", "num_classes", "caption_channels", "caption_tokens")
     for key in (*keys, "prediction", "data_timestep", "micro_conditions"):
         mine, theirs = getattr(student, key), getattr(teacher, key)
@@ -107,11 +103,15 @@ def check_teacher(student: ModelConfig, teacher: ModelConfig, recipe: Recipe) ->
                 "input; choose a teacher of the same latent and condition (--teacher, or distill.teacher.path)"
             )
     for index, stage in enumerate(recipe.distill.stages):
-        features = not isinstance(stage, AttentionTransfer) and stage.feature_weight > 0
-        if features and not _same_layers(student, teacher):
+        if stage.feature_weight and not _same_layers(student, teacher):
             raise UsageError(
                 f"distill.stages.{index}.feature_weight compares layer with layer, and the teacher has others than the "
                 "student; set 0, or let the source teach"
+            )
+        if is_source and any(teacher_weights(stage)) and teacher.attention == student.attention:
+            raise UsageError(
+                "the source is linear already and has nothing to teach; name the softmax model that teaches "
+                "(--teacher, or distill.teacher.path)"
             )
 
 
@@ -120,22 +120,3 @@ def _same_layers(student: ModelConfig, other: ModelConfig) -> bool:
         getattr(student, key) == getattr(other, key)
         for key in ("hidden_size", "num_layers", "patch_size", "in_channels")
     )
-
-
-def check_source(student: ModelConfig, source: ModelConfig, recipe: Recipe, *, is_teacher: bool) -> None:
-    """Whether the model inherited from can play its part. Raises UsageError."""
-    for index, stage in enumerate(recipe.distill.stages):
-        if isinstance(stage, AttentionTransfer):
-            if not _same_layers(student, source):
-                raise UsageError("the student does not have the shape of its recorded source; convert it again")
-            layers = [n for n, kind in enumerate(student.attention) if kind == "linear"]
-            if any(source.attention[n] == "linear" for n in layers):
-                raise UsageError(
-                    f"distill.stages.{index} transfers attention from the source, which is linear already; leave the "
-                    "stage out"
-                )
-        elif is_teacher and any(teacher_weights(stage)) and source.attention == student.attention:
-            raise UsageError(
-                "the source is linear already and has nothing to teach; name the softmax model that teaches "
-                "(--teacher, or distill.teacher.path)"
-            )

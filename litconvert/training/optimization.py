@@ -12,22 +12,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
-from litconvert.model.config import ModelConfig
-from litconvert.recipe.schema import AnyStage, AttentionTransfer, Stage
+from litconvert.recipe.schema import AnyStage, Stage
 from litconvert.training.engine import Engine
 
 PACKAGES = {"adamw-8bit": "bitsandbytes", "came": "came-pytorch"}
 
 
-def trained_names(config: ModelConfig, names: Sequence[str], stage: AnyStage, where: str) -> list[str]:
-    """The tensors a stage trains: all, or in attention transfer those of the linear attentions; less the frozen ones.
+def trained_names(names: Sequence[str], stage: AnyStage, where: str) -> list[str]:
+    """The tensors a stage trains: all but the frozen ones.
 
     Raises UsageError for a pattern that freezes nothing, and when nothing is left.
     """
     trained = list(names)
-    if isinstance(stage, AttentionTransfer):
-        linear = tuple(f"blocks.{n}.attn." for n, kind in enumerate(config.attention) if kind == "linear")
-        trained = [name for name in trained if name.startswith(linear)]
     for pattern in stage.frozen:
         if not fnmatch.filter(names, pattern):
             raise UsageError(

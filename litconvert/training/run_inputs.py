@@ -10,7 +10,7 @@ from litconvert.families.sources import OpenSource
 from litconvert.model.config import ModelConfig
 from litconvert.recipe.inputs import Inputs, differences, given
 from litconvert.recipe.resolve import read_recorded
-from litconvert.recipe.schema import Recipe
+from litconvert.recipe.schema import FORMER_STAGES, Recipe
 from litconvert.runs.directory import RunDirectory
 
 # How a run is computed, not what: a run may go on with other values.
@@ -208,10 +208,12 @@ def _lengthen(run: RunDirectory, wanted: RunInputs, before: Sequence[int]) -> li
 def _changes(run: RunDirectory, found: Mapping[str, Any], wanted: RunInputs) -> str:
     """What differs from the inputs of the run that is there."""
     if "inputs" in found:
-        return wanted.inputs.changes(found)
+        objectives = [stage["objective"] for stage in found["inputs"].get("distill", {}).get("stages", ())]
+        former = next((FORMER_STAGES[one] for one in objectives if one in FORMER_STAGES), None)
+        return former or wanted.inputs.changes(found)
     # A run of format 1 kept no inputs, but its recipe.
     try:
         recorded = replace(wanted, recipe=read_recorded(run.path / "recipe.yaml")).inputs.plain
-    except LitconvertError:
-        return "its recipe cannot be read, and it kept no other record of them"
+    except LitconvertError as error:
+        return f"its recipe cannot be read ({error}), and it kept no other record of them"
     return differences(recorded, wanted.inputs.plain) or "the student, the source, the teacher or the data"

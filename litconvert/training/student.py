@@ -10,9 +10,9 @@ from torch._inductor import config as inductor
 from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
-from litconvert.model.attention_layers import attention_of, linear_layers, recorded_attention
+from litconvert.model.attention_layers import linear_layers, recorded_attention
 from litconvert.model.modeling_lit import Block, LiTTransformer2DModel
-from litconvert.recipe.schema import AnyStage, AttentionTransfer, Distill
+from litconvert.recipe.schema import AnyStage, Distill
 
 
 def compiles(setting: str, device: torch.device) -> bool:
@@ -44,43 +44,31 @@ class Student(nn.Module):
 
     Args:
         model: with `requires_grad` set on what the stage trains.
-        stage: its objective decides what a forward pass is.
+        stage: it decides whether attention outputs are recorded.
         settings: how blocks are recomputed and compiled.
     """
 
     def __init__(self, model: LiTTransformer2DModel, stage: AnyStage, settings: Distill) -> None:
         super().__init__()
         self.model = model
-        self.transfers = isinstance(stage, AttentionTransfer)
-        self.records = not isinstance(stage, AttentionTransfer) and stage.feature_weight > 0
+        self.records = stage.feature_weight > 0
         self.layers = linear_layers(model)
         device = next(model.parameters()).device
         for block in model.blocks:
             for module in (block, cast(Block, block).attn, cast(Block, block).ff):
                 module.__dict__.pop("forward", None)  # what the stage before it compiled or recomputed
         if compiles(settings.compile, device):
-            compile_blocks(model, recorded=self.records or self.transfers)
-        if not self.transfers:
-            count = len(model.blocks)
-            for block in list(model.blocks)[: round(settings.gradient_checkpointing * count)]:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            compile_blocks(model, recorded=self.records)
+        count = len(model.blocks)
+        for block in list(model.blocks)[: round(settings.gradient_checkpointing * count)]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def parts(self) -> Iterator[nn.Module]:
-        """What sharding gathers by itself: each block, and in transfer each attention, so that no block is gathered."""
-        if self.transfers:
-            yield from (attention_of(self.model, layer) for layer in self.layers)
+        """What sharding gathers by itself: each block."""
         yield from self.model.blocks
 
-    def forward(
-        self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Any], inputs: list[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The output for (N, C, H, W), and attention outputs where the stage needs them; with attention `inputs`, the
-        outputs of the linear attentions alone."""
-        if inputs is not None:
-            patch = self.model.config.patch_size
-            grid = (noisy.shape[-2] // patch, noisy.shape[-1] // patch)
-            outputs = [attention_of(self.model, layer)(x, grid) for layer, x in zip(self.layers, inputs, strict=True)]
-            return noisy, outputs
+    def forward(self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """The output for (N, C, H, W), and attention outputs where the stage needs them."""
         with recorded_attention(self.model, self.layers if self.records else []) as (_, outputs):
             sample = self.model(noisy, timestep, **condition, return_dict=False)[0]
         return sample, outputs

@@ -178,7 +178,7 @@ class Trainer:
     def _begin(self, index: int, settings: AnyStage) -> _Stage:
         """Wrap what the stage trains for the processes, with its optimiser, schedule and average."""
         names = [name for name, _ in self.student.named_parameters()]
-        trained = set(trained_names(self.training.config, names, settings, f"distill.stages.{index}"))
+        trained = set(trained_names(names, settings, f"distill.stages.{index}"))
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in trained)
             parameter.grad = None

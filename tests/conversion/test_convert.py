@@ -684,7 +684,7 @@ def test_without_a_recipe_the_packaged_one_for_the_source_is_taken(tmp_path: Pat
 
     path = write_hollow(tmp_path / "sigma.safetensors", pixart_shapes(sample_size=128))
     plan = litconvert.plan(path)
-    assert plan.recipe.distill.stages[0].steps == 155_000
+    assert plan.recipe.distill.stages[0].steps == 66_666
     assert plan.recipe.source.path == str(path)
     assert plan.totals["student_parameters"] == 610_856_096 + 28 * 26 * 1152 // 4
     assert (plan.recipe_name, plan.to_json()["recipe"]) == ("pixart-sigma-1024", "pixart-sigma-1024")

@@ -24,8 +24,8 @@ def current_defaults() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    kept = json.loads(TABLE.read_text())
-    changed = [key for key, value in kept["defaults"].items() if current_defaults().get(key, ...) != value]
+    kept, now = json.loads(TABLE.read_text()), current_defaults()
+    changed = [key for key, value in kept["defaults"].items() if now.get(key, value) != value]
     if changed and kept["number"] == recipe.DEFAULTS:
         raise SystemExit(f"raise litconvert.recipe.schema.DEFAULTS first: other defaults for {', '.join(changed)}")
-    TABLE.write_text(json.dumps({"number": recipe.DEFAULTS, "defaults": current_defaults()}, indent=1) + "\n")
+    TABLE.write_text(json.dumps({"number": recipe.DEFAULTS, "defaults": now}, indent=1) + "\n")

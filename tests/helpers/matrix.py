@@ -9,8 +9,8 @@ from pathlib import Path
 import litconvert
 
 OBJECTIVES = {
-    "transfer": "{objective: attention_transfer, steps: 8, batch_size: 8, learning_rate: 1.0e-3}",
     "hybrid": "{objective: hybrid, steps: 8, batch_size: 8, learning_rate: 1.0e-3}",
+    "features": "{objective: hybrid, steps: 8, batch_size: 8, learning_rate: 1.0e-3, feature_weight: 0.5}",
 }
 
 

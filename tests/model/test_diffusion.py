@@ -178,7 +178,7 @@ def test_terms_of_no_weight_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_attention_transfer_measures_what_is_missing_whatever_the_layers_scale(scale: float) -> None:
+def test_features_measure_what_is_missing_whatever_the_layers_scale(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     teacher = [scale * torch.randn((2, 6, 8), generator=generator) + scale for _ in range(3)]
     nothing = [torch.zeros_like(x) for x in teacher]

@@ -24,7 +24,6 @@ from litconvert.cli.live import screen
 from litconvert.common.listener import StepReport
 from litconvert.common.quantities import duration
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.model.attention_layers import attention_of
 from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.schema import Recipe
@@ -79,7 +78,7 @@ def test_a_row_has_every_term_and_leaves_empty_what_the_stage_or_the_device_has_
     (row,) = run.read_metrics()
     assert tuple(row) == COLUMNS
     assert row["memory_bytes"] == "2000000000"
-    assert row["velocity"] == row["attention"] == row["flops_utilization"] == ""
+    assert row["velocity"] == row["features"] == row["flops_utilization"] == ""
 
 
 def test_a_column_nobody_knows_is_refused_rather_than_lost(run: RunDirectory) -> None:
@@ -148,7 +147,7 @@ def picture(path: Path) -> Any:
 
 
 def test_the_curves_have_a_panel_for_each_stage(run: RunDirectory) -> None:
-    train(run, 1, 30, "0:attention_transfer")
+    train(run, 1, 30, "0:hybrid")
     run.plot_curves()
     one = picture(run.path / "curves.png")
     train(run, 31, 330, "1:hybrid")
@@ -226,28 +225,24 @@ def counted(work: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("objective", ["hybrid", "attention_transfer"])
 @pytest.mark.parametrize("conv_size", [0, 5])
-def test_a_steps_flops_are_those_that_pytorch_counts(objective: str, conv_size: int) -> None:
+def test_a_steps_flops_are_those_that_pytorch_counts(conv_size: int) -> None:
     made = [LiTTransformer2DModel(**config(kind, linear_conv_size=conv_size).values) for kind in ("linear", "softmax")]
     student, teacher = (model.train() for model in made)
     noisy, timestep, labels = torch.randn(1, 2, 16, 16), torch.tensor([3]), torch.tensor([1])
-    tokens = torch.randn(1, 64, 64, requires_grad=True)
 
     def teach() -> None:
         with torch.no_grad():
             teacher(noisy, timestep, labels)
 
     def learn() -> Any:
-        if objective == "hybrid":
-            return student(noisy, timestep, labels).sample
-        return torch.stack([attention_of(student, layer)(tokens, (8, 8)) for layer in range(4)])
+        return student(noisy, timestep, labels).sample
 
     if conv_size == 0:
         expected = counted(teach) + counted(lambda: learn().sum().backward())
     else:  # PyTorch counts the backward pass of a depth-wise convolution as that of a dense one
         expected = counted(teach) + 3 * counted(learn)
-    stage = recipe_of({"objective": objective}).distill.stages[0]
+    stage = recipe_of({}).distill.stages[0]
     assert training_flops(stage, ModelConfig.of(student.config), ModelConfig.of(teacher.config)) == pytest.approx(
         expected, rel=0.03
     )

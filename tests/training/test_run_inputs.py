@@ -1,6 +1,7 @@
 """What a run was made from: what counts, what is named when it changed, and which runs may go on."""
 
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -77,14 +78,12 @@ def assert_same(one: Path, other: Path) -> None:
 def test_another_default_has_another_number() -> None:
     kept = json.loads(TABLE.read_text())
     now = json.loads(json.dumps(current_defaults()))
-    changed = {
-        key: (value, now.get(key, "gone")) for key, value in kept["defaults"].items() if now.get(key, ...) != value
-    }
+    changed = {key: (value, now[key]) for key, value in kept["defaults"].items() if now.get(key, value) != value}
     assert not changed or kept["number"] != recipes.DEFAULTS, (
         f"raise DEFAULTS in litconvert/recipe/schema.py, since these defaults changed: "
         f"{changed}; then `python -m tests.helpers.defaults`"
     )
-    assert now == kept["defaults"], "keys were added: write the table anew with `python -m tests.helpers.defaults`"
+    assert now == kept["defaults"], "keys came or went: write the table anew with `python -m tests.helpers.defaults`"
     assert kept["number"] == recipes.DEFAULTS
 
 
@@ -206,7 +205,7 @@ def test_a_schedule_that_ends_elsewhere_is_said(train: Callable[..., Path]) -> N
 
 @pytest.mark.slow
 def test_a_stage_that_is_done_keeps_its_length(train: Callable[..., Path]) -> None:
-    train("run")  # attention transfer of 3 steps, then 5 of the hybrid loss
+    train("run")  # a stage of 3 steps, then one of 5
     with pytest.raises(LitconvertError, match=r"is at stage 1: distill.stages.0.steps was 3 and cannot become 4"):
         train("run", "distill.stages.0.steps=4")
     train("run", "distill.stages.1.steps=6")
@@ -398,6 +397,43 @@ def test_a_checkpoint_of_the_first_format_is_refused_as_a_model_with_the_reason(
     ):
         litconvert.load("stopped")
     assert litconvert.load("finished").config.hidden_size == 16
+
+
+# A stage that there was.
+
+TRANSFER = "distill.stages.0: `convert` solves the attention now, there is no attention_transfer: leave the stage out"
+
+
+def with_a_former_stage(path: Path) -> None:
+    """The first stage of a recorded recipe or run, as an earlier version wrote it."""
+    text = path.read_text().replace("objective: hybrid", "objective: attention_transfer", 1)
+    path.write_text(text.replace('"objective": "hybrid"', '"objective": "attention_transfer"', 1))
+
+
+def test_a_student_recorded_with_a_former_stage_is_refused_until_its_recipe_leaves_it_out(
+    train: Callable[..., Path], pico_student: Path, pico_checkpoint: Path, pico_recipe: Path
+) -> None:
+    with_a_former_stage(pico_student / "recipe.yaml")
+    with pytest.raises(UsageError, match=re.escape(TRANSFER)):
+        train("run")
+    litconvert.convert(pico_checkpoint, pico_student, str(pico_recipe))
+    train("run", CONSTANT.format(steps=1))
+
+
+def test_a_run_with_a_former_stage_is_refused_and_force_replaces_it(train: Callable[..., Path]) -> None:
+    run = train("run", CONSTANT.format(steps=1))
+    with_a_former_stage(run / "run.json")
+    record = read_json(run / "run.json")
+    (run / "run.json").write_text(json.dumps({**record, "digest": "of that stage"}))
+    with pytest.raises(LitconvertError, match=r"other inputs: `convert` solves the attention now.* --force"):
+        train("run", CONSTANT.format(steps=1))
+    train("run", CONSTANT.format(steps=1), force=True)
+
+
+def test_a_run_of_the_first_format_with_a_former_stage_is_refused(old: Path) -> None:
+    with_a_former_stage(old / "stopped" / "recipe.yaml")
+    with pytest.raises(LitconvertError, match=re.escape(TRANSFER)):
+        litconvert.distill("student", "stopped", data="data", overrides=["seed=3"])
 
 
 @pytest.mark.slow

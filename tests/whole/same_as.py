@@ -90,7 +90,7 @@ distill:
   checkpoint_every: 10
   sample_every: 10
   stages:
-    - {{objective: attention_transfer, steps: 8, batch_size: 4, learning_rate: 1.0e-3, schedule: cosine}}
+    - {{objective: hybrid, steps: 8, batch_size: 4, learning_rate: 1.0e-3, schedule: cosine, noise_weight: 2.0}}
     - {{objective: hybrid, steps: 12, batch_size: 4, learning_rate: 1.0e-3, warmup_steps: 2, feature_weight: 0.1}}
 sample: {{scheduler: {scheduler}, steps: 2, num_images: 4, guidance: 2.0}}
 """

@@ -21,7 +21,7 @@ from tests.helpers.matrix import OBJECTIVES, WAYS, Way
 from tests.helpers.processes import Forker, patience
 
 STAGES = (
-    "distill.stages=[{objective: attention_transfer, steps: 8, batch_size: 8, learning_rate: 1.0e-3},"
+    "distill.stages=[{objective: hybrid, steps: 8, batch_size: 8, learning_rate: 1.0e-3, noise_weight: 2.0},"
     "{objective: hybrid, steps: 12, batch_size: 8, learning_rate: 1.0e-3, schedule: cosine, feature_weight: 0.5}]"
 )
 
@@ -107,7 +107,7 @@ def test_split_weights_are_gathered_as_bf16_under_autocast(
 def test_every_way_to_train_has_the_losses_of_one_process(
     tmp_path: Path, forker: Forker, pico_student: Path, data: Path
 ) -> None:
-    """Data parallel or sharded, float32 or bf16, in one part or two, transfer or hybrid: one launch, sixteen runs."""
+    """Data parallel or sharded, float32 or bf16, in one part or two, features or not: one launch, sixteen runs."""
     log = tmp_path / "log"
     with patience(300):
         workers = forker.launch(
@@ -233,7 +233,7 @@ def test_kills_at_random_moments_change_nothing(
 ) -> None:
     """One run of two processes, killed so many times: both or one alone, by SIGKILL or by SIGTERM."""
     stages = (
-        "distill.stages=[{objective: attention_transfer, steps: 60, batch_size: 8, learning_rate: 1.0e-3},"
+        "distill.stages=[{objective: hybrid, steps: 60, batch_size: 8, learning_rate: 1.0e-3, feature_weight: 0.5},"
         f"{{objective: hybrid, steps: {16 * times + 20}, batch_size: 8, learning_rate: 1.0e-3, schedule: cosine}}]"
     )
     sets = (stages, "distill.checkpoint_every=9")

@@ -29,11 +29,10 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 CAPTIONS = ("a red fox in the snow", "two birds by the sea", "a blue house", "the cat in the house")
 SCHEDULE = "batch_size: 4, learning_rate: 1.0e-3, ema_decay: 0.5, condition_dropout: 0.3"
 HYBRID = (
-    f"[{{objective: attention_transfer, steps: 3, {SCHEDULE}}},"
-    f"{{objective: hybrid, steps: 5, feature_weight: 0.5, {SCHEDULE}}}]"
+    f"[{{objective: hybrid, steps: 3, {SCHEDULE}}},{{objective: hybrid, steps: 5, feature_weight: 0.5, {SCHEDULE}}}]"
 )
 FLOW = (
-    f"[{{objective: attention_transfer, steps: 3, {SCHEDULE}}},"
+    f"[{{objective: flow_matching, steps: 3, {SCHEDULE}}},"
     f"{{objective: flow_matching, steps: 5, feature_weight: 0.5, {SCHEDULE}}}]"
 )
 
