@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -52,10 +52,7 @@ class SolvePlan:
 
     def solves(self, name: str) -> bool:
         """Whether the walk gives this tensor of the student its values."""
-        parts = name.split(".")
-        if parts[0] != "blocks" or parts[2] != "attn" or int(parts[1]) not in self.layers:
-            return False
-        return bool(self.local_steps) or parts[3] == "to_out" or (parts[3] == "dwc" and self.convolution)
+        return _solves(name, self.layers, bool(self.local_steps), self.convolution)
 
     @cached_property
     def macs(self) -> dict[str, int]:
@@ -128,6 +125,22 @@ class SolvedStart:
     tensors: Mapping[str, Tensor]
     record: Mapping[str, Any]
     inputs: Mapping[str, Any]
+
+
+def _solves(name: str, layers: Collection[int], stepped: bool, convolution: bool) -> bool:
+    """Whether a tensor of that name is solved: with local steps all of an attention is."""
+    parts = name.split(".")
+    if parts[0] != "blocks" or parts[2] != "attn" or int(parts[1]) not in layers:
+        return False
+    return stepped or parts[3] == "to_out" or (parts[3] == "dwc" and convolution)
+
+
+def solved_names(record: Mapping[str, Any] | None, names: Collection[str]) -> frozenset[str]:
+    """Which of a student's tensors were solved, by what litconvert.json says of it."""
+    if record is None:
+        return frozenset()
+    facts = (record["solved_layers"], bool(record["local_steps"]), bool(record["convolution"]))
+    return frozenset(name for name in names if _solves(name, *facts))
 
 
 def count_macs_of_rest(config: ModelConfig) -> int:

@@ -13,6 +13,7 @@ from litconvert.common.versions import versions
 from litconvert.conversion.directory import refuse_changed_source
 from litconvert.conversion.plan import plan_conversion
 from litconvert.conversion.provenance import Provenance
+from litconvert.conversion.solve_plan import solved_names
 from litconvert.data.dataset import LatentDataset, open_latents
 from litconvert.data.synthesize import synthesize_resolved
 from litconvert.distillation.teaching import Teacher, open_outputs
@@ -215,7 +216,9 @@ def fit(prepared: Distillation, listener: Listener = SILENT) -> None:
     channels = model.config.in_channels if lineage.config.predicts_velocity else model.config.out_channels
     sizes = [(len(bucket), (channels, *bucket.shape[1:])) for bucket in data.buckets]
     outputs = open_outputs(recipe.distill, prepared.directory.path / "teacher-outputs", sizes)
+    solved = solved_names(lineage.provenance.solve, list(lineage.student.reading.origins))
     entries = plan_conversion(lineage.source, prepared.recorded).entries
+    not_inherited = {entry.target for entry in entries if entry.fate in ("fresh", "solved") and entry.target}
     training = TrainingRun(
         engine=prepared.engine,
         recipe=recipe,
@@ -223,7 +226,8 @@ def fit(prepared: Distillation, listener: Listener = SILENT) -> None:
         data=data,
         model=model,
         objective=Teacher(prepared.engine, teacher, linear_layers(model), recipe.distill, outputs),
-        fresh=frozenset(entry.target for entry in entries if entry.fate == "fresh" and entry.target),
+        fresh=frozenset(not_inherited - solved),
+        solved=solved,
         dtypes={name: info.dtype for name, info in lineage.student.checkpoint.tensors.items()},
         provenance=_provenance(prepared),
         name="distil",
@@ -260,15 +264,15 @@ def resolve_run(asked: Request) -> tuple[ResolvedRecipe, Recipe]:
     """The run's recipe, with the source that the student was converted from; and the student's own recipe."""
     recorded = read_recorded(asked.student / "recipe.yaml")
     resolved = resolve(asked.recipe or str(asked.student / "recipe.yaml"), asked.overrides)
-    update: dict[str, Any] = {"student": recorded.student, "inherit": recorded.inherit}
+    update: dict[str, Any] = {"student": recorded.student, "inherit": recorded.inherit, "solve": recorded.solve}
     keys = [one.partition("=")[0] for one in asked.overrides]
     moved = {}
     for key in keys:
         section, *rest = key.split(".")
         if section == "source" and rest and rest[0] in MOVABLE:
             moved[rest[0]] = getattr(resolved.recipe.source, rest[0])
-        elif section in ("source", "student", "inherit"):
-            wanted, made = (_value(one.model_dump(), key) for one in (resolved.recipe, recorded))
+        elif section in ("source", "student", "inherit", "solve"):
+            wanted, made = (_value(one.model_dump(mode="json"), key) for one in (resolved.recipe, recorded))
             if wanted != made:
                 raise UsageError(
                     f"{key} is {made} in {asked.student}; to have {wanted}, convert the source again with it"

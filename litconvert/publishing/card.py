@@ -61,6 +61,7 @@ def model_card(
         _samples_section(pictures),
         _lineage(provenance),
         _counts(provenance.plan or {}),
+        _solved(provenance.solve),
         _measured(scores),
         _loading(recipe, config, asked),
         _limits(provenance, config, recipe["source"], asked),
@@ -128,7 +129,14 @@ def _introduction(provenance: Provenance, config: ModelConfig) -> str:
         "([LiT](https://arxiv.org/abs/2501.12976)), made from "
         f"{_source_name(provenance.source.get('path'))} with litconvert."
     )
-    if not provenance.trained:
+    if not provenance.trained and provenance.solve:
+        text += (
+            "\n\n> **This model was solved, and not trained.** Its linear attention was found layer by layer on states "
+            "of its teacher, before any training; its output is "
+            f"{provenance.solve['output']['after']:.1%} off the teacher's on held-out noise, by squared error. "
+            "`litconvert distill` brings it nearer."
+        )
+    elif not provenance.trained:
         text += (
             "\n\n> **This model is untrained.** It was converted and not distilled: its new layers hold their initial "
             "values, and it draws noise, not pictures. It is a starting point for `litconvert distill`."
@@ -231,6 +239,23 @@ def _counts(plan: Mapping[str, Any]) -> str:
             "latent model (4,096 tokens): there the rest of the network dominates, and softmax kernels are good.",
         ]
     return "\n\n".join(["## What was inherited", *parts]) if parts else ""
+
+
+def _solved(solve: Mapping[str, Any] | None) -> str:
+    """How the attention was solved, and how near that came."""
+    if not solve:
+        return ""
+    output = solve["output"]
+    steps = f", with {solve['local_steps']:,} gradient steps on each layer alone" if solve["local_steps"] else ""
+    rows = [(one["layer"], f"{one['before']:.2e}", f"{one['after']:.2e}") for one in solve["layers"]]
+    text = (
+        f"The linear attention of {len(solve['solved_layers'])} layers was found before any training, layer by layer, "
+        f"such that each layer repairs what those before it left: by least squares on {solve['states']:,} noisy images"
+        f"{steps}. On images held out the output was {output['before']:.1%} off the teacher's before and "
+        f"{output['after']:.1%} after it, as ||student - teacher||^2 / ||teacher||^2; the residual stream after each "
+        "layer likewise:"
+    )
+    return "\n\n".join(["## How it was solved", text, _table(("layer", "unsolved", "solved"), rows, numbers_from=1)])
 
 
 def _measured(scores: Mapping[str, Mapping[str, Any]]) -> str:

@@ -277,6 +277,8 @@ class Stage(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     inherited_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Of tensors that were inherited from the source; None: learning_rate, as for fresh ones."""
+    solved_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of tensors that `convert` solved; None: learning_rate, as for fresh ones."""
     frozen: tuple[str, ...] = ()
     """Tensors that are not trained, as patterns of their names: `blocks.*.ff.*`."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"

@@ -75,7 +75,7 @@ class TrainingRun:
         data: clean latents.
         model: trained in place, float32.
         objective: what it learns.
-        fresh: names of its tensors that were not inherited.
+        fresh, solved: names of its tensors that were neither inherited.
         dtypes: of the written tensors, where the recipe names none.
         provenance: of the result.
         name: what the user sees it called.
@@ -88,6 +88,7 @@ class TrainingRun:
     model: LiTTransformer2DModel
     objective: Objective
     fresh: frozenset[str] = frozenset()
+    solved: frozenset[str] = frozenset()
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
     name: str = "train"

@@ -36,19 +36,26 @@ def trained_names(names: Sequence[str], stage: AnyStage, where: str) -> list[str
     return trained
 
 
-def make_optimizer(stage: Stage, parameters: Mapping[str, nn.Parameter], fresh: Set[str]) -> torch.optim.Optimizer:
-    """The stage's optimiser, with a group for fresh and one for inherited tensors.
+def make_optimizer(
+    stage: Stage, parameters: Mapping[str, nn.Parameter], fresh: Set[str], solved: Set[str] = frozenset()
+) -> torch.optim.Optimizer:
+    """The stage's optimiser, with a group for fresh, one for solved and one for inherited tensors.
 
     Args:
         parameters: by name.
-        fresh: names of tensors that were not inherited.
+        fresh, solved: names of tensors that were neither inherited.
 
     Raises LitconvertError when its package is not installed.
     """
-    rates = {True: stage.learning_rate, False: stage.inherited_learning_rate or stage.learning_rate}
+    rates = {
+        "fresh": stage.learning_rate,
+        "solved": stage.solved_learning_rate or stage.learning_rate,
+        "inherited": stage.inherited_learning_rate or stage.learning_rate,
+    }
+    fates = {name: "fresh" if name in fresh else "solved" if name in solved else "inherited" for name in parameters}
     groups: list[dict[str, Any]] = []
-    for is_fresh, rate in rates.items():
-        mine = [parameter for name, parameter in parameters.items() if (name in fresh) == is_fresh]
+    for fate, rate in rates.items():
+        mine = [parameter for name, parameter in parameters.items() if fates[name] == fate]
         if mine:
             groups.append({"params": mine, "lr": rate, "base_lr": rate})
     if stage.optimizer == "adamw":

@@ -185,7 +185,7 @@ class Trainer:
         student = Student(self.student, settings, self.recipe.distill)
         module = self.engine.wrap(student, student.parts)
         parameters = {name: value for name, value in self.student.named_parameters() if name in trained}
-        optimizer = make_optimizer(settings, parameters, self.training.fresh)
+        optimizer = make_optimizer(settings, parameters, self.training.fresh, self.training.solved)
         micro_batches = MicroBatches(
             self.training.data,
             seed=self.recipe.seed,

@@ -202,7 +202,7 @@ def digits(tmp_path: Path) -> Path:
             raise Stop
 
     stages = "distill.stages=[{objective: hybrid, steps: 4, batch_size: 4, learning_rate: 1.0e-4}]"
-    few = ["evaluate.num_samples=20", "evaluate.seeds=[100]", "evaluate.steps=2", "sample.num_images=1"]
+    few = ["solve=null", "evaluate.num_samples=20", "evaluate.seeds=[100]", "evaluate.steps=2", "sample.num_images=1"]
     student = litconvert.convert(None, tmp_path / "student", "digits", few)
     latents = torch.zeros((4, 1, 16, 16))
     from litconvert.data.dataset import write_latents

@@ -40,6 +40,7 @@ pytestmark = [
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECIPE = """
+solve: null
 source: {num_attention_heads: 2, license: {id: cc-by-nc-4.0}}
 student: {num_attention_heads: 2}
 sample: {scheduler: ddim, steps: 3, guidance: 2.0}
@@ -410,6 +411,21 @@ def test_branches_and_pull_requests_leave_main_alone(hub: HubServer, picos: Pico
         litconvert.push(picos.pixels, "tester/m", revision="v1")
     with pytest.raises(UsageError, match="leave revision out"):
         litconvert.push(picos.pixels, "tester/m", revision="v1", create_pr=True)
+
+
+def test_the_card_of_a_solved_model_says_how_near_it_came(
+    hub: HubServer, tmp_path: Path, pico_checkpoint: Path
+) -> None:
+    sizes = "solve={states: 12, held_out: 4, drawing_steps: 2, local_steps: 0}"
+    sets = ["source.num_attention_heads=2", "student.num_attention_heads=2", "student.conv_size=3", sizes]
+    student = litconvert.convert(pico_checkpoint, tmp_path / "solved", None, sets)
+    litconvert.push(student, "tester/solved")
+    card = card_of(hub, "tester/solved")
+    output = json.loads((student / "litconvert.json").read_text())["solve"]["output"]
+    assert "**This model was solved, and not trained.**" in card.text
+    assert f"{output['after']:.1%} off the teacher's on held-out noise" in card.text
+    assert "## How it was solved" in card.text
+    assert "| solved | 0 | 4 |" in card.text
 
 
 def test_the_card_of_a_converted_model_says_that_it_is_untrained(hub: HubServer, picos: Picos) -> None:

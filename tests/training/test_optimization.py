@@ -89,6 +89,23 @@ def test_inherited_tensors_have_a_learning_rate_of_their_own(tmp_path: Path, pic
         assert step == pytest.approx(1e-3 if ".attn." in name else 1e-5, rel=0.05), name
 
 
+@pytest.mark.slow
+def test_solved_tensors_have_a_learning_rate_of_their_own(tmp_path: Path, pico_checkpoint: Path, data: Path) -> None:
+    sizes = "solve={states: 12, held_out: 4, drawing_steps: 2, local_steps: 0}"
+    overrides = ["source.num_attention_heads=2", "student.num_attention_heads=2", "student.conv_size=3", sizes]
+    student = litconvert.convert(pico_checkpoint, tmp_path / "solved", None, overrides)
+    sets = [hybrid(1, inherited_learning_rate=1e-5, solved_learning_rate=1e-4)]
+    run = litconvert.distill(student, tmp_path / "run", data=data, overrides=sets)
+    before, after = weights(student), weights(run / "model")
+    rates = {".to_out.": 1e-4, ".attn.": 1e-3, "": 1e-5}
+    for name, value in before.items():
+        rate = next(rate for part, rate in rates.items() if part in name)
+        # Adam's first step is the rate itself, whatever the gradient.
+        assert float((after[name] - value).abs().max()) == pytest.approx(rate, rel=0.05), name
+    with pytest.raises(UsageError, match=r"solve\.states is 12 in .* convert the source again"):
+        litconvert.distill(student, tmp_path / "other", data=data, overrides=["solve.states=13"])
+
+
 def test_frozen_tensors_stay_and_a_pattern_that_freezes_nothing_is_refused(
     tmp_path: Path, pico_student: Path, data: Path
 ) -> None:
