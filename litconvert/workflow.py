@@ -1,4 +1,4 @@
-"""What composes several rooms: distillation with its estimates, and the whole line for one recipe."""
+"""What composes several rooms: distillation with its estimates, and the whole line for a recipe or a source."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from typing import Any
 from litconvert.common.launch import launched_processes
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.quantities import duration, size
-from litconvert.conversion.plan import ConversionPlan, plan_conversion
+from litconvert.conversion.plan import ConversionPlan
+from litconvert.conversion.plan import plan as plan_of
 from litconvert.data.synthesize import synthesize_resolved
 from litconvert.distillation.distillation import Distillation, Request, fit, prepare
 from litconvert.errors import UsageError
 from litconvert.estimates.stage import StageEstimate, Workload, estimate_stages
 from litconvert.evaluation.run_scores import score_run
-from litconvert.families.sources import open_source_of
 from litconvert.publishing.push import push
-from litconvert.recipe.resolve import resolve
+from litconvert.recipe.resolve import ResolvedRecipe
 from litconvert.runs.plots import compare
 from litconvert.solving.convert import convert_planned
 from litconvert.training.checks import check_model
@@ -112,7 +112,7 @@ class LineResult:
 
 
 def run_line(
-    recipe: str,
+    recipe: str | None,
     out: Path,
     *,
     source: str | None = None,
@@ -120,26 +120,40 @@ def run_line(
     force: bool = False,
     listener: Listener = SILENT,
 ) -> LineResult:
-    """Run a recipe from checkpoint to result in `out`: student/, latents/, distilled/ and evaluation.json.
+    """Run the line from checkpoint to result in `out`: student/, latents/, distilled/ and evaluation.json.
 
     What is done already is skipped.
 
-    Raises UsageError where several processes were launched.
+    Args:
+        recipe: name or path; None: that of the source, as `plan` takes it.
+        source: file, folder, Hub id or `asset:NAME`; None: the recipe's.
+        overrides: `key=value`, over the recipe.
+        force: replace what was made from other inputs.
+        listener: hears notes, tasks and steps.
+
+    Raises UsageError for a source that no recipe is known for, and where several processes were launched.
     """
     if launched_processes() > 1:
         raise UsageError(
             "`run` is of one process, and several were launched: `litconvert convert` first, then launch `latents "
             "synthesize` and `distill`"
         )
-    resolved = resolve(recipe, overrides, source)
-    settings = resolved.recipe
-    plan = plan_conversion(open_source_of(settings), settings)
+    plan = plan_of(source, recipe, overrides)
+    settings, name = plan.recipe, plan.recipe_name or "the defaults"
+    if recipe is None and not settings.distill.stages:
+        why = f"{name} has no stages" if plan.recipe_name else "there is no packaged recipe for what it is"
+        raise UsageError(
+            f"{source}: {why}; name a recipe that says how to train it (--recipe NAME; `litconvert recipes ls` lists "
+            "the packaged ones)"
+        )
+    listener.note(f"recipe: {name}")
     check_model(plan.config, settings)
     student = convert_planned(plan, out / "student", force=force, listener=listener)
     listener.note(f"converted: {student}")
     data = settings.data.path
     if data is None:
-        data = str(synthesize_resolved(resolved, out / "latents", listener, force=force))
+        drawn = ResolvedRecipe(name, settings, {})
+        data = str(synthesize_resolved(drawn, out / "latents", listener, force=force))
     run = distill(student, out / "distilled", recipe, data=data, overrides=overrides, force=force, listener=listener)
     scores = None
     if settings.evaluate.features is not None:

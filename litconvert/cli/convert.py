@@ -11,6 +11,7 @@ from litconvert.cli.options import (
     EmbeddingsOption,
     ForceOption,
     HeadsOption,
+    InheritOption,
     JsonOption,
     NoSolveOption,
     OwnRecipeOption,
@@ -69,6 +70,7 @@ def plan(
     source: SourceArgument = None,
     recipe: OwnRecipeOption = None,
     sets: SetOption = None,
+    inherit: InheritOption = None,
     num_attention_heads: HeadsOption = None,
     sample_size: SizeOption = None,
     no_solve: NoSolveOption = False,
@@ -87,14 +89,15 @@ def plan(
 ) -> None:
     """Show what would become of every tensor, or what a stage of training would take. Reads headers, writes nothing.
 
-    Example: litconvert plan DiT-XL-2-256x256.pt --recipe dit-xl-2-256
+    Example: litconvert plan DiT-XL-2-256x256.pt --inherit q,k,v
 
     Example: litconvert plan DiT-XL-2-256x256.pt --recipe dit-xl-2-256 --stage all --processes 8
     """
     from litconvert.cli.reports import show_estimates, show_plan
 
     use_device(device)
-    given = [*overrides_of(sets, num_attention_heads, sample_size), *solve_overrides(no_solve, data, embeddings)]
+    given = overrides_of(sets, num_attention_heads, sample_size, inherit=inherit)
+    given += solve_overrides(no_solve, data, embeddings)
     if stage is not None:
         estimates = _plan_stages(source, recipe, given, stage, processes, micro_batch)
         if as_json:
@@ -135,6 +138,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="The model directory to write; with --to original a file.")],
     recipe: OwnRecipeOption = None,
     sets: SetOption = None,
+    inherit: InheritOption = None,
     num_attention_heads: HeadsOption = None,
     sample_size: SizeOption = None,
     seed: SeedOption = None,
@@ -153,7 +157,7 @@ def convert(
 ) -> None:
     """Replace softmax attention by linear attention, solved layer by layer; inherit the rest. Rerun to resume.
 
-    Example: litconvert convert DiT-XL-2-256x256.pt lit-xl
+    Example: litconvert convert DiT-XL-2-256x256.pt lit-xl --inherit q,k,v
 
     Example: litconvert convert DiT-XL-2-256x256.pt lit-xl --no-solve --set student.conv_size=3
 
@@ -169,10 +173,12 @@ def convert(
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
-    given = [*overrides_of(sets, num_attention_heads, sample_size, seed), *solve_overrides(no_solve, data, embeddings)]
+    given = overrides_of(sets, num_attention_heads, sample_size, seed, inherit)
+    given += solve_overrides(no_solve, data, embeddings)
     if to is not None:
-        if seed is not None:
-            raise UsageError("--to writes the source's own weights: --seed means nothing there, leave it out")
+        for option, value in (("--seed", seed), ("--inherit", inherit)):
+            if value is not None:
+                raise UsageError(f"--to writes the source's own weights: {option} means nothing there, leave it out")
         if to not in TARGETS:
             raise UsageError(f"--to {to}: there are {' and '.join(TARGETS)}")
         _rewrite(resolve(recipe, given, source).recipe, out, to, dry_run=dry_run, force=force, as_json=as_json)

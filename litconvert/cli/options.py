@@ -50,6 +50,14 @@ EmbeddingsOption = Annotated[
     Path | None,
     typer.Option("--embeddings", help="Of a model of captions: encoded captions to solve on (solve.embeddings)."),
 ]
+InheritOption = Annotated[
+    str | None,
+    typer.Option(
+        "--inherit",
+        metavar="PROJECTIONS",
+        help="Attention to inherit: none, all, or some of q, k, v, o, as in q,k,v (inherit.attention).",
+    ),
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Of fresh weights and of every draw (seed).")]
 
 
@@ -58,12 +66,14 @@ def overrides_of(
     num_attention_heads: int | None = None,
     sample_size: int | None = None,
     seed: int | None = None,
+    inherit: str | None = None,
 ) -> list[str]:
     """--set and the options that stand for a key."""
     named = {
         "source.num_attention_heads": num_attention_heads,
         "source.sample_size": sample_size,
         "seed": seed,
+        "inherit.attention": inherit,
     }
     return [*(sets or []), *assignments(named)]
 

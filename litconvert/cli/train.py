@@ -1,5 +1,7 @@
 """`litconvert distill`, `train`, `run`, `demo`: training."""
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,13 +11,19 @@ from litconvert.cli import terminal as console
 from litconvert.cli.options import (
     DeviceOption,
     ForceOption,
+    HeadsOption,
+    InheritOption,
     QuietOption,
     SeedOption,
     SetOption,
+    SizeOption,
     is_first,
     overrides_of,
     use_device,
 )
+from litconvert.errors import UsageError, did_you_mean
+
+RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
 def distill(
@@ -89,10 +97,27 @@ def train(
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="Name, file or Hub id of a recipe.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: runs/RECIPE.")] = None,
-    source: Annotated[str | None, typer.Option("--source", help="Default: the recipe's.")] = None,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A source: file, folder, Hub id (owner/name) or asset:NAME. Or a recipe: a packaged one's name, or a "
+            ".yaml file.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Default: runs/NAME, called after the source or the recipe.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Default: the packaged one for what the source is.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help="Of a recipe: another source. Default: the recipe's.")
+    ] = None,
     sets: SetOption = None,
+    inherit: InheritOption = None,
+    num_attention_heads: HeadsOption = None,
+    sample_size: SizeOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
@@ -100,7 +125,13 @@ def run(
 ) -> None:
     """The whole line: convert, latents, distil, sample, evaluate, push. What is done is skipped.
 
-    Example: litconvert run digits
+    Of a source, by the packaged recipe for what it is or by the one of --recipe; or of a recipe, on its own source.
+
+    Example: litconvert run DiT-XL-2-256x256.pt
+
+    Example: litconvert run DiT-XL-2-256x256.pt --recipe dit-xl-2-256-paper --out runs/paper
+
+    Example: litconvert run digits --inherit q,k,v
     """
     from litconvert.cli.live import screen
     from litconvert.cli.reports import show_result
@@ -108,9 +139,42 @@ def run(
 
     console.be_quiet(quiet)
     use_device(device)
-    place = out or Path("runs") / Path(recipe).stem
-    overrides = overrides_of(sets, seed=seed)
-    show_result(run_line(recipe, place, source=source, overrides=overrides, force=force, listener=screen()))
+    wanted, start = _recipe_and_source(what, recipe, source)
+    overrides = overrides_of(sets, num_attention_heads, sample_size, seed, inherit)
+    place = out or _folder_for(what)
+    show_result(run_line(wanted, place, source=start, overrides=overrides, force=force, listener=screen()))
+
+
+def _recipe_and_source(what: str, recipe: str | None, source: str | None) -> tuple[str | None, str | None]:
+    """What `run` was asked to do: a recipe, None for that of the source, and a source, None for that of the recipe.
+
+    Raises UsageError for two sources, and for a name that is neither.
+    """
+    from litconvert.recipe.packaged import packaged_recipes
+
+    known = packaged_recipes()
+    if recipe is None and (what in known or Path(what).suffix in RECIPE_SUFFIXES):
+        return what, source
+    if source is not None:
+        raise UsageError(f"--source is of a recipe, and {what} is a source already: leave one of them out")
+    if re.fullmatch(r"[\w-]+", what) and not os.path.exists(what):
+        raise UsageError(
+            f"{what}: neither a packaged recipe{did_you_mean(what, known)} nor a file or folder; `litconvert recipes "
+            "ls` lists the recipes"
+        )
+    return recipe, what
+
+
+def _folder_for(what: str) -> Path:
+    """Where `run` writes unless it is told: runs/NAME, called after the recipe or source. Raises UsageError where that
+    is the place of the source itself."""
+    from litconvert.common.tensors import WEIGHT_SUFFIXES
+
+    path = Path(os.path.abspath(what if os.path.exists(what) else what.removeprefix("asset:").partition("@")[0]))
+    place = Path("runs") / (path.stem if path.suffix in (*WEIGHT_SUFFIXES, *RECIPE_SUFFIXES) else path.name)
+    if place.exists() and place.resolve() in (path.resolve(), *path.resolve().parents):
+        raise UsageError(f"{what} is in {place} itself, where its outputs would go: name another folder (--out)")
+    return place
 
 
 def demo(

@@ -15,7 +15,7 @@ from litconvert.families.layout import Origin
 from litconvert.families.sources import OpenSource, describe, open_source_of
 from litconvert.model.config import ModelConfig
 from litconvert.model.shapes import count_macs, count_parameters, model_tensors
-from litconvert.recipe.packaged import recipe_of
+from litconvert.recipe.packaged import asset_of, recipe_of
 from litconvert.recipe.resolve import ResolvedRecipe, resolve
 from litconvert.recipe.schema import Recipe, Source
 
@@ -249,15 +249,18 @@ def plan(source: str | Path | None, recipe: str | None = None, overrides: Sequen
         recipe: name or path; None: the packaged one for what the source is, or else the defaults.
         overrides: `key=value`, over the recipe.
     """
-    given = resolve(recipe, overrides, source).recipe
-    opened = open_source_of(given)
     if recipe is not None:
-        return plan_conversion(opened, given, recipe)
+        named = resolve(recipe, overrides, source).recipe
+        return plan_conversion(open_source_of(named), named, recipe)
+    # What of a recipe says how to read it; the rest may be of stages that the defaults have not.
+    reading = [one for one in overrides if one.replace("=", ".").split(".")[0].strip() in ("source", "inherit")]
+    given = resolve(None, reading, source).recipe
+    opened = open_source_of(given)
     if (own := _own_recipe(opened)) is not None:
         return plan_conversion(opened, _going_on(own, given, overrides), str(own))
-    packaged = recipe_of(opened.reading.family, opened.config.values)
+    packaged = asset_of(str(given.source.path)).recipe or recipe_of(opened.reading.family, opened.config.values)
     if packaged is None:
-        return plan_conversion(opened, given)
+        return plan_conversion(opened, resolve(None, overrides, source).recipe)
     found = resolve(packaged, overrides).recipe
     # Its hints are of the released checkpoint; what this source is was read without them.
     settings = found.model_copy(update={"source": _described_as(given.source, found.source)})

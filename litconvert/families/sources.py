@@ -17,6 +17,7 @@ from litconvert.families.family import Reading
 from litconvert.families.registry import families, recognise
 from litconvert.model.config import ModelConfig
 from litconvert.model.shapes import count_parameters, position_embedding
+from litconvert.recipe.packaged import asset_of
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe, Source
 from litconvert.runs.directory import model_of
@@ -149,11 +150,15 @@ class OpenSource:
 
 
 def open_source(source: Source, weights: str = "auto") -> OpenSource:
-    """Open and recognise a recipe's source: headers only. Of a run (RUN, RUN@STEP) that is the model it holds."""
+    """Open and recognise a recipe's source: headers only. Of a run (RUN, RUN@STEP) that is the model it holds.
+
+    An asset brings hints of its own, for those that are not given.
+    """
     if source.path is None:
         raise UsageError("no source is named: give SRC, or source.path in the recipe")
     checkpoint = open_checkpoint(model_of(source.path, raw=weights == "model"), file=source.file, weights=weights)
-    reading = recognise(checkpoint, source)
+    known = {key: value for key, value in asset_of(source.path).hints.items() if getattr(source, key) is None}
+    reading = recognise(checkpoint, source.model_copy(update=known))
     return OpenSource(checkpoint, reading, ModelConfig.of(reading.config))
 
 

@@ -1,6 +1,8 @@
 """The recipes that ship with litconvert. Apart from `schema`, so that listing them does not wait for the schema."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,27 @@ def recipe_of(family: str, config: Mapping[str, Any]) -> str | None:
     if (config["patch_size"], config["in_channels"]) != (2, 4):
         return None
     return _RECIPES.get((family, config["hidden_size"], config["sample_size"]))
+
+
+@dataclass(frozen=True)
+class Asset:
+    """What the file of an asset does not tell of itself: assets/NAME.json.
+
+    Attributes:
+        recipe: the packaged one for it; None: none.
+        hints: keys of a recipe's `source` section.
+    """
+
+    recipe: str | None = None
+    hints: Mapping[str, Any] = field(default_factory=dict)
+
+
+def asset_of(source: str) -> Asset:
+    """What is known of a source that ships with litconvert (`asset:NAME`); of any other nothing."""
+    if not source.startswith("asset:"):
+        return Asset()
+    path = Path(__file__).parents[1] / "assets" / f"{source.removeprefix('asset:')}.json"
+    return Asset(**json.loads(path.read_text())) if path.is_file() else Asset()
 
 
 def recipes_directory() -> Path:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from litconvert.errors import UsageError
 from litconvert.recipe.packaged import packaged_recipes
+from litconvert.recipe.resolve import resolve
 from litconvert.workflow import run_line
 from tests.helpers.command import command
 
@@ -126,7 +128,8 @@ def test_the_wheel_carries_recipes_and_assets(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"litconvert/recipes/{name}.yaml" for name in packaged_recipes()} <= names
-    assert {"litconvert/assets/dit-digits.safetensors", "litconvert/assets/digits-classifier.safetensors"} <= names
+    assets = ("dit-digits.safetensors", "dit-digits.json", "digits-classifier.safetensors")
+    assert {f"litconvert/assets/{name}" for name in assets} <= names
     assert "litconvert/py.typed" in names
 
 
@@ -176,6 +179,112 @@ def test_the_whole_line_runs_and_a_second_run_skips_what_is_done(
     assert len(written) == 2 + 2  # student, model and two checkpoints
     run_line(str(pico_recipe), tmp_path / "out", source=str(pico_checkpoint))
     assert weights() == written
+
+
+@pytest.mark.slow
+def test_the_whole_line_of_a_source_takes_its_own_recipe_or_the_one_that_is_named(
+    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
+) -> None:
+    named = command("run", pico_checkpoint, "--recipe", pico_recipe, "--inherit", "q,k", "-o", tmp_path / "named")
+    assert named.code == 0, named.err
+    assert f"recipe: {pico_recipe}" in named.err
+    inherit = resolve(str(tmp_path / "named" / "distilled" / "recipe.yaml")).recipe.inherit
+    assert inherit.attention == ("q", "k")
+    # The student goes on by its own recipe, whose teacher is the one that it had.
+    again = command("run", tmp_path / "named" / "distilled", "-o", tmp_path / "again", "--set", "seed=1")
+    assert again.code == 0, again.err
+    assert (tmp_path / "again" / "distilled" / "comparison.png").is_file()
+    asset = command(
+        *("run", "asset:dit-digits", "--out", tmp_path / "asset", "--set", "distill.stages.0.steps=1"),
+        *("--set", "data.synthesize={num_samples: 8, steps: 1}", "--set", "evaluate.features=null"),
+        *("--set", "sample.steps=1", "--set", "distill.stages.0.batch_size=4", "--set", "solve=null"),
+    )
+    assert asset.code == 0, asset.err
+    assert "recipe: digits\n" in asset.err
+    recorded = resolve(str(tmp_path / "asset" / "distilled" / "recipe.yaml")).recipe
+    assert recorded.distill.stages[0].learning_rate == resolve("digits").recipe.distill.stages[0].learning_rate
+    assert recorded.source.license.id == "bsd-3-clause"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "recipe", "source", "folder"),
+    [
+        (["digits"], "digits", None, "digits"),
+        (["dit-xl-2-256", "--source", "x.pt"], "dit-xl-2-256", "x.pt", "dit-xl-2-256"),
+        (["my/own.yaml"], "my/own.yaml", None, "own"),
+        (["own.yml"], "own.yml", None, "own"),
+        (["asset:dit-digits"], None, "asset:dit-digits", "dit-digits"),
+        (["sub/DiT-XL-2-256x256.pt"], None, "sub/DiT-XL-2-256x256.pt", "DiT-XL-2-256x256"),
+        (["facebook/DiT-XL-2-256"], None, "facebook/DiT-XL-2-256", "DiT-XL-2-256"),
+        (["me/lit-v1.5@main"], None, "me/lit-v1.5@main", "lit-v1.5"),
+        (["folder/"], None, "folder/", "folder"),
+        (["digits", "-r", "mine.yaml"], "mine.yaml", "digits", "digits"),
+        (["x.pt", "-r", "dit-xl-2-256"], "dit-xl-2-256", "x.pt", "x"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_run_takes_a_recipe_by_its_name_or_ending_and_all_else_as_a_source(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    recipe: str | None,
+    source: str | None,
+    folder: str,
+) -> None:
+    asked: list[object] = []
+
+    def run_line(recipe: str | None, out: Path, *, source: str | None, **options: object) -> None:
+        asked.extend((recipe, source, out))
+        raise UsageError("asked")
+
+    monkeypatch.setattr("litconvert.workflow.run_line", run_line)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "digits").mkdir()
+    assert "litconvert: asked" in command("run", *arguments).err
+    assert asked == [recipe, source, Path("runs") / folder]
+
+
+def test_run_refuses_what_is_neither_recipe_nor_source_and_what_it_would_write_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pico_checkpoint: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments, reason in (
+        (["digts"], "digts: neither a packaged recipe (did you mean 'digits'?) nor a file or folder"),
+        ([pico_checkpoint, "--source", "x.pt"], "--source is of a recipe"),
+        (["x.pt", "-r", "digits", "--source", "y.pt"], "--source is of a recipe"),
+        (["none.pt"], "none.pt: no such file or folder"),
+    ):
+        refused = command("run", *arguments)
+        assert (refused.code, refused.out) == (2, "")
+        assert reason in refused.err
+    unknown = command("run", pico_checkpoint, "--num-attention-heads", 2)
+    assert unknown.code == 2
+    assert "no packaged recipe for what it is; name a recipe that says how to train it (--recipe NAME;" in unknown.err
+    (tmp_path / "runs" / "lit").mkdir(parents=True)
+    for source in ("runs/lit", "runs/lit/"):
+        refused = command("run", source)
+        assert refused.code == 2
+        assert "name another folder (--out)" in refused.err
+    assert not list((tmp_path / "runs" / "lit").iterdir())
+
+
+def test_inherit_is_the_recipe_s_key_by_a_shorter_name(
+    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
+) -> None:
+    asked = ("plan", pico_checkpoint, "--recipe", pico_recipe, "--json")
+    for given, value in (("q,k,v", "[q, k, v]"), ("k+v", "[k, v]"), ("none", "[]"), ("all", "[q, k, v, o]")):
+        plans = [command(*asked, *way).out for way in (("--inherit", given), ("--set", f"inherit.attention={value}"))]
+        assert json.loads(plans[0]) == json.loads(plans[1])
+        assert json.loads(plans[0])["groups"]["fresh"]["student_tensors"] > 0
+    assert command(*asked, "--inherit", "q,w").code == 2
+    out = tmp_path / "student"
+    made = command("convert", pico_checkpoint, out, "--recipe", pico_recipe, "--inherit", "q,k,v")
+    assert made.code == 0, made.err
+    assert resolve(str(out)).recipe.inherit.attention == ("q", "k", "v")
+    again = command("convert", pico_checkpoint, tmp_path / "x.pt", "--to", "original", "--inherit", "all")
+    assert again.code == 2
+    assert "--inherit means nothing there" in again.err
 
 
 def test_the_whole_line_is_of_one_process(pico_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

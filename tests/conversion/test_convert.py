@@ -679,6 +679,26 @@ def test_inspect_says_that_an_ema_was_never_updated(tmp_path: Path, training_che
     assert "the EMA equals the raw weights" in odd(tmp_path / "equal.pt")[0]
 
 
+def test_an_asset_tells_what_its_file_does_not_and_which_recipe_is_its_own(tmp_path: Path) -> None:
+    shown = json.loads(command("inspect", "asset:dit-digits", "--json").out)
+    assert (shown["config"]["num_attention_heads"], shown["config"]["sample_size"], shown["unsure"]) == (6, 16, [])
+    told = litconvert.load("asset:dit-digits", recipe="digits")
+    assert litconvert.load("asset:dit-digits").config == told.config
+    # What is given wins.
+    assert litconvert.load("asset:dit-digits", num_attention_heads=3).config.num_attention_heads == 3
+    student = litconvert.convert("asset:dit-digits", tmp_path / "student", overrides=["solve=null"])
+    by_name = litconvert.plan(None, "digits")
+    assert litconvert.plan("asset:dit-digits").recipe_name == "digits"
+    recorded = resolve(str(student)).recipe
+    assert (recorded.student, recorded.distill) == (by_name.recipe.student, by_name.recipe.distill)
+    assert recorded.source.license == by_name.recipe.source.license
+    assert command("convert", "asset:dit-digits", tmp_path / "by-command", "--no-solve", "-q").code == 0
+    # Another file of the same tensors is asked for.
+    weights = Path(litconvert.__file__).parent / "assets" / "dit-digits.safetensors"
+    with pytest.raises(UsageError, match="sample_size=N"):
+        litconvert.plan(weights)
+
+
 def test_without_a_recipe_the_packaged_one_for_the_source_is_taken(tmp_path: Path) -> None:
     from tests.helpers.checkpoint_files import pixart_shapes
 
@@ -695,6 +715,11 @@ def test_without_a_recipe_the_packaged_one_for_the_source_is_taken(tmp_path: Pat
     other = write_hollow(tmp_path / "odd.safetensors", dit_shapes(layers=1, sample_size=48))
     assert litconvert.plan(other).recipe.distill.stages == ()
     assert "recipe: none, the defaults" in command("plan", other).out
+    # Its stages may be changed; the defaults have none.
+    assert litconvert.plan(path, overrides=["distill.stages.0.steps=7"]).recipe.distill.stages[0].steps == 7
+    for overrides in (["distill.stages.0.steps=7"], ["student.conv_siz=3"], ["seed"]):
+        with pytest.raises(UsageError, match="--set"):
+            litconvert.plan(other, overrides=overrides)
     # The packaged recipe's hints are of the released checkpoint, not of one fine-tuned on ten classes.
     tuned = write_hollow(tmp_path / "tuned.safetensors", dit_shapes(width=384, layers=12, rows=11))
     assert litconvert.plan(tuned).config.num_classes == 10
