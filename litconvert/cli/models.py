@@ -50,7 +50,7 @@ def probe(
 ) -> None:
     """Measure what each linear layer alone does to the teacher's output, and suggest which to keep in softmax.
 
-    Best asked once the linear attention is trained: that of a student that was merely converted is random.
+    Asked of a student that was solved or trained: without either its linear attention is random.
 
     Example: litconvert probe runs/lit-xl --data latents/ --budget 1.05 --at 1024 --write hybrid.yaml
     """

@@ -23,11 +23,18 @@ from litconvert.evaluation.probe_result import ProbeResult, notes_on_budget, not
 from litconvert.families.sources import OpenSource, open_source_of, open_student, read_model
 from litconvert.model.config import ModelConfig
 from litconvert.model.diffusion import DDPM, make_diffusion
+from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.model.pipeline_lit import VAE_FACTOR
-from litconvert.recipe.schema import Recipe
+from litconvert.recipe.schema import Recipe, Solve
 from litconvert.runs.directory import model_of
+from litconvert.solving.alone import solve_alone
+from litconvert.solving.calibration import StateMaker
+from litconvert.solving.layer import LayerSolver
+from litconvert.solving.streams import Passes
 from litconvert.training.checks import check_data
 
+# The number of its states' noise: no walk has it.
+PROBE = 2_000_000
 # The draws are a function of it, and so it is no setting: a seed gives the same errors on every machine.
 BATCH_SIZE = 8
 
@@ -88,9 +95,10 @@ class ProbeRequest:
 def probe(asked: ProbeRequest, listener: Listener = SILENT) -> ProbeResult:
     """Measure each linear layer alone in the teacher, and suggest which layers to keep in softmax for a budget.
 
-    Best asked of a student whose linear attention was trained. One that was merely converted has random attention, and
-    the ranking then means little. The student's attention modules alone are taken: whatever else was trained stays the
-    teacher's here.
+    Asked of a student whose linear attention was solved or trained; unsolved it is random, and the ranking means
+    little. The attention modules alone are taken: whatever else was trained stays the teacher's here. Those that were
+    solved and not trained are solved once more, each for itself: a walk's layers repair what others left, and in the
+    teacher nothing is to be repaired.
 
     Args:
         listener: hears of the layers that are measured, over all batches.
@@ -114,10 +122,12 @@ def probe(asked: ProbeRequest, listener: Listener = SILENT) -> ProbeResult:
     budget = budget_of(costs, pair.layers, pair.kept, asked.budget, asked.budget_ms)
     if budget is not None:
         budget.require_possible()
+    if _is_solved(pair.provenance):
+        _solve_alone(teacher, student, pair, asked)
     with listener.task("probe", len(pair.layers) * len(batches)) as task:
         errors = layer_errors(teacher, student, batches, task)
     notes = [
-        *notes_on_training(asked.student, pair.provenance.distillation),
+        *notes_on_training(asked.student, pair.provenance),
         *notes_on_costs(costs, pair.layers, image_size),
     ]
     suggestion = recipe = None
@@ -143,6 +153,25 @@ def probe(asked: ProbeRequest, listener: Listener = SILENT) -> ProbeResult:
         notes=tuple(notes),
         recipe=recipe,
     )
+
+
+def _is_solved(provenance: Provenance) -> bool:
+    """Whether a student was solved, and not trained after it."""
+    return provenance.solve is not None and provenance.distillation is None
+
+
+def _solve_alone(
+    teacher: LiTTransformer2DModel, student: LiTTransformer2DModel, pair: "Pair", asked: ProbeRequest
+) -> None:
+    """Solve each probed layer for itself, on as many states of the data as the walk had."""
+    assert pair.provenance.solve is not None
+    device, settings = default_device(), pair.recipe.solve or Solve()
+    data = open_latents(_place(pair.recipe, asked))
+    maker = StateMaker(teacher.requires_grad_(False), pair.recipe, device, settings.timestep_power)
+    states, counts = maker.make(data, int(pair.provenance.solve["states"]), PROBE)
+    passes = Passes(device, settings.batch_size, uses_bf16(settings.mixed_precision))
+    solver = LayerSolver(settings, passes, pair.recipe.seed, 0, counts)
+    solve_alone(teacher, student.requires_grad_(False), states, pair.layers, solver)
 
 
 @dataclass(frozen=True)
@@ -193,15 +222,20 @@ def _open_pair(folder: Path, asked: ProbeRequest) -> Pair:
 
 def _batches(folder: Path, pair: Pair, asked: ProbeRequest) -> list[ModelInputs]:
     """What both models see, made before they are read: the T5 of captions that are kept as text is gone by then."""
-    place = asked.data or pair.recipe.data.path
+    data = open_latents(_place(pair.recipe, asked))
+    check_data(pair.config, data, pair.recipe)
+    return probe_inputs(data, pair.config, pair.recipe, asked.num_samples, default_device())
+
+
+def _place(recipe: Recipe, asked: ProbeRequest) -> str | Path:
+    """The data set. Raises UsageError where none is named."""
+    place = asked.data or recipe.data.path
     if place is None:
         raise UsageError(
             "no data set is named: give --data, or draw one with "
-            f"`litconvert latents synthesize DATA --recipe {folder / 'recipe.yaml'}`"
+            f"`litconvert latents synthesize DATA --recipe {asked.folder / 'recipe.yaml'}`"
         )
-    data = open_latents(place)
-    check_data(pair.config, data, pair.recipe)
-    return probe_inputs(data, pair.config, pair.recipe, asked.num_samples, default_device())
+    return place
 
 
 def _suggestion(errors: Mapping[int, Tensor], budget: Budget, kept: Collection[int]) -> tuple[int, ...]:

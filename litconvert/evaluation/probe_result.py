@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from litconvert.conversion.provenance import Provenance
 from litconvert.evaluation.layer_costs import Budget, LayerCosts
 from litconvert.recipe.schema import Recipe
 
@@ -93,12 +94,18 @@ def rows_of(
         )
 
 
-def notes_on_training(student: str | Path, distillation: Mapping[str, Any] | None) -> Iterator[str]:
+def notes_on_training(student: str | Path, provenance: Provenance) -> Iterator[str]:
     """What a student's history says about its ranking."""
-    if distillation is None:
+    solve = provenance.solve
+    if provenance.distillation is None and solve is not None:
         yield (
-            f"{student} was converted and not distilled: its linear attention is random, and the ranking means little; "
-            "distil it first"
+            f"as a whole {student} is {solve['output']['after']:.2%} off its teacher; here each layer was solved once "
+            "more, for itself alone"
+        )
+    elif provenance.distillation is None:
+        yield (
+            f"{student} was converted and neither solved nor distilled: its linear attention is random, and the "
+            "ranking means little; convert it without --no-solve"
         )
     else:
         yield (

@@ -177,6 +177,8 @@ class Solve(Section):
     """Calibration states: noisy images with a timestep and a condition. None: by device and size."""
     states_per_image: Positive = 4
     """States that one clean image makes."""
+    timestep_power: Annotated[float, Field(gt=0)] = 1.5
+    """Of the states' places between image and noise, u^power with u uniform; above 1 more of them are near images."""
     drawing_steps: Positive = 8
     """Steps in which the teacher draws the images."""
     local_steps: NonNegative | None = None

@@ -117,30 +117,30 @@ class StateMaker:
 
     Attributes:
         model: the teacher, whose embedders the student shares.
+        power: of the places between image and noise; 1 is as in training.
         process, processes: which of the states are this process's.
     """
 
     model: LiTTransformer2DModel
     recipe: Recipe
     device: torch.device
+    power: float = 1.0
     process: int = 0
     processes: int = 1
 
-    def make(
-        self, data: LatentDataset, count: int, walk: int, *, shared: bool = False
-    ) -> tuple[list[Streams], list[int]]:
+    def make(self, data: LatentDataset, count: int, walk: int) -> tuple[list[Streams], list[int]]:
         """So many states, in front of the first block; those of each size of image together.
 
         Args:
             walk: which noise; every walk has its own.
-            shared: all of the states, whichever process this is.
 
         Returns: this process's states, and how many all processes have of each size.
         """
         config = ModelConfig.of(self.model.config)
         conditioner = make_conditioner(self.model, data, self._undropped, self.device)
         diffusion = make_diffusion(config, self.recipe.diffusion.num_timesteps)
-        timesteps = self._timesteps(count, walk, diffusion.num_timesteps if isinstance(diffusion, DDPM) else None)
+        shares = self._noise_shares(count, walk)
+        timesteps = self._timesteps(shares, diffusion.num_timesteps if isinstance(diffusion, DDPM) else None)
         batches = self._batches(data, conditioner, walk)
         schedule = Schedule([len(bucket) for bucket in data.buckets], TOGETHER, self.recipe.seed, batches.stage)
         counts = [0] * len(data.buckets)
@@ -148,7 +148,7 @@ class StateMaker:
         for step, first in enumerate(range(0, count, TOGETHER)):
             size = min(TOGETHER, count - first)
             bucket, _, _ = schedule.at(step, range(size))
-            own = [i for i in range(size) if shared or (counts[bucket] + i) % self.processes == self.process]
+            own = [i for i in range(size) if (counts[bucket] + i) % self.processes == self.process]
             counts[bucket] += size
             made = own or [0]  # one, of which nothing is kept: a grid's place is the same in every process
             batch = batches.batch(step, made)
@@ -156,7 +156,7 @@ class StateMaker:
             noisy = diffusion.add_noise(batch.samples.clean, batch.noise, timestep).to(self.device)
             with torch.no_grad():
                 x, condition, grid = self.model.embed(noisy, timestep.to(self.device), **conditioner(batch))
-            whole = Streams(grid, condition, self._noise_share(timestep), x.float(), x.float())
+            whole = Streams(grid, condition, shares[[first + i for i in made]], x.float(), x.float())
             parts[bucket].append(_cut(whole, len(own)))
         found = [(_joined(part), count) for part, count in zip(parts, counts, strict=True) if part]
         return [one for one, _ in found], [count for _, count in found]
@@ -178,19 +178,18 @@ class StateMaker:
             condition_dropout=CONDITION_DROPOUT if can_drop else 0.0,
         )
 
-    def _noise_share(self, timestep: Tensor) -> Tensor:
-        """(N,), 0 of a clean image, 1 of noise."""
-        config = ModelConfig.of(self.model.config)
-        if not config.predicts_velocity:
-            return timestep / self.recipe.diffusion.num_timesteps
-        return 1 - timestep if config.data_timestep == 1 else timestep
-
-    def _timesteps(self, count: int, walk: int, num_timesteps: int | None) -> Tensor:
-        """Uniform, one in each of `count` equal parts, so that few states meet all of them; (count,)."""
+    def _noise_shares(self, count: int, walk: int) -> Tensor:
+        """Places from image (0) to noise (1), one in each of `count` parts that hold as many, (count,): so few states
+        meet all of them."""
         within = torch.rand(count, generator=generator_of(self.recipe.seed, "calibration timesteps", walk))
         parts = permutation(self.recipe.seed, "calibration parts", count, walk)
-        share = (parts + within) / count
-        return share if num_timesteps is None else (share * num_timesteps).long().clamp(max=num_timesteps - 1)
+        return ((parts + within) / count) ** self.power
+
+    def _timesteps(self, shares: Tensor, num_timesteps: int | None) -> Tensor:
+        """The model's timesteps at these places; None: continuous, of a velocity."""
+        if num_timesteps is not None:
+            return (shares * num_timesteps).long().clamp(max=num_timesteps - 1)
+        return 1 - shares if self.model.config.data_timestep == 1 else shares
 
 
 def _cut(streams: Streams, count: int) -> Streams:

@@ -191,7 +191,9 @@ def _walk(
 ) -> tuple[list[LayerError], OutputErrors]:
     """All walks; the errors are those of the last."""
     recipe, settings = plan.recipe, chosen.settings
-    maker = StateMaker(models.teacher, recipe, engine.device, engine.process, engine.processes)
+    place = (engine.process, engine.processes)
+    maker = StateMaker(models.teacher, recipe, engine.device, settings.timestep_power, *place)
+    measures = StateMaker(models.teacher, recipe, engine.device)  # evenly, by every process
     passes = Passes(engine.device, settings.batch_size, engine.bf16)
     errors: list[LayerError] = []
     unsolved: list[Tensor] = []
@@ -199,7 +201,7 @@ def _walk(
     with listener.task("solve", len(models.teacher.blocks) * settings.walks) as task:
         for walk in range(settings.walks):
             states, counts = maker.make(models.images.solved_on, chosen.states, walk)
-            held_out = HeldOut(maker.make(models.images.held_out, settings.held_out, HELD_OUT, shared=True)[0])
+            held_out = HeldOut(measures.make(models.images.held_out, settings.held_out, HELD_OUT)[0])
             total = _summed if engine.processes > 1 else alone
             solver = LayerSolver(
                 settings, passes, recipe.seed, chosen.local_steps, counts, total, engine.process, engine.processes

@@ -319,6 +319,7 @@ def test_drawing_needs_a_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_embedded_line_converts_distils_and_scores(tmp_path: Path) -> None:
     sets = [
+        "solve={states: 64, held_out: 16, drawing_steps: 2, local_steps: 3}",
         "data.synthesize.num_samples=16",
         "data.synthesize.steps=2",
         "distill.stages.0.steps=1",
@@ -332,13 +333,14 @@ def test_the_embedded_line_converts_distils_and_scores(tmp_path: Path) -> None:
     given = [part for one in sets for part in ("--set", one)]
     result = command("demo", "--out", str(tmp_path / "digits"), *given)
     assert result.code == 0, result.err
-    for text in ("47 inherited, 60 fresh, 1 recomputed, 24 dropped", "4,163,720 before, 4,178,696 after", "2 seeds"):
+    counts = "47 inherited, 0 fresh, 60 solved, 1 recomputed, 24 dropped"
+    for text in (counts, "4,163,720 before, 4,178,696 after", "2 seeds"):
         assert text in result.out
     scores = json.loads((tmp_path / "digits" / "distilled" / "evaluation.json").read_text())
     student, floor = scores["models"]["student"], scores["models"]["teacher against itself"]
     assert len(student["frechet_distance"]["values"]) == 2
-    # Two steps teach nothing: the untrained student is far from the teacher, the teacher is not far from itself.
-    assert student["frechet_distance"]["mean"] > 3 * floor["frechet_distance"]["mean"]
+    # So short a walk leaves the student at some distance from the teacher, and the teacher is near itself.
+    assert student["frechet_distance"]["mean"] > floor["frechet_distance"]["mean"]
     recorded = json.loads((tmp_path / "digits" / "distilled" / "model" / "litconvert.json").read_text())
     assert recorded["metrics"]["frechet_distance"]["num_samples"] == 70
 

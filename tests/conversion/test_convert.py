@@ -546,7 +546,7 @@ def test_a_killed_conversion_leaves_no_output_and_the_next_one_cleans_up(
     tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
 ) -> None:
     script = (
-        "import os, signal, sys; from litconvert.conversion import convert as conversion\n"
+        "import os, signal, sys, litconvert\n"
         "from litconvert.common.listener import Listener, Task\n"
         "seen = []\n"
         "class Killing(Listener, Task):\n"
@@ -554,7 +554,7 @@ def test_a_killed_conversion_leaves_no_output_and_the_next_one_cleans_up(
         "    def advance(self, count=1, remark=''):\n"
         "        seen.append(count)\n"
         "        if len(seen) == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "conversion.convert(sys.argv[1], sys.argv[2], sys.argv[3], listener=Killing())\n"
+        "litconvert.convert(sys.argv[1], sys.argv[2], sys.argv[3], listener=Killing())\n"
     )
     arguments = [str(pico_checkpoint), str(tmp_path / "out"), str(pico_recipe)]
     outcome = subprocess.run([sys.executable, "-c", script, *arguments], check=False)

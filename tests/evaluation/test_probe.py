@@ -30,7 +30,7 @@ from tests.helpers.command import command
 
 WIDTH, LAYERS, SIDE, HEADS, CONV = 48, 3, 16, 2, 3
 CHANNELS, TOKENS = 20, 7
-RECIPE = f"student: {{num_attention_heads: {HEADS}, conv_size: {CONV}}}\n"
+RECIPE = f"student: {{num_attention_heads: {HEADS}, conv_size: {CONV}}}\nsolve: null\n"
 
 
 @dataclass(frozen=True)
@@ -395,6 +395,22 @@ def test_an_existing_file_is_replaced_only_with_force(tmp_path: Path, case: Case
     assert out.read_text() == "mine"
     probe(case.student, case.data, force=True, **settings)
     assert resolve(str(out)).recipe.student.softmax_layers
+
+
+def test_a_solved_student_s_layers_are_solved_for_themselves(tmp_path: Path) -> None:
+    """As a walk leaves them, those that repair would seem worse than they are."""
+    solving = "solve={states: 48, held_out: 8, drawing_steps: 2, local_steps: 0}"
+    case, unsolved = make_case(tmp_path / "solved", "class", None, solving), make_case(tmp_path / "unsolved", "class")
+    result = probe(case.student, case.data, num_samples=10)
+    found = {row.layer: row.error for row in result.rows}
+    unsolved_errors = {row.layer: row.error for row in probe(unsolved.student, unsolved.data, num_samples=10).rows}
+    assert all(found[layer] < 0.5 * unsolved_errors[layer] for layer in found)
+    assert "each layer was solved once more" in " ".join(result.notes)
+    # What a later layer of the walk does in the teacher, where there is nothing to repair.
+    settings, device = resolve(str(case.recipe)).recipe, torch.device("cpu")
+    inputs = probe_inputs(open_latents(case.data), ModelConfig.of(case.linear.config), settings, 10, device)
+    as_it_is = layer_errors(case.teacher, case.linear, inputs)
+    assert float(as_it_is[LAYERS - 1].mean()) > 1.1 * found[LAYERS - 1]
 
 
 def test_an_untrained_student_and_one_trained_as_a_whole_are_noted(case: Case) -> None:

@@ -88,6 +88,30 @@ def test_two_processes_have_the_losses_of_one(
         torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=1e-3, atol=2e-4)
 
 
+SOLVE = ("source.num_attention_heads=2", "student.num_attention_heads=2", "student.conv_size=3")
+SIZES = "states: 30, held_out: 8, drawing_steps: 2, local_batch_size: 6, mixed_precision: no"
+
+
+@pytest.mark.parametrize(("processes", "local_steps"), [(2, 0), (3, 0), (2, 4)])
+def test_several_processes_solve_to_what_one_does(
+    tmp_path: Path, forker: Forker, pico_checkpoint: Path, processes: int, local_steps: int
+) -> None:
+    sets = [*SOLVE, f"solve={{{SIZES}, local_steps: {local_steps}}}", "inherit.attention=q+k+v"]
+    options = ["-q", *(part for one in sets for part in ("--set", one))]
+    outs = {count: tmp_path / f"of-{count}" for count in (1, processes)}
+    for count, out in outs.items():
+        run_to_end(forker, ["convert", str(pico_checkpoint), str(out), *options], tmp_path / "log", processes=count)
+    one, several = (litconvert.load(out) for out in outs.values())
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 1, 8, 8, generator=generator), torch.tensor([0, 300, 600, 999]), torch.arange(4)
+    with torch.no_grad():
+        first, second = (model(*inputs, return_dict=False)[0] for model in (one, several))
+    # Steps of Adam make more of rounding than sums do.
+    limit = 1e-3 if local_steps else 1e-5
+    assert float((first - second).abs().max() / first.abs().max()) < limit
+    assert not list(tmp_path.glob(".*solving*"))
+
+
 def test_split_weights_are_gathered_as_bf16_under_autocast(
     tmp_path: Path, forker: Forker, pico_student: Path, data: Path
 ) -> None:
