@@ -10,6 +10,7 @@ from litconvert.common.listener import SILENT, Listener
 from litconvert.common.quantities import duration, size
 from litconvert.conversion.plan import ConversionPlan
 from litconvert.conversion.plan import plan as plan_of
+from litconvert.conversion.provenance import Provenance
 from litconvert.data.synthesize import synthesize_resolved
 from litconvert.distillation.distillation import Distillation, Request, fit, prepare
 from litconvert.errors import UsageError
@@ -149,7 +150,9 @@ def run_line(
     listener.note(f"recipe: {name}")
     check_model(plan.config, settings)
     student = convert_planned(plan, out / "student", force=force, listener=listener)
-    listener.note(f"converted: {student}")
+    solve = Provenance.read(student).solve
+    near = "" if solve is None else f"; its output is {solve['output']['after']:.2%} off its teacher's"
+    listener.note(f"converted: {student}{near}")
     data = settings.data.path
     if data is None:
         drawn = ResolvedRecipe(name, settings, {})
