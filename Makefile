@@ -31,7 +31,7 @@ format: $(INSTALLED)      ## mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-table: $(INSTALLED)       ## the README's table of quality: hours on two cores, resumable
+table: $(INSTALLED)       ## the README's tables and curves of quality: at most six hours on two cores, resumable
 	$(BIN)/python -m benchmarks.digits_table
 
 benchmarks: $(INSTALLED)  ## start-up, conversion, a training step and its memory: an hour, and 30 GB of disk

@@ -1,229 +1,455 @@
-"""The README's table: the paper's guidelines, and what each part of the method is worth, on the digits teacher.
+"""The README's tables and curves: the solved start and what each part of it is worth, on the digits teacher.
 
-    python -m benchmarks.digits_table            everything, three seeds: hours on 2 cores, resumable
-    python -m benchmarks.digits_table --table    print the table of what is there
+    python -m benchmarks.digits_table              everything, in hours on two cores; interrupted, it goes on
+    python -m benchmarks.digits_table --dry-run    what is missing, and about how long it takes
+    python -m benchmarks.digits_table --table      print the tables of what is there, and draw the curves
 
-200 optimiser steps at batch 64 in all; 1,000 samples on noise independent of the reference's. One JSON file a row and
-seed in benchmarks/results/digits/: what is there is not measured again, so that an interrupted run goes on.
+Every row is scored on 1,000 samples in 8 steps, on noise independent of the reference's. Each row and seed is one JSON
+file in benchmarks/results/digits/: what is there is not measured again. Rates are the best of three on a seed of their
+own. Each worker has one core; further runs of this command, at the same time, share the work.
 
-The maturity of the teacher is measured on two small ones trained here (recipe digits-teacher at width 96, 4 layers),
-and against the real digits, since their own samples differ.
+Seconds are of one core. `..._seconds` passed on the clock, and in `..._core_seconds` the core was at work: where other
+processes take their share of it, these are the ones that compare. Drawing the training images, which all arms share, is
+not counted; drawing for the walk is.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
-from torch import Tensor
+from filelock import FileLock, Timeout
 
 import litconvert
+from benchmarks import digits_plots
+from benchmarks.digits_results import RESULTS, Results
+from benchmarks.digits_rows import ARMS, COMMON, GROUPS, SEARCH_SEED, Row, all_rows, recipe_of
+from benchmarks.digits_variants import variant
 from benchmarks.provenance import provenance
-from benchmarks.train_digits_classifier import digits
-from litconvert.data.dataset import write_latents
+from litconvert.common.files import digest_of, whole_file, write_whole
+from litconvert.conversion.provenance import Provenance
+from litconvert.conversion.solve_plan import LOCAL_STEPS, STATES
 from litconvert.data.synthesize import synthesize
-from litconvert.distillation.pretraining import train
 from litconvert.evaluation.scores import evaluate, reference_samples
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.resolve import resolve
+from litconvert.recipe.schema import Recipe, Section
+from litconvert.runs.directory import RunDirectory
+from litconvert.runs.throughput import stage_work
+from litconvert.training.trainer import Interrupted
 
-RESULTS = Path(__file__).parent / "results" / "digits"
-COMMON = (
-    "data.synthesize.num_samples=1024",
-    "data.synthesize.steps=10",
-    "evaluate.num_samples=1000",
-    "evaluate.steps=8",
-    "evaluate.reference_seed=99",
-)
-SCHEDULE = "batch_size: 64, learning_rate: 1.0e-3, schedule: cosine, ema_decay: 0.99"
-SMALL = (
-    "scratch.hidden_size=96",
-    "scratch.num_layers=4",
-    "scratch.num_attention_heads=3",
-    # Many small steps: classes are learnt late, and 2,500 steps of 64 samples were not enough for them.
-    "distill.stages.0.batch_size=16",
-    "distill.stages.0.learning_rate=1e-3",
-    "distill.checkpoint_every=2000",
-)
-TEACHER_STEPS = {"young": 1000, "converged": 10000}
-
-
-def stage(extra: str = "") -> str:
-    """The override for the hybrid stage, with more of its keys."""
-    return f"distill.stages=[{{objective: hybrid, steps: 200, {SCHEDULE}{extra}}}]"
+ROOT = Path(__file__).parents[1]
+# Seconds of one core on a busy machine, for --dry-run: an image drawn, a state, a local step, a training step, and what
+# a task begins with.
+IMAGE, STATE, LOCAL_STEP, STEP, BEGIN = 0.05, 0.045, 0.29, 0.25, 3.0
+WAIT = 2.0
+ROWS = all_rows()
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table.
+class Task:
+    """Something that one worker does, once.
 
     Attributes:
-        label: what it says.
-        overrides: of the recipe `digits-paper`.
-        base: the row it is compared with, for the paper's trend.
-        paper: FID of this row and of its base in the paper's ablation (LiT-S/2, ImageNet 256).
+        kind: `reference`, `data`, `student` or `row`.
+        name: of the student or row; empty where the seed says it all.
+        needs: tasks that come first.
+        seconds: about how many it takes.
     """
 
-    label: str
-    overrides: tuple[str, ...] = (stage(),)
-    base: str | None = None
-    paper: tuple[float, float] | None = None
+    kind: str
+    name: str
+    seed: int
+    needs: tuple["Task", ...] = ()
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def key(self) -> str:
+        return "-".join(str(part) for part in (self.kind, self.name, self.seed) if part != "")
 
 
-def heads(count: int) -> tuple[str, ...]:
-    return (stage(), f"student.num_attention_heads={count}")
+@dataclass(frozen=True)
+class Work:
+    """What is measured, and where.
+
+    Attributes:
+        results: for good.
+        folder: for data and models in the making.
+        overrides: of all recipes, after all others.
+    """
+
+    results: Results
+    folder: Path
+    overrides: tuple[str, ...] = ()
+
+    # What there is to do.
+
+    def tasks(self, names: Sequence[str], seeds: Sequence[int]) -> list[Task]:
+        """What is missing for some rows and seeds, in order: each after what it needs."""
+        missing: dict[str, Task] = {}
+
+        def add(task: Task) -> None:
+            if not self.is_done(task):
+                for one in task.needs:
+                    add(one)
+                missing.setdefault(task.key, task)
+
+        for row, seed in in_order([ROWS[name] for name in names], seeds):
+            if not self.results.path(row.name, seed).is_file():
+                add(self._row_task(row, seed))
+        return list(missing.values())
+
+    def _row_task(self, row: Row, seed: int) -> Task:
+        """Scoring a row; what it needs is the reference, its student, data to train on and a rate."""
+        recipe = self.recipe(row, seed)
+        scored = recipe.evaluate.num_samples * IMAGE
+        needs = [Task("reference", "", recipe.evaluate.reference_seed, (), scored)]
+        seconds = BEGIN + scored
+        if row.start is not None:
+            needs.append(Task("student", row.start.name, seed, (), self._walk_seconds(row, seed)))
+        if row.training is not None:
+            seconds += recipe.distill.stages[0].steps * STEP
+            needs.append(Task("data", "", seed, (), recipe.data.synthesize.num_samples * IMAGE))
+        needs += [self._row_task(ROWS[name], SEARCH_SEED) for name in row.searched]
+        return Task("row", row.name, seed, tuple(needs), seconds)
+
+    def _walk_seconds(self, row: Row, seed: int) -> float:
+        settings = self.recipe(row, seed).solve
+        if settings is None:
+            return BEGIN
+        states, local_steps = settings.states or STATES, settings.local_steps
+        walk = states * STATE + (LOCAL_STEPS if local_steps is None else local_steps) * LOCAL_STEP
+        return BEGIN + states / settings.states_per_image * IMAGE + settings.walks * walk
+
+    def is_done(self, task: Task) -> bool:
+        if task.kind == "row":
+            return self.results.path(task.name, task.seed).is_file()
+        if task.kind == "reference":
+            return self._reference.is_file()
+        if task.kind == "data":
+            return self.data(task.seed).is_dir()
+        facts = self._facts(task.name, task.seed)
+        return facts.is_file() and json.loads(facts.read_text())["made_of"] == self._made_of(task.name, task.seed)
+
+    # What it is made of.
+
+    def recipe(self, row: Row, seed: int) -> Recipe:
+        """A row's with a seed; its rate is that of its training, where it has one."""
+        name = "fresh" if row.start is None else row.start.arm
+        given = () if row.start is None else row.start.overrides
+        return recipe_of(name, (*given, *self.overrides_of(row, seed)))
+
+    def _told(self, arm: str) -> tuple[str, ...]:
+        """What the command line overrides of an arm's recipe; to override how it solves would make it solve."""
+        solves = recipe_of(arm).solve is not None
+        return tuple(one for one in self.overrides if solves or not one.startswith("solve."))
+
+    def overrides_of(self, row: Row, seed: int) -> tuple[str, ...]:
+        """Those of the training, the seed and the command line."""
+        given: list[str] = []
+        if row.training is not None:
+            given += [f"distill.stages.0.steps={row.training.steps}", *row.training.overrides]
+            rate = row.training.rate
+            if rate is None and all(self.results.read(name, SEARCH_SEED) for name in row.searched):
+                assert row.start is not None
+                rate = self.results.best_rate(row.start.arm, row.training.steps)
+            if rate is not None:
+                given.append(f"distill.stages.0.learning_rate={rate}")
+        arm = "fresh" if row.start is None else row.start.arm
+        return (*given, *self._seeded(seed), *self._told(arm))
+
+    def _seeded(self, seed: int) -> tuple[str, ...]:
+        return (f"seed={seed}", f"data.synthesize.seed={1 + seed}", f"evaluate.seeds=[{100 + seed}]")
+
+    @cached_property
+    def _reference(self) -> Path:
+        """The teacher's samples that all are held against."""
+        return self.folder / f"reference-{self._digest(recipe_of('fresh', self.overrides).evaluate)}.pt"
+
+    def data(self, seed: int) -> Path:
+        """Training images of a seed."""
+        recipe = recipe_of("fresh", (*self._seeded(seed), *self.overrides))
+        return self.folder / f"data-{seed}-{self._digest(recipe.data)}"
+
+    def _digest(self, settings: Section) -> str:
+        """Of what was made by these settings: other code or settings make it anew."""
+        return digest_of([settings.model_dump(mode="json"), CODE])[:8]
+
+    def student(self, start: str, seed: int) -> Path:
+        """A student before training."""
+        return self.folder / "students" / f"{start}-{seed}"
+
+    def _facts(self, start: str, seed: int) -> Path:
+        return self.folder / "students" / f"{start}-{seed}.json"
+
+    def _made_of(self, start: str, seed: int) -> str:
+        """The digest of a student's recipe, and of the code: another one's walk is not gone on from."""
+        row = next(row for row in ROWS.values() if row.start is not None and row.start.name == start)
+        assert row.start is not None
+        recipe = recipe_of(row.start.arm, (*row.start.overrides, *self._seeded(seed), *self._told(row.start.arm)))
+        return digest_of([recipe.model_dump(mode="json"), row.start.variant, CODE])
+
+    # Doing it.
+
+    def do(self, task: Task) -> None:
+        """One task, whose needs are done."""
+        if task.kind == "row":
+            self._measure(ROWS[task.name], task.seed)
+        elif task.kind == "student":
+            self._convert(task.name, task.seed)
+        elif task.kind == "data":
+            synthesize(None, self.data(task.seed), "digits", (*COMMON, *self._seeded(task.seed), *self.overrides))
+        else:
+            samples = reference_samples(load_teacher(), resolve("digits", (*COMMON, *self.overrides)).recipe)
+            with whole_file(self._reference) as partial:
+                torch.save(samples, partial)
+
+    def _convert(self, start: str, seed: int) -> None:
+        """A student, from its beginning: the seconds of a walk that was interrupted are not known."""
+        row = next(row for row in ROWS.values() if row.start is not None and row.start.name == start)
+        assert row.start is not None
+        out = self.student(start, seed)
+        self._remove_student(start, seed)
+        arm = ARMS[row.start.arm]
+        told = self._told(row.start.arm)
+        overrides = (*COMMON, *arm.overrides, *row.start.overrides, *self._seeded(seed), *told)
+        with variant(row.start.variant), core_share() as share:
+            litconvert.convert(None, out, arm.recipe, overrides)
+        solved = Provenance.read(out).solve
+        facts: dict[str, Any] = {"walk_seconds": 0.0, "walk_core_seconds": 0.0, "walk_macs": 0, "solve": None}
+        if solved is not None:
+            facts["walk_seconds"] = solved["seconds"]
+            facts["walk_core_seconds"] = round(solved["seconds"] * share[0], 1)
+            facts["walk_macs"] = sum(solved["macs"].values())
+            facts["solve"] = {key: solved[key] for key in ("states", "local_steps", "walks", "bf16", "macs", "output")}
+        made_of = self._made_of(start, seed)
+        write_whole(self._facts(start, seed), json.dumps({"made_of": made_of, **facts}) + "\n")
+
+    def _remove_student(self, start: str, seed: int) -> None:
+        self._facts(start, seed).unlink(missing_ok=True)
+        out = self.student(start, seed)
+        for folder in (out, *out.parent.glob(f".{out.name}.solving-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _measure(self, row: Row, seed: int) -> None:
+        """Train and score one row with one seed."""
+        facts: dict[str, Any] = {}
+        recipe = self.recipe(row, seed)
+        if row.start is None:
+            model = load_teacher()
+        else:
+            facts = json.loads(self._facts(row.start.name, seed).read_text())
+            del facts["made_of"]
+            model, trained = self._trained(row, seed, recipe)
+            facts |= trained
+        scores = evaluate({row.name: model}, torch.load(self._reference), recipe)
+        record = {"row": row.name, "seed": seed, **provenance(), **facts, **scores}
+        self.results.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.results.path(row.name, seed), json.dumps(record, indent=2) + "\n")
+        self._tidy(row, seed)
+
+    def _trained(self, row: Row, seed: int, recipe: Recipe) -> tuple[LiTTransformer2DModel, dict[str, Any]]:
+        """The student after the row's training, and what that took."""
+        assert row.start is not None
+        student, run = self.student(row.start.name, seed), self.folder / "runs" / f"{row.name}-{seed}"
+        found: dict[str, Any] = {"training_steps": 0, "training_macs": 0}
+        found |= {"training_seconds": 0.0, "training_core_seconds": 0.0}
+        if row.training is None:
+            return litconvert.load(student).float(), found
+        shutil.rmtree(run, ignore_errors=True)  # the seconds of an interrupted run are not known
+        with core_share() as share:
+            litconvert.distill(student, run, data=self.data(seed), overrides=self.overrides_of(row, seed))
+        model: LiTTransformer2DModel = litconvert.load(run / "model").float()
+        (stage,) = recipe.distill.stages
+        seconds = sum(one["seconds"] for one in RunDirectory(run).read_usage().values())
+        configs = (ModelConfig.of(one.config) for one in (model, load_teacher()))
+        found |= {
+            "training_steps": stage.steps,
+            "learning_rate": stage.learning_rate,
+            "training_seconds": round(seconds, 1),
+            "training_core_seconds": round(seconds * share[0], 1),
+            "training_macs": round(stage.steps * stage_work(recipe, *configs)[0] / 2),
+        }
+        shutil.rmtree(run)
+        return model, found
+
+    def _tidy(self, row: Row, seed: int) -> None:
+        """Remove a student that no other row waits for."""
+        if row.start is None:
+            return
+        others = (other for other in ROWS.values() if other.start is not None and other.start.name == row.start.name)
+        if all(self.results.path(other.name, seed).is_file() for other in others if seed in other.seeds):
+            self._remove_student(row.start.name, seed)
 
 
-INHERITED = "inherit.attention=all"
-ROWS: dict[str, Row] = {
-    "paper": Row("**the paper's recipe**: convolution, 2 heads, fresh attention, lambda 0.5 and 0.05"),
-    "no-convolution": Row("without the convolution", (stage(), "student.conv_size=0"), "paper", (88.46, 63.66)),
-    "heads-1": Row("1 head", heads(1), "paper", (64.42, 63.24)),
-    "heads-3": Row("3 heads", heads(3), "paper", (63.21, 63.24)),
-    "heads-6": Row("6 heads", heads(6), "paper", (63.66, 63.24)),
-    "heads-48": Row("48 heads", heads(48), "paper", (78.76, 63.24)),
-    "no-teacher": Row(
-        "lambda 0 and 0: no teacher",
-        (stage(", noise_weight: 0, variance_weight: 0"),),
-        "paper",
-        (53.83, 50.79),
-    ),
-    "noise-only": Row("lambda 0.5 and 0: the noise alone", (stage(", variance_weight: 0"),), "paper", (51.13, 50.79)),
-    "strong-teacher": Row("ours: lambda 10 and 1", (stage(", noise_weight: 10, variance_weight: 1"),), "paper"),
-    "inherit": Row("attention inherited (Q, K, V, O)", (stage(), INHERITED), "paper", (55.29, 54.80)),
-    "converged": Row("a small teacher, converged: its student against the real digits"),
-    "young": Row("the same teacher, young", (stage(),), "converged", (57.84, 53.83)),
-    "features": Row("ours: features beside the output, weight 0.5", (stage(", feature_weight: 0.5"),), "paper"),
-    "features-light": Row("ours: the same, weight 0.05", (stage(", feature_weight: 0.05"),), "paper"),
-    "kept": Row(
-        "ours: 2 of 6 layers kept in softmax (1 and 2, by `probe`)",
-        (stage(), "student.softmax_layers=[1,2]"),
-        "paper",
-    ),
-    "real-data": Row("on the real digits instead of teacher-drawn data", base="paper"),
-    "floor": Row("floor: the teacher against itself"),
-}
+def in_order(rows: Sequence[Row], seeds: Sequence[int]) -> list[tuple[Row, int]]:
+    """Rows and the seeds that they have, by importance: after the curve, all rows of a group have one seed first."""
+    pairs = [(row, seed) for row in rows for seed in row.seeds if seed in (*seeds, SEARCH_SEED)]
+    return sorted(pairs, key=lambda pair: (GROUPS.index(pair[0].group), pair[0].group != "curve" and pair[1]))
 
 
-def measure(name: str, seed: int, work: Path, reference: Tensor) -> dict[str, Any]:
-    """Convert, distil and score one row with one seed."""
-    overrides = (*COMMON, *ROWS[name].overrides, f"seed={seed}", f"evaluate.seeds=[{100 + seed}]")
-    student, run = work / f"{name}-{seed}-student", work / f"{name}-{seed}-run"
-    source, data = None, work / ("real" if name == "real-data" else "drawn")
-    if name in TEACHER_STEPS:
-        source = str(teacher(name, work))
-        data = work / f"{name}-drawn"
-        overrides += ("source.num_attention_heads=null",)  # its config.json says it
-        synthesize(source, data, "digits-paper", overrides)
-        reference = digits()[0]
-    litconvert.convert(source, student, "digits-paper", overrides)
-    litconvert.distill(student, run, data=data)
-    model = litconvert.load(run / "model").float()
-    result = evaluate({name: model}, reference, resolve("digits-paper", overrides).recipe)
-    shutil.rmtree(run)
-    shutil.rmtree(student)
-    return result
+def code_digest() -> str:
+    """Of what a student depends on beside its recipe."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "litconvert").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
-def teacher(name: str, work: Path) -> Path:
-    """A small teacher, trained here for so many steps."""
-    steps = f"distill.stages.0.steps={TEACHER_STEPS[name]}"
-    return train(work / f"teacher-{name}", "digits-teacher", data=work / "real", overrides=(*SMALL, steps)) / "model"
+CODE = code_digest()
 
 
-def floor(seed: int, reference: Tensor) -> dict[str, Any]:
-    """The teacher against itself on other noise."""
-    overrides = (*COMMON, f"evaluate.seeds=[{100 + seed}]")
-    return evaluate({"floor": load_teacher()}, reference, resolve("digits-paper", overrides).recipe)
+@contextmanager
+def core_share() -> Iterator[list[float]]:
+    """How much of a core this process had while the block ran, in the list's one place afterwards."""
+    share: list[float] = []
+    wall, core = time.perf_counter(), time.process_time()
+    yield share
+    share.append((time.process_time() - core) / (time.perf_counter() - wall))
 
 
 def load_teacher() -> LiTTransformer2DModel:
     """The embedded teacher in float32."""
-    model = litconvert.load("asset:dit-digits", recipe="digits-paper")
+    model = litconvert.load("asset:dit-digits", recipe="digits")
     return model.float()  # type: ignore[no-any-return]
 
 
-def run(rows: Sequence[str], seeds: Sequence[int], work: Path) -> None:
-    """Measure what is missing."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    recipe = resolve("digits-paper", COMMON).recipe
-    saved = work / "reference.pt"
-    if not saved.exists():
-        torch.save(reference_samples(load_teacher(), recipe), saved)
-    reference = torch.load(saved)
-    synthesize(None, work / "drawn", "digits-paper", COMMON)
-    if not (work / "real").exists():
-        images, labels = digits()
-        write_latents(images, labels, work / "real", "scikit-learn digits")
-    for seed in seeds:
-        for name in rows:
-            out = RESULTS / f"{name}-{seed}.json"
-            if out.exists():
+def work_through(work: Work, names: Sequence[str], seeds: Sequence[int], hours: float) -> list[str]:
+    """Do what is missing and nobody else does, until all is there or time is up; returns what failed.
+
+    The system lets go of a claim however its process ends, so that none outlives it.
+    """
+    deadline = time.monotonic() + 3600 * hours
+    claims = work.folder / "claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    parent = os.getppid()
+    while os.getppid() == parent:  # whoever started this worker may have been killed
+        tasks = work.tasks(names, seeds)
+        left = deadline - time.monotonic()
+        due = [task for task in tasks if task.key not in failed and task.seconds < left]
+        ready = [task for task in due if all(map(work.is_done, task.needs))]
+        if not ready:
+            break
+        for task in ready:
+            try:
+                with FileLock(claims / f"{task.key}.lock", timeout=0, fallback_to_soft=False):
+                    if work.is_done(task):
+                        break
+                    began = time.monotonic()
+                    work.do(task)
+                    say(work, task, len(tasks) - 1, time.monotonic() - began)
+                    break
+            except Timeout:
                 continue
-            result = floor(seed, reference) if name == "floor" else measure(name, seed, work, reference)
-            out.write_text(json.dumps({"row": name, "seed": seed, **provenance(), **result}, indent=2) + "\n")
-            print(out.name, json.dumps(result["models"][name]), flush=True)
+            except Interrupted:
+                raise
+            except Exception as error:
+                traceback.print_exc()
+                failed[task.key] = str(error)
+                break
+        else:
+            time.sleep(WAIT)  # others are at work on all that could be done now
+    return list(failed)
 
 
-def values_of(name: str, metric: str) -> list[float]:
-    """A row's metric, one value a seed."""
-    found = (json.loads(path.read_text())["models"][name] for path in sorted(RESULTS.glob(f"{name}-[0-9].json")))
-    return [float(one[metric]["mean"]) for one in found]
+def say(work: Work, task: Task, left: int, seconds: float) -> None:
+    """A line for what is done."""
+    found = ""
+    if task.kind == "row":
+        scores = (work.results.values(task.name, key, [task.seed])[task.seed] for key in digits_plots.METRICS)
+        found = ", distance {:.2f}, classes {:.1%}".format(*scores)
+    print(f"{task.key}: {seconds:.0f} s{found}; {left} to go", flush=True)
 
 
-def agreement(name: str) -> str:
-    """Whether a row differs from its base in the paper's direction, by more than two standard errors."""
-    row = ROWS[name]
-    if row.paper is None or row.base is None:
-        return ""
-    mine, base = values_of(name, "frechet_distance"), values_of(row.base, "frechet_distance")
-    theirs = row.paper[0] - row.paper[1]
-    text = f"{row.paper[1]} to {row.paper[0]}: "
-    if min(len(mine), len(base)) < 2:
-        return text + "too few seeds"
-    ours = mean(mine) - mean(base)
-    error = (stdev(mine) ** 2 / len(mine) + stdev(base) ** 2 / len(base)) ** 0.5
-    if abs(ours) <= 2 * error:
-        return text + "no difference seen here"
-    return text + ("**agrees**" if ours * theirs > 0 else "**disagrees**")
+def run_workers(arguments: Sequence[str], workers: int) -> int:
+    """This command in so many processes of one thread each; returns the worst exit code."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.digits_table", *arguments, "--worker"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    started = [subprocess.Popen(command, env=environment, cwd=ROOT) for _ in range(workers)]
+    try:
+        return max(abs(process.wait()) for process in started)
+    except KeyboardInterrupt:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait()
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
-def table() -> str:
-    """The results as a Markdown table."""
-    lines = ["| | Fréchet distance | class accuracy | seeds | the paper's FID, and ours |", "|---|---|---|---|---|"]
-    for name, row in ROWS.items():
-        cells = []
-        for metric, form in (("frechet_distance", "{:.2f}"), ("class_accuracy", "{:.1%}")):
-            values = values_of(name, metric)
-            spread = f" ± {form.format(stdev(values))}" if len(values) > 1 else ""
-            cells.append(form.format(mean(values)) + spread if values else "not measured")
-        count = len(values_of(name, "frechet_distance"))
-        lines.append(f"| {row.label} | {cells[0]} | {cells[1]} | {count} | {agreement(name)} |")
-    return "\n".join(lines)
+def chosen_rows(given: argparse.Namespace) -> list[str]:
+    """Of the groups and names that were asked for, in the order of importance."""
+    return [name for name, row in ROWS.items() if row.group in given.only and (not given.rows or name in given.rows)]
 
 
-def main() -> None:
-    """The command line."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the table of what is there, measure nothing")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="print the tables of what is there, measure nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what is missing and about how long it takes")
+    parser.add_argument("--only", nargs="+", default=list(GROUPS), choices=GROUPS, metavar="GROUP", help=str(GROUPS))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="some rows, and what they need")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)), help="of those that a row has")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default 2)")
+    parser.add_argument("--hours", type=float, default=6.0, help="begin nothing that would end later (default 6)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--work", type=Path, help="folder for data and models in the making")
-    arguments = parser.parse_args()
-    if not arguments.table:
-        torch.set_num_threads(arguments.threads)
-        work = arguments.work or Path(tempfile.gettempdir()) / "litconvert-digits-table"
-        work.mkdir(parents=True, exist_ok=True)
-        run(arguments.rows, arguments.seeds, work)
-    print(table())
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of all recipes; needs --results")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def print_missing(work: Work, given: argparse.Namespace) -> None:
+    tasks = work.tasks(chosen_rows(given), given.seeds)
+    for task in tasks:
+        print(f"{task.seconds:6.0f} s  {task.key}")
+    total = sum(task.seconds for task in tasks)
+    hours = total / 3600 / max(1, given.workers)
+    print(f"{len(tasks)} tasks, about {hours:.1f} hours in {given.workers} processes with a core each")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = make_parser().parse_args(arguments)
+    if given.set and given.results == RESULTS:
+        make_parser().error("--set makes other results: name a folder for them (--results)")
+    folder = given.work or Path(tempfile.gettempdir()) / "litconvert-digits-table"
+    work = Work(Results(given.results.resolve()), folder.resolve(), tuple(given.set))
+    if given.worker:
+        torch.set_num_threads(1)
+        try:
+            return 1 if work_through(work, chosen_rows(given), given.seeds, given.hours) else 0
+        except (Interrupted, KeyboardInterrupt):
+            return 130
+    if given.dry_run:
+        print_missing(work, given)
+        return 0
+    code = 0
+    if not given.table:
+        folder.mkdir(parents=True, exist_ok=True)
+        code = run_workers(arguments, given.workers)
+        if code == 130:
+            return code
+    digits_plots.show(work.results)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
