@@ -122,8 +122,7 @@ def probe(asked: ProbeRequest, listener: Listener = SILENT) -> ProbeResult:
     budget = budget_of(costs, pair.layers, pair.kept, asked.budget, asked.budget_ms)
     if budget is not None:
         budget.require_possible()
-    if _is_solved(pair.provenance):
-        _solve_alone(teacher, student, pair, asked)
+    _solve_alone(teacher, student, pair, asked)
     with listener.task("probe", len(pair.layers) * len(batches)) as task:
         errors = layer_errors(teacher, student, batches, task)
     notes = [
@@ -155,20 +154,20 @@ def probe(asked: ProbeRequest, listener: Listener = SILENT) -> ProbeResult:
     )
 
 
-def _is_solved(provenance: Provenance) -> bool:
-    """Whether a student was solved, and not trained after it."""
-    return provenance.solve is not None and provenance.distillation is None
-
-
 def _solve_alone(
     teacher: LiTTransformer2DModel, student: LiTTransformer2DModel, pair: "Pair", asked: ProbeRequest
 ) -> None:
-    """Solve each probed layer for itself, on as many states of the data as the walk had."""
-    assert pair.provenance.solve is not None
+    """Solve each probed layer of a student that was solved, and not trained after it, for itself.
+
+    On as many states as the walk had.
+    """
+    solved = pair.provenance.solve
+    if solved is None or pair.provenance.distillation is not None:
+        return
     device, settings = default_device(), pair.recipe.solve or Solve()
     data = open_latents(_place(pair.recipe, asked))
     maker = StateMaker(teacher.requires_grad_(False), pair.recipe, device, settings.timestep_power)
-    states, counts = maker.make(data, int(pair.provenance.solve["states"]), PROBE)
+    states, counts = maker.make(data, int(solved["states"]), PROBE)
     passes = Passes(device, settings.batch_size, uses_bf16(settings.mixed_precision))
     solver = LayerSolver(settings, passes, pair.recipe.seed, 0, counts)
     solve_alone(teacher, student.requires_grad_(False), states, pair.layers, solver)

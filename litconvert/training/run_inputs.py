@@ -28,7 +28,7 @@ EXECUTION = {
     "start",  # likewise
 }
 # Keys of `distill` that the first runs had not, and so had not in their digests.
-SINCE_FORMAT_1 = {"max_skipped_steps", "start"}
+SINCE_FORMAT_1 = {"max_skipped_steps": True, "start": True, "stages": {"__all__": {"solved_learning_rate"}}}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class RunInputs:
             "data": self.data,
             "text_encoder": encoder.model_dump() if encoder else None,
             "flip": recipe.data.flip,
-            "distill": recipe.distill.model_dump(mode="json", exclude=EXECUTION | SINCE_FORMAT_1),
+            "distill": recipe.distill.model_dump(mode="json", exclude=dict.fromkeys(EXECUTION, True) | SINCE_FORMAT_1),
             "timesteps": recipe.diffusion.num_timesteps,
             "seed": recipe.seed,
         }
