@@ -11,6 +11,11 @@ from torch import Tensor
 
 # The share of the core that the convolution leaves it at least. What is stored is divided by it.
 SMALLEST_SHARE = 0.05
+# Up to this width normal equations are factorised; they are solved by conjugate gradients beyond it.
+EXACT_WIDTH = 512
+# Of conjugate gradients: the relative residual that is enough, and the most steps.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
+MOST_STEPS = 100
 # Bytes of normal equations that are made at a time.
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 
@@ -28,9 +33,12 @@ class ProjectionSums:
 
     The gate g_n differs by sample n and channel c, so each output channel has normal equations of its own,
 
-        (sum_n g_nc^2 A_n^T A_n + lambda_c I) w_c = sum_n g_nc A_n^T r_nc,    A_n = [F_n, 1].
+        G_c w_c = sum_n g_nc A_n^T r_nc,    G_c = sum_n g_nc^2 A_n^T A_n + lambda_c I,    A_n = [F_n, 1].
 
-    The Gram matrices A_n^T A_n (D + 1, D + 1) are kept for each sample, and weighted for a few channels at a time.
+    Up to a width of `EXACT_WIDTH` they are factorised, a few channels at a time, in float64. Beyond it that is slower
+    than conjugate gradients for all channels at once (`benchmarks/projection.py`: 3.8 times at 1152), which need
+    products with the features alone: the preconditioner is one factorisation of the equations of the mean gate, scaled
+    channel by channel.
 
     Args:
         width: D, of the features and of the output.
@@ -39,17 +47,15 @@ class ProjectionSums:
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.width, self.device = width, device
-        self._grams: list[Tensor] = []
-        self._gates: list[Tensor] = []
+        self._batches: list[tuple[Tensor, Tensor]] = []  # A (N, T, D + 1) and the gate (N, 1, D)
         self._moments = torch.zeros(width + 1, width, dtype=torch.float64, device=device)
 
     def add(self, features: Tensor, gate: Tensor, target: Tensor) -> None:
         """Some samples: features F (N, T, D), gate g (N, 1, D) and target r (N, T, D)."""
-        inputs = F.pad(features.double(), (0, 1), value=1.0)  # (N, T, D + 1)
-        self._grams.append(torch.bmm(inputs.transpose(1, 2), inputs))  # (N, D + 1, D + 1)
-        self._gates.append(gate.double().squeeze(1))  # (N, D)
+        inputs = F.pad(features, (0, 1), value=1.0)  # (N, T, D + 1)
+        self._batches.append((inputs, gate))
         # As one product over all samples' tokens: (D + 1, N T) (N T, D)
-        self._moments += inputs.flatten(0, 1).T @ (gate.double() * target.double()).flatten(0, 1)
+        self._moments += inputs.double().flatten(0, 1).T @ (gate.double() * target.double()).flatten(0, 1)
 
     def solve(
         self, ridge: float, weight: Tensor, bias: Tensor, total: SumOverProcesses = alone
@@ -61,27 +67,106 @@ class ProjectionSums:
             weight, bias: what the ridge draws to; zeros of a fresh projection. A channel whose gate is shut keeps it.
             total: adds up over the processes that share the samples.
         """
-        grams = torch.cat(self._grams).flatten(1) if self._grams else self._moments.new_zeros(0, (self.width + 1) ** 2)
-        squared = torch.cat(self._gates).square() if self._gates else self._moments.new_zeros(0, self.width)
-        moments = total(self._moments.clone())  # (D + 1, D)
         start = torch.cat([weight.double(), bias.double().unsqueeze(1)], dim=1).to(self.device)  # (D, D + 1)
+        moments = total(self._moments.clone())  # (D + 1, D)
+        if self.width <= EXACT_WIDTH:
+            solved = self._exact(ridge, start, moments, total)
+        else:
+            solved = self._iterative(ridge, start, moments, total)
+        return solved[:, :-1].contiguous(), solved[:, -1].contiguous()
+
+    def _exact(self, ridge: float, start: Tensor, moments: Tensor, total: SumOverProcesses) -> Tensor:
+        """By factorisation, (D, D + 1)."""
+        size = self.width + 1
+        # One Gram matrix a sample (D + 1, D + 1), weighted for a few channels at a time.
+        grams = [torch.bmm(inputs.double().transpose(1, 2), inputs.double()).flatten(1) for inputs, _ in self._batches]
+        gram = torch.cat(grams) if grams else start.new_zeros(0, size**2)
+        gates = [gate.double().squeeze(1).square() for _, gate in self._batches]
+        squared = torch.cat(gates) if gates else start.new_zeros(0, self.width)
         solved = torch.empty_like(start)
         for channels in self._chunks():
-            equations = total(squared[:, channels].T @ grams).unflatten(1, (self.width + 1, -1))  # (C, D + 1, D + 1)
-            diagonal = equations.diagonal(dim1=1, dim2=2)  # (C, D + 1), a view
+            equations = total(squared[:, channels].T @ gram).unflatten(1, (size, size))  # (C, D + 1, D + 1)
             mine = start[channels]
             right = moments[:, channels].T.unsqueeze(2) - equations @ mine.unsqueeze(2)  # (C, D + 1, 1)
-            scale = diagonal.mean(1, keepdim=True)
-            # A gate that is always shut says nothing of its channel: any lambda then gives the start.
-            diagonal += torch.where(scale > 0, ridge * scale, 1.0)
-            factors = torch.linalg.cholesky(equations)
+            factors = torch.linalg.cholesky(ridged(equations, ridge))
             solved[channels] = mine + torch.cholesky_solve(right, factors).squeeze(2)
-        return solved[:, :-1].contiguous(), solved[:, -1].contiguous()
+        return solved
 
     def _chunks(self) -> Iterator[slice]:
         """The output channels, as many at a time as memory has room for."""
         size = max(1, CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cpu"]) // (8 * (self.width + 1) ** 2))
         return (slice(first, first + size) for first in range(0, self.width, size))
+
+    def _iterative(self, ridge: float, start: Tensor, moments: Tensor, total: SumOverProcesses) -> Tensor:
+        """By conjugate gradients in the dtype of the features, (D, D + 1); start and moments are float64."""
+        size = self.width + 1
+        mean = start.new_zeros(size, size)  # the equations of the mean squared gate
+        traces = start.new_zeros(self.width)  # of each channel's
+        for inputs, gate in self._batches:
+            squared = gate.double().square()  # (N, 1, D)
+            traces += (squared.squeeze(1) * inputs.double().square().sum((1, 2)).unsqueeze(1)).sum(0)
+            weighted = inputs.double() * squared.mean(2, keepdim=True)
+            mean += weighted.flatten(0, 1).T @ inputs.double().flatten(0, 1)
+        mean, traces = total(mean), total(traces)
+        share = traces / mean.diagonal().sum().clamp(min=torch.finfo(torch.float64).tiny)  # of the mean's
+        # A gate that is always shut says nothing of its channel.
+        share = torch.where(share > 0, share, 1.0)
+        ridges = share * ridge * mean.diagonal().mean()
+        factor = torch.linalg.cholesky(ridged(mean[None], ridge)[0])
+        dtype = self._batches[0][0].dtype if self._batches else torch.float32
+        factor, inverse = factor.to(dtype), (1 / share).to(dtype)
+
+        def times(solution: Tensor) -> Tensor:
+            """What the normal equations make of (D + 1, D)."""
+            out = torch.zeros_like(solution)
+            for inputs, gate in self._batches:
+                out += inputs.flatten(0, 1).T @ ((inputs @ solution) * gate.square()).flatten(0, 1)
+            return total(out)
+
+        first = start.T.to(dtype)
+        right = moments - times(first).double()
+        moved = conjugate_gradients(
+            lambda solution: times(solution) + solution * ridges.to(dtype),
+            lambda residual: torch.cholesky_solve(residual, factor) * inverse,
+            right.to(dtype),
+        )
+        return start + moved.T.double()
+
+
+def ridged(equations: Tensor, ridge: float) -> Tensor:
+    """Normal equations (C, P, P) with so many times the mean of each diagonal added to it, in place."""
+    diagonal = equations.diagonal(dim1=1, dim2=2)
+    scale = diagonal.mean(1, keepdim=True)
+    # Where nothing was seen, as behind a gate that is always shut, any ridge gives the start.
+    diagonal += torch.where(scale > 0, ridge * scale, 1.0)
+    return equations
+
+
+def conjugate_gradients(
+    times: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], right: Tensor
+) -> Tensor:
+    """Solve times(x) = right for every column (P, C) at once, each to a relative residual of `TOLERANCE`.
+
+    Residuals are measured in the norm of the preconditioner. Source: Hestenes and Stiefel, 1952.
+    """
+    tolerance = TOLERANCE[right.dtype]
+    solution, residual = torch.zeros_like(right), right
+    direction = steep = precondition(residual)
+    product = (residual * steep).sum(0)
+    enough = product * tolerance**2
+    tiny = torch.finfo(right.dtype).tiny
+    for _ in range(MOST_STEPS):
+        if bool((product <= enough).all()):
+            break
+        moved = times(direction)
+        length = product / (direction * moved).sum(0).clamp(min=tiny)
+        solution = solution + direction * length
+        residual = residual - moved * length
+        steep = precondition(residual)
+        following = (residual * steep).sum(0)
+        direction = steep + direction * (following / product.clamp(min=tiny))
+        product = following
+    return solution
 
 
 class ConvolutionSums:
@@ -120,10 +205,8 @@ class ConvolutionSums:
             total: adds up over the processes that share the samples.
         """
         equations, moments = total(self._equations.clone()), total(self._moments.clone())
-        diagonal = equations.diagonal(dim1=1, dim2=2)
-        scale = diagonal.mean(1, keepdim=True)
-        diagonal += torch.where(scale > 0, ridge * scale, 1.0)
-        solved = torch.cholesky_solve(moments, torch.linalg.cholesky(equations)).squeeze(2)  # (d, k^2 + 2)
+        factors = torch.linalg.cholesky(ridged(equations, ridge))
+        solved = torch.cholesky_solve(moments, factors).squeeze(2)  # (d, k^2 + 2)
         solved = solved / solved[:, :1].clamp(min=SMALLEST_SHARE)
         kernel = solved[:, 1:-1].reshape(-1, 1, self.conv_size, self.conv_size)
         return kernel, solved[:, -1].contiguous()

@@ -28,7 +28,11 @@ EXECUTION = {
     "start",  # likewise
 }
 # Keys of `distill` that the first runs had not, and so had not in their digests.
-SINCE_FORMAT_1 = {"max_skipped_steps": True, "start": True, "stages": {"__all__": {"solved_learning_rate"}}}
+SINCE_FORMAT_1: dict[str, Any] = {
+    "max_skipped_steps": True,
+    "start": True,
+    "stages": {"__all__": {"solved_learning_rate"}},
+}
 
 
 @dataclass(frozen=True)

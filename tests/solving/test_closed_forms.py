@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from litconvert.model.modeling_lit import LinearAttention
+from litconvert.solving import closed_forms
 from litconvert.solving.closed_forms import SMALLEST_SHARE, ConvolutionSums, ProjectionSums
 
 CPU = torch.device("cpu")
@@ -28,7 +29,11 @@ def ridged(inputs: Tensor, wanted: Tensor, ridge: float, start: Tensor | None = 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])
 @pytest.mark.parametrize("from_start", [False, True])
-def test_the_projection_is_the_least_squares_solution_of_every_channel(batch: int, from_start: bool) -> None:
+@pytest.mark.parametrize("way", ["exact", "iterative"])
+def test_the_projection_is_the_least_squares_solution_of_every_channel(
+    monkeypatch: pytest.MonkeyPatch, batch: int, from_start: bool, way: str
+) -> None:
+    monkeypatch.setattr(closed_forms, "EXACT_WIDTH", 512 if way == "exact" else 0)
     count, tokens, width, ridge = 7, 11, 12, 1e-4
     features, target = values(count, tokens, width, seed=0), values(count, tokens, width, seed=1)
     gate = values(count, 1, width, seed=2)
@@ -47,7 +52,9 @@ def test_the_projection_is_the_least_squares_solution_of_every_channel(batch: in
         torch.testing.assert_close(torch.cat([solved[channel], offset[[channel]]]), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_a_channel_whose_gate_is_shut_keeps_what_it_had() -> None:
+@pytest.mark.parametrize("way", ["exact", "iterative"])
+def test_a_channel_whose_gate_is_shut_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(closed_forms, "EXACT_WIDTH", 512 if way == "exact" else 0)
     width = 8
     gate = values(3, 1, width, seed=0)
     gate[:, :, 2] = 0
@@ -58,6 +65,25 @@ def test_a_channel_whose_gate_is_shut_keeps_what_it_had() -> None:
     torch.testing.assert_close(solved[2], weight[2])
     torch.testing.assert_close(offset[2], bias[2])
     assert not torch.allclose(solved[1], weight[1])
+
+
+@pytest.mark.parametrize("width", [192, pytest.param(1152, marks=pytest.mark.slow)])
+def test_both_ways_give_the_same_outputs_in_float32(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Of features whose spectrum falls off, with gates that go through zero."""
+    count, tokens = 24, 4 * width // 24
+    scales = torch.logspace(0, -3, width, dtype=torch.float64)
+    features = (values(count, tokens, width, seed=0) * scales) @ torch.linalg.qr(values(width, width, seed=1))[0] + 0.1
+    gate = 0.5 + 0.5 * values(count, 1, width, seed=2)
+    target = gate * (features @ values(width, width, seed=3)) + 0.05 * values(count, tokens, width, seed=4)
+    outputs = []
+    for exact_width in (width, 0):
+        monkeypatch.setattr(closed_forms, "EXACT_WIDTH", exact_width)
+        sums = ProjectionSums(width, CPU)
+        sums.add(features.float(), gate.float(), target.float())
+        weight, bias = sums.solve(1e-4, torch.zeros(width, width), torch.zeros(width))
+        outputs.append(gate * (features @ weight.T + bias))
+    exact, iterative = outputs
+    assert float((iterative - exact).norm() / exact.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("grid", GRIDS)
