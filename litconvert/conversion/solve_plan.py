@@ -21,6 +21,9 @@ STATES, LOCAL_STEPS = 1024, 200
 MOST_TOKENS = 1 << 18
 # On a CPU a walk of more multiply-accumulates than these, some ten minutes of two cores, is left to the closed forms.
 CPU_MACS = 2e13
+# Up to this width a projection's normal equations are factorised, and beyond it solved by conjugate gradients, in about
+# so many steps.
+EXACT_WIDTH, GRADIENT_STEPS = 512, 15
 # Tokens for each unknown of the projection, with the closed forms alone; and the least number of states.
 TOKENS_PER_UNKNOWN, FEWEST_STATES = 16, 32
 
@@ -56,13 +59,19 @@ class SolvePlan:
 
     @cached_property
     def macs(self) -> dict[str, int]:
-        """Multiply-accumulates by part: `drawing`, `passes`, `closed_forms` (in float64), `local_steps`."""
+        """Multiply-accumulates by part.
+
+        `drawing` and `gradients` (conjugate ones) are in float32, `passes` and `local_steps` in the precision of passes,
+        `closed_forms` in float64.
+        """
         side, width = self.source.sample_size, self.source.hidden_size
         teacher, student = count_macs(self.source, side), count_macs(self.student, side)
         tokens, layers, solved = self.source.tokens, self.source.num_layers, len(self.layers)
         attention = max(0, student - count_macs_of_rest(self.student))
         states, twice = self.states, 2 if self.local_steps else 1
-        equations = (states * tokens + width * states + width * (width + 1) / 6) * (width + 1) ** 2
+        exact = width <= EXACT_WIDTH
+        factorised = width * states + width * (width + 1) / 6 if exact else states * tokens
+        equations = (states * tokens + factorised) * (width + 1) ** 2
         unknowns = self.student.linear_conv_size**2 + 2
         convolution = states * tokens * width * unknowns**2 if self.convolution else 0
         shown = self.settings.local_batch_size * self.local_steps
@@ -71,6 +80,7 @@ class SolvePlan:
             "drawing": guided * self.images * self.settings.drawing_steps * teacher if self.draws else 0,
             "passes": (states + self.settings.held_out) * (teacher + student)
             + states * twice * attention * solved // layers,
+            "gradients": 0 if exact else solved * twice * 2 * GRADIENT_STEPS * states * tokens * width**2,
             "closed_forms": int(solved * (twice * equations + convolution)) * self.settings.walks,
             "local_steps": shown * 3 * attention * solved // layers * self.settings.walks,
         }
@@ -82,7 +92,9 @@ class SolvePlan:
         states = self.states + self.settings.held_out
         caption = self.source.caption_tokens * width if self.source.reads_captions else 0
         streams = 4 * states * (2 * tokens * width + caption + 6 * width)
-        grams = 2 * 8 * self.states * (width + 1) ** 2  # kept one by one, then side by side
+        # The features and, where equations are factorised, the Gram matrices one by one and then side by side.
+        grams = 4 * self.states * tokens * width
+        grams += 2 * 8 * self.states * (width + 1) ** 2 if width <= EXACT_WIDTH else 5 * 8 * width**2
         unknowns = self.student.linear_conv_size**2 + 2
         batch = 4 * self.settings.batch_size * tokens * width * 24 + 3 * 8 * tokens * width * unknowns
         trained = 4 * 4 * len(self.layers) * width**2 + (1 << 29)
@@ -97,7 +109,11 @@ class SolvePlan:
         double = rate_of(str(device), torch.float64)
         plain = rate_of(str(device), torch.float32)
         macs = self.macs
-        return macs["drawing"] / plain + (macs["passes"] + macs["local_steps"]) / single + macs["closed_forms"] / double
+        return (
+            (macs["drawing"] + macs["gradients"]) / plain
+            + (macs["passes"] + macs["local_steps"]) / single
+            + macs["closed_forms"] / double
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without what depends on how fast this machine is now."""

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litconvert.conversion.solve_plan import EXACT_WIDTH
+
 # The share of the core that the convolution leaves it at least. What is stored is divided by it.
 SMALLEST_SHARE = 0.05
-# Up to this width normal equations are factorised; they are solved by conjugate gradients beyond it.
-EXACT_WIDTH = 512
 # Of conjugate gradients: the relative residual that is enough, and the most steps.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 MOST_STEPS = 100

@@ -69,7 +69,8 @@ def test_a_channel_whose_gate_is_shut_keeps_what_it_had(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("width", [192, pytest.param(1152, marks=pytest.mark.slow)])
 def test_both_ways_give_the_same_outputs_in_float32(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    """Of features whose spectrum falls off, with gates that go through zero."""
+    """Of features whose spectrum falls off, with gates that go through zero; of 48 channels, to save time."""
+    monkeypatch.setattr(ProjectionSums, "_chunks", lambda sums: iter([slice(0, 48)]))
     count, tokens = 24, 4 * width // 24
     scales = torch.logspace(0, -3, width, dtype=torch.float64)
     features = (values(count, tokens, width, seed=0) * scales) @ torch.linalg.qr(values(width, width, seed=1))[0] + 0.1
@@ -81,7 +82,7 @@ def test_both_ways_give_the_same_outputs_in_float32(monkeypatch: pytest.MonkeyPa
         sums = ProjectionSums(width, CPU)
         sums.add(features.float(), gate.float(), target.float())
         weight, bias = sums.solve(1e-4, torch.zeros(width, width), torch.zeros(width))
-        outputs.append(gate * (features @ weight.T + bias))
+        outputs.append((gate * (features @ weight.T + bias))[..., :48])
     exact, iterative = outputs
     assert float((iterative - exact).norm() / exact.norm()) < 1e-4
 
