@@ -29,7 +29,10 @@ SOURCES: dict[str, dict[str, tuple[int, ...]]] = {
     "DiT-XL-2-256": dit_shapes(),
     "PixArt-Sigma-512": pixart_shapes(),
 }
-HINTS = {"DiT-XL-2-256": [], "PixArt-Sigma-512": ["--set", "source.family=pixart-sigma"]}
+HINTS = {
+    "DiT-XL-2-256": ["--sample-size", "32"],
+    "PixArt-Sigma-512": ["--sample-size", "64", "--set", "source.family=pixart-sigma"],
+}
 
 
 def make(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:

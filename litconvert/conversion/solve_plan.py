@@ -34,24 +34,36 @@ class SolvePlan:
 
     Attributes:
         layers: those that are solved: linear in the student, and not in the source.
-        convolution: the convolution is solved too: V is inherited.
+        inherits_values: V is inherited, so that the convolution can be solved too.
         states: calibration states.
         images: clean images that they, and the held-out states, are made of.
         draws: the teacher draws those images.
+        guided: with classifier-free guidance, which is two passes a step.
         local_steps: gradient steps on each layer.
         settings: of the recipe.
         source, student: their configs.
     """
 
     layers: tuple[int, ...]
-    convolution: bool
+    inherits_values: bool
     states: int
     images: int
     draws: bool
+    guided: bool
     local_steps: int
     settings: Solve
     source: ModelConfig
     student: ModelConfig
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the local steps, at the first: what is fresh has further to go."""
+        return self.settings.learning_rate or (1e-3 if self.inherits_values else 2e-3)
+
+    @property
+    def convolution(self) -> bool:
+        """Whether the convolution is solved."""
+        return self.inherits_values and self.student.linear_conv_size > 0
 
     def solves(self, name: str) -> bool:
         """Whether the walk gives this tensor of the student its values."""
@@ -61,8 +73,8 @@ class SolvePlan:
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates by part.
 
-        `drawing` and `gradients` (conjugate ones) are in float32, `passes` and `local_steps` in the precision of passes,
-        `closed_forms` in float64.
+        `drawing` and `gradients` (conjugate ones) are in float32, `passes` and `local_steps` in the precision of
+        passes, `closed_forms` in float64.
         """
         side, width = self.source.sample_size, self.source.hidden_size
         teacher, student = count_macs(self.source, side), count_macs(self.student, side)
@@ -75,15 +87,16 @@ class SolvePlan:
         unknowns = self.student.linear_conv_size**2 + 2
         convolution = states * tokens * width * unknowns**2 if self.convolution else 0
         shown = self.settings.local_batch_size * self.local_steps
-        guided = 2
-        return {
-            "drawing": guided * self.images * self.settings.drawing_steps * teacher if self.draws else 0,
-            "passes": (states + self.settings.held_out) * (teacher + student)
-            + states * twice * attention * solved // layers,
-            "gradients": 0 if exact else solved * twice * 2 * GRADIENT_STEPS * states * tokens * width**2,
-            "closed_forms": int(solved * (twice * equations + convolution)) * self.settings.walks,
-            "local_steps": shown * 3 * attention * solved // layers * self.settings.walks,
+        gradients = 0 if exact else 2 * GRADIENT_STEPS * states * tokens * width**2
+        passes = (states + self.settings.held_out) * (teacher + student)
+        walked = {
+            "passes": passes + states * twice * attention * solved // layers,
+            "gradients": solved * twice * gradients,
+            "closed_forms": int(solved * (twice * equations + convolution)),
+            "local_steps": shown * 3 * attention * solved // layers,
         }
+        drawing = (1 + self.guided) * self.images * self.settings.drawing_steps * teacher if self.draws else 0
+        return {"drawing": drawing, **{part: macs * self.settings.walks for part, macs in walked.items()}}
 
     @cached_property
     def memory(self) -> int:
@@ -195,21 +208,21 @@ def solve_plan(source: ModelConfig, student: ModelConfig, recipe: Recipe) -> tup
             "no captions are at hand to solve its attention for, and the checkpoint stores no null caption: give "
             "--data DATA or --embeddings FILE"
         )
-    states, local_steps = _chosen(source, student, settings, layers, "v" in recipe.inherit.attention)
+    states, local_steps = _chosen(source, student, settings, layers)
     images = -(-states // settings.states_per_image) + -(-settings.held_out // settings.states_per_image)
-    convolution = "v" in recipe.inherit.attention and student.linear_conv_size > 0
-    draws = settings.data is None
-    return SolvePlan(layers, convolution, states, images, draws, local_steps, settings, source, student), None
+    inherits_values = "v" in recipe.inherit.attention
+    draws, guided = settings.data is None, recipe.data.synthesize.guidance != 1
+    return SolvePlan(
+        layers, inherits_values, states, images, draws, guided, local_steps, settings, source, student
+    ), None
 
 
-def _chosen(
-    source: ModelConfig, student: ModelConfig, settings: Solve, layers: Sequence[int], inherits_v: bool
-) -> tuple[int, int]:
+def _chosen(source: ModelConfig, student: ModelConfig, settings: Solve, layers: Sequence[int]) -> tuple[int, int]:
     """States and local steps: the recipe's, or by device and size."""
     tokens, width = source.tokens, source.hidden_size
 
     def plan(states: int, local_steps: int) -> SolvePlan:
-        return SolvePlan(tuple(layers), inherits_v, states, states // 4, True, local_steps, settings, source, student)
+        return SolvePlan(tuple(layers), False, states, states // 4, True, False, local_steps, settings, source, student)
 
     states = max(FEWEST_STATES, min(STATES, MOST_TOKENS // tokens))
     local_steps = LOCAL_STEPS

@@ -169,7 +169,7 @@ def _solve_alone(
     maker = StateMaker(teacher.requires_grad_(False), pair.recipe, device, settings.timestep_power)
     states, counts = maker.make(data, int(solved["states"]), PROBE)
     passes = Passes(device, settings.batch_size, uses_bf16(settings.mixed_precision))
-    solver = LayerSolver(settings, passes, pair.recipe.seed, 0, counts)
+    solver = LayerSolver(settings, passes, pair.recipe.seed, 0, 0.0, counts)
     solve_alone(teacher, student.requires_grad_(False), states, pair.layers, solver)
 
 

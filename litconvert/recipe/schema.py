@@ -183,8 +183,8 @@ class Solve(Section):
     """Steps in which the teacher draws the images."""
     local_steps: NonNegative | None = None
     """Gradient steps on each layer's attention alone, between two closed forms. None: by device and size."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Of the local steps, which end in a cosine."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of the local steps, which follow a cosine to 0. None: 1e-3 where V is inherited, 2e-3 where it starts fresh."""
     local_batch_size: Positive = 64
     """States in a local step."""
     walks: Positive = 1

@@ -24,6 +24,7 @@ class LayerSolver:
         passes: how blocks are computed.
         seed: of the order in which local steps meet the states.
         local_steps: how many; 0: the closed forms alone.
+        learning_rate: of the first of them.
         counts: states of each grid, over all processes.
         total: adds up over the processes that share the states.
         process, processes: state i of a grid is that of process i modulo their number.
@@ -33,6 +34,7 @@ class LayerSolver:
     passes: Passes
     seed: int
     local_steps: int
+    learning_rate: float
     counts: Sequence[int]
     total: SumOverProcesses = alone
     process: int = 0
@@ -115,12 +117,12 @@ class LayerSolver:
         attention = student.attn
         parameters = list(attention.parameters())
         attention.requires_grad_(True)
-        optimizer = torch.optim.Adam(parameters, lr=self.settings.learning_rate)
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
         size = self.settings.local_batch_size
         schedule = Schedule(self.counts, size, self.seed, draws)
         for step in range(self.local_steps):
             for group in optimizer.param_groups:
-                group["lr"] = self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.local_steps))
+                group["lr"] = self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.local_steps))
             grid, indices, _ = schedule.at(step, range(size))
             mine = [i // self.processes for i in indices if i % self.processes == self.process]
             optimizer.zero_grad()

@@ -203,9 +203,8 @@ def _walk(
             states, counts = maker.make(models.images.solved_on, chosen.states, walk)
             held_out = HeldOut(measures.make(models.images.held_out, settings.held_out, HELD_OUT)[0])
             total = _summed if engine.processes > 1 else alone
-            solver = LayerSolver(
-                settings, passes, recipe.seed, chosen.local_steps, counts, total, engine.process, engine.processes
-            )
+            steps = (chosen.local_steps, chosen.learning_rate)
+            solver = LayerSolver(settings, passes, recipe.seed, *steps, counts, total, *place)
             walker = Walk(
                 models.teacher,
                 models.student,

@@ -163,7 +163,7 @@ def test_a_linear_teacher_s_projection_is_found_again(tmp_path: Path) -> None:
         x, embedded, grid = teacher.embed(*inputs, **condition)
         streams = Streams(grid, embedded, torch.zeros(64), x.clone(), x.clone())
         passes = Passes(torch.device("cpu"), 16, bf16=False)
-        solver = LayerSolver(Solve(ridge=1e-8), passes, 0, 0, [64])
+        solver = LayerSolver(Solve(ridge=1e-8), passes, 0, 0, 0.0, [64])
         for theirs, mine in zip(blocks_of(teacher), blocks_of(student), strict=True):
             mine.attn.to_out.weight.zero_()
             mine.attn.to_out.bias.zero_()
