@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from litconvert.conversion.solve_plan import LOCAL_STEPS, STATES
+from litconvert.conversion.solve_plan import LOCAL_STEPS, STATES, STATES_PER_IMAGE
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe
 
@@ -140,7 +140,7 @@ def solving_defaults(arm: str) -> tuple[int, int, int]:
     settings = recipe_of(arm).solve
     assert settings is not None
     local_steps = LOCAL_STEPS if settings.local_steps is None else settings.local_steps
-    return settings.states or STATES, local_steps, settings.states_per_image
+    return settings.states or STATES, local_steps, settings.states_per_image or STATES_PER_IMAGE
 
 
 def local_name(arm: str, local_steps: int) -> str:

@@ -42,7 +42,7 @@ from benchmarks.digits_variants import variant
 from benchmarks.provenance import provenance
 from litconvert.common.files import digest_of, whole_file, write_whole
 from litconvert.conversion.provenance import Provenance
-from litconvert.conversion.solve_plan import LOCAL_STEPS, STATES
+from litconvert.conversion.solve_plan import LOCAL_STEPS, STATES, STATES_PER_IMAGE
 from litconvert.data.synthesize import synthesize
 from litconvert.evaluation.scores import evaluate, reference_samples
 from litconvert.model.config import ModelConfig
@@ -134,7 +134,7 @@ class Work:
             return BEGIN
         states, local_steps = settings.states or STATES, settings.local_steps
         walk = states * STATE + (LOCAL_STEPS if local_steps is None else local_steps) * LOCAL_STEP
-        return BEGIN + states / settings.states_per_image * IMAGE + settings.walks * walk
+        return BEGIN + states / (settings.states_per_image or STATES_PER_IMAGE) * IMAGE + settings.walks * walk
 
     def is_done(self, task: Task) -> bool:
         if task.kind == "row":

@@ -15,8 +15,8 @@ from litconvert.model.config import ModelConfig
 from litconvert.model.shapes import count_macs, count_parameters
 from litconvert.recipe.schema import Recipe, Solve
 
-# The first choice for states and local steps, measured on the digits teacher; README, results.
-STATES, LOCAL_STEPS = 1024, 200
+# The first choice, measured on the digits teacher: README, results.
+STATES, HELD_OUT, STATES_PER_IMAGE, LOCAL_STEPS = 1024, 64, 4, 200
 # On a GPU so many tokens at most: their two streams take 2 x 4 bytes times the width each.
 MOST_TOKENS = 1 << 18
 # On a CPU a walk of more multiply-accumulates than these, some ten minutes of two cores, is left to the closed forms.
@@ -24,8 +24,8 @@ CPU_MACS = 2e13
 # Up to this width a projection's normal equations are factorised, and beyond it solved by conjugate gradients, in about
 # so many steps.
 EXACT_WIDTH, GRADIENT_STEPS = 512, 15
-# Tokens for each unknown of the projection, with the closed forms alone; and the least number of states.
-TOKENS_PER_UNKNOWN, FEWEST_STATES = 16, 32
+# With the closed forms alone: tokens for each unknown of the projection, and less of everything else.
+TOKENS_PER_UNKNOWN, FEWEST_STATES, FEW_HELD_OUT, MORE_STATES_PER_IMAGE = 16, 32, 16, 8
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SolvePlan:
     Attributes:
         layers: those that are solved: linear in the student, and not in the source.
         inherits_values: V is inherited, so that the convolution can be solved too.
-        states: calibration states.
+        states, held_out: calibration states, and those that errors are measured on.
         images: clean images that they, and the held-out states, are made of.
         draws: the teacher draws those images.
         guided: with classifier-free guidance, which is two passes a step.
@@ -47,6 +47,7 @@ class SolvePlan:
     layers: tuple[int, ...]
     inherits_values: bool
     states: int
+    held_out: int
     images: int
     draws: bool
     guided: bool
@@ -88,7 +89,7 @@ class SolvePlan:
         convolution = states * tokens * width * unknowns**2 if self.convolution else 0
         shown = self.settings.local_batch_size * self.local_steps
         gradients = 0 if exact else 2 * GRADIENT_STEPS * states * tokens * width**2
-        passes = (states + self.settings.held_out) * (teacher + student)
+        passes = (states + self.held_out) * (teacher + student)
         walked = {
             "passes": passes + states * twice * attention * solved // layers,
             "gradients": solved * twice * gradients,
@@ -102,7 +103,7 @@ class SolvePlan:
     def memory(self) -> int:
         """Bytes at the peak, the teacher's weights among them, without what the libraries take."""
         width, tokens = self.source.hidden_size, self.source.tokens
-        states = self.states + self.settings.held_out
+        states = self.states + self.held_out
         caption = self.source.caption_tokens * width if self.source.reads_captions else 0
         streams = 4 * states * (2 * tokens * width + caption + 6 * width)
         # The features and, where equations are factorised, the Gram matrices one by one and then side by side.
@@ -130,7 +131,7 @@ class SolvePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without what depends on how fast this machine is now."""
-        names = ("convolution", "states", "images", "draws", "local_steps")
+        names = ("convolution", "states", "held_out", "images", "draws", "local_steps")
         known = {name: getattr(self, name) for name in names}
         return {
             "solved_layers": list(self.layers),
@@ -208,25 +209,29 @@ def solve_plan(source: ModelConfig, student: ModelConfig, recipe: Recipe) -> tup
             "no captions are at hand to solve its attention for, and the checkpoint stores no null caption: give "
             "--data DATA or --embeddings FILE"
         )
-    states, local_steps = _chosen(source, student, settings, layers)
-    images = -(-states // settings.states_per_image) + -(-settings.held_out // settings.states_per_image)
-    inherits_values = "v" in recipe.inherit.attention
+    states, held_out, per_image, local_steps = _chosen(source, student, settings, layers)
+    images = -(-states // per_image) + -(-held_out // per_image)
     draws, guided = settings.data is None, recipe.data.synthesize.guidance != 1
-    return SolvePlan(
-        layers, inherits_values, states, images, draws, guided, local_steps, settings, source, student
-    ), None
+    numbers = (states, held_out, images, draws, guided, local_steps)
+    return SolvePlan(layers, "v" in recipe.inherit.attention, *numbers, settings, source, student), None
 
 
-def _chosen(source: ModelConfig, student: ModelConfig, settings: Solve, layers: Sequence[int]) -> tuple[int, int]:
-    """States and local steps: the recipe's, or by device and size."""
+def _chosen(
+    source: ModelConfig, student: ModelConfig, settings: Solve, layers: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """States, held-out states, states an image and local steps: the recipe's, or by device and size."""
     tokens, width = source.tokens, source.hidden_size
-
-    def plan(states: int, local_steps: int) -> SolvePlan:
-        return SolvePlan(tuple(layers), False, states, states // 4, True, False, local_steps, settings, source, student)
-
     states = max(FEWEST_STATES, min(STATES, MOST_TOKENS // tokens))
-    local_steps = LOCAL_STEPS
-    if default_device().type != "cuda" and sum(plan(states, local_steps).macs.values()) > CPU_MACS:
+    chosen = (states, HELD_OUT, STATES_PER_IMAGE, LOCAL_STEPS)
+    first = (states, HELD_OUT, states // STATES_PER_IMAGE, True, False, LOCAL_STEPS)
+    macs = SolvePlan(tuple(layers), False, *first, settings, source, student).macs
+    if default_device().type != "cuda" and sum(macs.values()) > CPU_MACS:
         needed = -(-TOKENS_PER_UNKNOWN * (width + 1) // tokens)
-        states, local_steps = max(FEWEST_STATES, min(states, needed)), 0
-    return settings.states or states, local_steps if settings.local_steps is None else settings.local_steps
+        chosen = (max(FEWEST_STATES, min(states, needed)), FEW_HELD_OUT, MORE_STATES_PER_IMAGE, 0)
+    states, held_out, per_image, local_steps = chosen
+    return (
+        settings.states or states,
+        settings.held_out or held_out,
+        settings.states_per_image or per_image,
+        local_steps if settings.local_steps is None else settings.local_steps,
+    )

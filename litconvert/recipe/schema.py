@@ -175,8 +175,8 @@ class Solve(Section):
     the model's own null caption."""
     states: Positive | None = None
     """Calibration states: noisy images with a timestep and a condition. None: by device and size."""
-    states_per_image: Positive = 4
-    """States that one clean image makes."""
+    states_per_image: Positive | None = None
+    """States that one clean image makes. None: by device and size."""
     timestep_power: Annotated[float, Field(gt=0)] = 1.5
     """Of the states' places between image and noise, u^power with u uniform; above 1 more of them are near images."""
     drawing_steps: Positive = 8
@@ -193,8 +193,8 @@ class Solve(Section):
     """Of the output projection, times the mean of the diagonal of its normal equations."""
     convolution_ridge: Annotated[float, Field(gt=0)] = 1e-3
     """Of the convolution, likewise."""
-    held_out: Positive = 64
-    """States that nothing is solved for, on which errors are measured."""
+    held_out: Positive | None = None
+    """States that nothing is solved for, on which errors are measured. None: by device and size."""
     batch_size: Positive = 32
     """States at a time in forward passes; it changes rounding alone."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"

@@ -57,7 +57,7 @@ def open_images(plan: SolvePlan, config: ModelConfig, recipe: Recipe, drawn: Pat
     """
     data = open_latents(plan.settings.data or drawn)
     check_data(config, data, recipe.model_copy(update={"data": recipe.data.model_copy(update={"flip": False})}))
-    return CalibrationImages.of(data, -(-plan.settings.held_out // plan.settings.states_per_image))
+    return CalibrationImages.of(data, -(-plan.held_out * plan.images // (plan.states + plan.held_out)))
 
 
 def sampler_of(plan: SolvePlan, recipe: Recipe) -> Guidance:

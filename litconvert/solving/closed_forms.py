@@ -14,7 +14,7 @@ from litconvert.conversion.solve_plan import EXACT_WIDTH
 # The share of the core that the convolution leaves it at least. What is stored is divided by it.
 SMALLEST_SHARE = 0.05
 # Of conjugate gradients: the relative residual that is enough, and the most steps.
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 MOST_STEPS = 100
 # Bytes of normal equations that are made at a time.
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}

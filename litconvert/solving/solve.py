@@ -140,12 +140,12 @@ def _refuse_nan(output: OutputErrors) -> None:
 def _kept_choice(chosen: SolvePlan, folder: Path, engine: Engine) -> SolvePlan:
     """The numbers that an interrupted walk was begun with: another device would choose others."""
     kept = folder / "chosen.json"
-    names = ("states", "images", "local_steps")
+    names = ("states", "held_out", "images", "local_steps")
     if engine.is_main and not kept.is_file():
         write_whole(kept, json.dumps({name: getattr(chosen, name) for name in names}) + "\n")
     engine.wait()
-    states, images, local_steps = (int(read_json(kept)[name]) for name in names)
-    return replace(chosen, states=states, images=images, local_steps=local_steps)
+    states, held_out, images, local_steps = (int(read_json(kept)[name]) for name in names)
+    return replace(chosen, states=states, held_out=held_out, images=images, local_steps=local_steps)
 
 
 def _images_and_teacher(
@@ -201,7 +201,7 @@ def _walk(
     with listener.task("solve", len(models.teacher.blocks) * settings.walks) as task:
         for walk in range(settings.walks):
             states, counts = maker.make(models.images.solved_on, chosen.states, walk)
-            held_out = HeldOut(measures.make(models.images.held_out, settings.held_out, HELD_OUT)[0])
+            held_out = HeldOut(measures.make(models.images.held_out, chosen.held_out, HELD_OUT)[0])
             total = _summed if engine.processes > 1 else alone
             steps = (chosen.local_steps, chosen.learning_rate)
             solver = LayerSolver(settings, passes, recipe.seed, *steps, counts, total, *place)
