@@ -195,7 +195,7 @@ def convert(
         console.data({"out": None if dry_run else str(out), **made.to_json(), **({"solved": solved} if solved else {})})
     else:
         show_solved(made, solved)
-        show_plan(made)
+        show_plan(made, costs=dry_run)
     console.note(f"nothing written (--dry-run); would write {out}" if dry_run else f"written: {out}")
 
 

@@ -74,8 +74,11 @@ def _prediction(config: Mapping[str, Any]) -> str:
     return "noise and variance" if config["out_channels"] == 2 * config["in_channels"] else "noise"
 
 
-def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
-    """The plan: what becomes of the tensors, parameters, multiply-accumulates, and with `tensors` every tensor."""
+def show_plan(plan: "ConversionPlan", *, tensors: bool = False, costs: bool = True) -> None:
+    """The plan: what solving costs, what becomes of the tensors, parameters, multiply-accumulates.
+
+    `tensors`: every tensor, too.
+    """
     from litconvert.families.sources import describe
 
     facts = describe(plan.source)
@@ -85,7 +88,7 @@ def show_plan(plan: "ConversionPlan", *, tensors: bool = False) -> None:
     line(f"recipe: {plan.recipe_name or 'none, the defaults'} (--recipe chooses another)")
     if facts["download_bytes"]:
         line(f"to be downloaded first: {size(facts['download_bytes'])}")
-    if plan.solve is not None:
+    if plan.solve is not None and costs:
         line(cost_of_solving(plan.solve))
     if plan.unsolved_because is not None:
         line(f"not solved: {plan.unsolved_because}")
@@ -140,7 +143,7 @@ def show_solved(plan: "ConversionPlan", solved: Mapping[str, Any] | None) -> Non
     output = solved["output"]
     line(
         f"The student's output is {output['after']:.2%} off the teacher's on held-out noise "
-        f"({output['before']:.0%} before it was solved), by squared error."
+        f"({output['before']:.0%} before it was solved), by squared error. Solved in {_time(solved['seconds'])}."
     )
     line("")
     rows = [(one["layer"], f"{one['before']:.2e}", f"{one['after']:.2e}") for one in solved["layers"]]

@@ -98,39 +98,52 @@ class ProjectionSums:
         return (slice(first, first + size) for first in range(0, self.width, size))
 
     def _iterative(self, ridge: float, start: Tensor, moments: Tensor, total: SumOverProcesses) -> Tensor:
-        """By conjugate gradients in the dtype of the features, (D, D + 1); start and moments are float64."""
-        size = self.width + 1
-        mean = start.new_zeros(size, size)  # the equations of the mean squared gate
-        traces = start.new_zeros(self.width)  # of each channel's
+        """By conjugate gradients in the dtype of the features, (D, D + 1); start and moments are float64.
+
+        With L L^T the equations of the mean squared gate, what is solved for is u = L^T w: the equations of every
+        channel are then near its share times the identity, so that few steps do, and float32 is exact enough.
+        """
+        mean, share = self._mean_equations(total)
+        mean_ridge = ridge * mean.diagonal().mean()
+        factor = torch.linalg.cholesky(ridged(mean[None], ridge)[0])  # L, (D + 1, D + 1)
+        triangular = torch.linalg.solve_triangular
+        inverse = triangular(factor, torch.eye(self.width + 1, dtype=factor.dtype, device=self.device), upper=False)
+        batches = []
+        for inputs, gate in self._batches:
+            whitened = (inputs.double().flatten(0, 1) @ inverse.T).to(inputs.dtype)  # (N T, D + 1)
+            batches.append((whitened.unflatten(0, inputs.shape[:2]), gate.square()))
+        dtype = self._batches[0][0].dtype if self._batches else torch.float32
+        penalty, shares = (mean_ridge * inverse @ inverse.T).to(dtype), share.to(dtype)
+
+        def times(solution: Tensor) -> Tensor:
+            """What the normal equations, less their ridge, make of (D + 1, D)."""
+            out = torch.zeros_like(solution)
+            for whitened, squared in batches:
+                out += whitened.flatten(0, 1).T @ ((whitened @ solution) * squared).flatten(0, 1)
+            return total(out)
+
+        right = inverse @ moments - times((factor.T @ start.T).to(dtype)).double()
+        moved = conjugate_gradients(
+            lambda solution: times(solution) + (penalty @ solution) * shares,
+            lambda residual: residual / shares,
+            right.to(dtype),
+        )
+        found: Tensor = inverse.T @ moved.double()  # (D + 1, D)
+        return start + found.T
+
+    def _mean_equations(self, total: SumOverProcesses) -> tuple[Tensor, Tensor]:
+        """The normal equations of the mean squared gate (D + 1, D + 1), and each channel's share of them (D,)."""
+        mean = self._moments.new_zeros(self.width + 1, self.width + 1)
+        traces = self._moments.new_zeros(self.width)
         for inputs, gate in self._batches:
             squared = gate.double().square()  # (N, 1, D)
             traces += (squared.squeeze(1) * inputs.double().square().sum((1, 2)).unsqueeze(1)).sum(0)
             weighted = inputs.double() * squared.mean(2, keepdim=True)
             mean += weighted.flatten(0, 1).T @ inputs.double().flatten(0, 1)
         mean, traces = total(mean), total(traces)
-        share = traces / mean.diagonal().sum().clamp(min=torch.finfo(torch.float64).tiny)  # of the mean's
+        share = traces / mean.diagonal().sum().clamp(min=torch.finfo(torch.float64).tiny)
         # A gate that is always shut says nothing of its channel.
-        share = torch.where(share > 0, share, 1.0)
-        ridges = share * ridge * mean.diagonal().mean()
-        factor = torch.linalg.cholesky(ridged(mean[None], ridge)[0])
-        dtype = self._batches[0][0].dtype if self._batches else torch.float32
-        factor, inverse = factor.to(dtype), (1 / share).to(dtype)
-
-        def times(solution: Tensor) -> Tensor:
-            """What the normal equations make of (D + 1, D)."""
-            out = torch.zeros_like(solution)
-            for inputs, gate in self._batches:
-                out += inputs.flatten(0, 1).T @ ((inputs @ solution) * gate.square()).flatten(0, 1)
-            return total(out)
-
-        first = start.T.to(dtype)
-        right = moments - times(first).double()
-        moved = conjugate_gradients(
-            lambda solution: times(solution) + solution * ridges.to(dtype),
-            lambda residual: torch.cholesky_solve(residual, factor) * inverse,
-            right.to(dtype),
-        )
-        return start + moved.T.double()
+        return mean, torch.where(share > 0, share, 1.0)
 
 
 def ridged(equations: Tensor, ridge: float) -> Tensor:
