@@ -149,9 +149,11 @@ def test_kept_layers_are_left_as_they_are(tmp_path: Path) -> None:
     assert solved_record(student)["solved_layers"] == [0, 2]
 
 
-def test_a_linear_teacher_s_projection_is_found_again(tmp_path: Path) -> None:
-    """Its features are the student's own, so what solves it exactly is the projection it has."""
-    source = source_of(tmp_path / "source", {"attention": ["linear"] * 3, "linear_num_heads": 2, "linear_conv_size": 0})
+@pytest.mark.parametrize("conv_size", [0, 3, 5])
+def test_a_linear_teacher_is_found_again_from_its_queries_keys_and_values(tmp_path: Path, conv_size: int) -> None:
+    """What solves it exactly are the convolution and the projection that it has."""
+    shape = {"attention": ["linear"] * 3, "linear_num_heads": 2, "linear_conv_size": conv_size}
+    source = source_of(tmp_path / "source", shape)
     teacher = litconvert.load(source)
 
     inputs, condition = states_of(ModelConfig.of(teacher.config), count=64)
@@ -163,11 +165,12 @@ def test_a_linear_teacher_s_projection_is_found_again(tmp_path: Path) -> None:
         x, embedded, grid = teacher.embed(*inputs, **condition)
         streams = Streams(grid, embedded, torch.zeros(64), x.clone(), x.clone())
         passes = Passes(torch.device("cpu"), 16, bf16=False)
-        solver = LayerSolver(Solve(ridge=1e-8), passes, 0, 0, 0.0, [64])
+        solver = LayerSolver(Solve(ridge=1e-8, convolution_ridge=1e-8), passes, 0, 0, 0.0, [64])
         for theirs, mine in zip(blocks_of(teacher), blocks_of(student), strict=True):
-            mine.attn.to_out.weight.zero_()
-            mine.attn.to_out.bias.zero_()
-            solver.solve(theirs, mine, [streams], draws=0, convolution=False)
+            for name, parameter in mine.attn.named_parameters():
+                if "to_out" in name or "dwc" in name:
+                    parameter.zero_()
+            solver.solve(theirs, mine, [streams], draws=0, convolution=True)
             passes.after_attention(theirs, streams)
             streams.student = passes.through(mine, streams.student, streams)
         expected, found = (model(*inputs, **condition, return_dict=False)[0] for model in (teacher, student))
@@ -268,6 +271,27 @@ def test_given_images_are_solved_on_and_no_others_are_drawn(tmp_path: Path) -> N
     wrong = write_latents(torch.zeros(4, 3, 8, 8), torch.arange(4), tmp_path / "wrong", "wrong")
     with pytest.raises(UsageError, match="takes 4 channels"):
         converted(source, tmp_path / "another", f"solve.data={wrong}", "solve.local_steps=0")
+
+
+def test_images_of_several_aspect_ratios_are_solved_on_together(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "source", {})
+    generator = torch.Generator().manual_seed(0)
+    data = tmp_path / "data"
+    for height, width in ((8, 8), (6, 12)):
+        latents = torch.randn(12, 4, height, width, generator=generator)
+        write_latents(latents, torch.arange(12) % 4, data / f"{height}x{width}", "some")
+    record = {"format": 2, "digest": "both", "kind": "latents", "buckets": ["8x8", "6x12"]}
+    (data / "litconvert-latents.json").write_text(json.dumps(record))
+    given = (f"solve.data={data}", "solve.local_steps=6", "solve.local_batch_size=8", "solve.states=64")
+    solved = converted(source, tmp_path / "solved", *given)
+    plain = converted(source, tmp_path / "plain", "solve=null")
+    teacher, mine, start = (litconvert.load(path) for path in (source, solved, plain))
+    for height, width in ((8, 8), (6, 12)):
+        noisy = torch.randn(4, 4, height, width, generator=generator)
+        inputs = (noisy, torch.tensor([50, 300, 600, 900]), torch.arange(4))
+        with torch.no_grad():
+            theirs, found, before = (model(*inputs, return_dict=False)[0] for model in (teacher, mine, start))
+        assert (found - theirs).square().sum() < 0.5 * (before - theirs).square().sum()
 
 
 def test_a_model_of_captions_is_solved_on_given_captions_or_says_why_it_is_not(tmp_path: Path) -> None:
