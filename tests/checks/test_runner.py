@@ -407,17 +407,18 @@ def write_run(out: Path, losses: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("losses", "ok"),
+    ("losses", "off", "ok"),
     [
-        ([5.0, 6.0, 4.0], True),
-        ([4.0, 5.0, 6.0], False),
-        ([], False),
-        ([float("nan"), 4.0, 3.0], False),
-        ([5.0, float("inf"), 3.0], False),
+        ([5.0, 6.0, 4.0], 0.02, True),
+        ([5.0, 6.0, 4.0], 0.5, False),
+        ([5.0, 6.0, 4.0], None, False),
+        ([], 0.02, False),
+        ([float("nan"), 4.0, 3.0], 0.02, False),
+        ([5.0, float("inf"), 3.0], 0.02, False),
     ],
 )
-def test_the_digits_line_must_learn(
-    losses: list[float], ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_digits_line_must_end_near_its_teacher(
+    losses: list[float], off: float | None, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from types import SimpleNamespace
 
@@ -425,6 +426,9 @@ def test_the_digits_line_must_learn(
 
     def run_line(recipe: str, out: Path, *, overrides: object) -> SimpleNamespace:
         write_run(out, losses)
+        (out / "model").mkdir(exist_ok=True)
+        solve = {} if off is None else {"solve": {"output": {"after": off}}}
+        (out / "model" / "litconvert.json").write_text(json.dumps({"format": 1, **solve}))
         return SimpleNamespace(run=out)
 
     monkeypatch.setattr("litconvert.workflow.run_line", run_line)
