@@ -234,7 +234,8 @@ def _factors() -> Iterator[Row]:
     for count in _others("fresh", (1, 4, 16), solving_defaults("fresh")[2]):
         label = f"{count} state{'s' * (count > 1)} of each image"
         yield _solved(f"fresh-per-image-{count}", group, label, "fresh", f"solve.states_per_image={count}")
-    yield _solved("fresh-uniform", group, "states at all timesteps alike", "fresh", "solve.timestep_power=1")
+    for arm in SOLVED:
+        yield _solved(f"{arm}-low-noise", group, "more states near images", arm, "solve.timestep_power=1.5")
 
 
 def _others(arm: str, values: Sequence[int], own: int) -> list[int]:

@@ -177,7 +177,7 @@ class Solve(Section):
     """Calibration states: noisy images with a timestep and a condition. None: by device and size."""
     states_per_image: Positive | None = None
     """States that one clean image makes. None: by device and size."""
-    timestep_power: Annotated[float, Field(gt=0)] = 1.5
+    timestep_power: Annotated[float, Field(gt=0)] = 1.0
     """Of the states' places between image and noise, u^power with u uniform; above 1 more of them are near images."""
     drawing_steps: Positive = 8
     """Steps in which the teacher draws the images."""

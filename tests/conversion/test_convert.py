@@ -181,7 +181,13 @@ def test_the_plan_names_the_rows_and_the_copies_behind_a_tensor(tmp_path: Path, 
     plan = litconvert.plan(
         pico_checkpoint,
         "digits",
-        ["source={num_attention_heads: 2}", "inherit.attention=k", "student.dtype=null", "solve=null"],
+        [
+            "source={num_attention_heads: 2}",
+            "student.num_attention_heads=2",
+            "inherit.attention=k",
+            "student.dtype=null",
+            "solve=null",
+        ],
     )
     entry = next(entry for entry in plan.entries if entry.target == "blocks.1.attn.to_k.weight")
     assert (entry.fate, entry.source, entry.rows) == ("inherited", "blocks.1.attn.qkv.weight", (32, 64))
