@@ -2,10 +2,9 @@
 
     python -m benchmarks.projection [--states 72] [--widths 1152]
 
-Per-channel gates give each output channel normal equations of its own. `exact` is litconvert's: Gram matrices by
-sample, weighted and factorised a few channels at a time, in float64. `iterative`, made for this comparison, goes for
-all channels at once: products with the features alone, preconditioned by one factorisation of the Gram matrix of all
-samples, scaled channel by channel. Outputs of the two are compared. Written to benchmarks/results/projection.json.
+Per-channel gates give each output channel normal equations of its own. litconvert solves them exactly up to a width, a
+few channels at a time in float64, and beyond it by conjugate gradients for all channels at once. Here both ways solve
+one problem, and their outputs are compared. Written to benchmarks/results/projection.json.
 """
 
 import argparse
@@ -13,16 +12,16 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.provenance import provenance
-from litconvert.solving.closed_forms import ProjectionSums
+from litconvert.solving import closed_forms
 
 RIDGE = 1e-4
-MOST_STEPS = 200
 
 
 def problem(states: int, tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,54 +39,18 @@ def problem(states: int, tokens: int, width: int, dtype: torch.dtype) -> tuple[T
     return features.to(dtype), gate.to(dtype), target.to(dtype)
 
 
-def exact(features: Tensor, gate: Tensor, target: Tensor) -> Tensor:
-    """(D, D + 1), the bias last."""
+def solved(problem: tuple[Tensor, Tensor, Tensor], exact_width: int) -> tuple[Tensor, float]:
+    """(D, D + 1), the bias last, and the seconds it took; exact up to a width, iterative beyond it."""
+    features, gate, target = problem
     width = features.shape[-1]
-    sums = ProjectionSums(width, features.device)
-    for first in range(0, len(features), 32):
-        some = slice(first, first + 32)
-        sums.add(features[some], gate[some], target[some])
-    weight, bias = sums.solve(RIDGE, torch.zeros(width, width), torch.zeros(width))
-    return torch.cat([weight, bias.unsqueeze(1)], dim=1)
-
-
-def iterative(features: Tensor, gate: Tensor, target: Tensor, tolerance: float) -> tuple[Tensor, int]:
-    """The same by conjugate gradients in the dtype of the features, and how many steps it took."""
-    inputs = F.pad(features, (0, 1), value=1.0)  # (N, T, P)
-    flat, squared = inputs.flatten(0, 1), gate.square()
-    strength = squared.mean(0)  # (1, D)
-    by_sample = inputs.square().sum(1)  # (N, P), the diagonals of the Gram matrices
-    ridge = RIDGE * (squared.squeeze(1).T @ by_sample).mean(1)  # (D,)
-    gram = flat.double().T @ flat.double()
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    factor = torch.linalg.cholesky(gram).to(features.dtype)
-
-    def times(solution: Tensor) -> Tensor:
-        weighted = (inputs @ solution) * squared
-        return flat.T @ weighted.flatten(0, 1) + solution * ridge
-
-    def preconditioned(residual: Tensor) -> Tensor:
-        return torch.cholesky_solve(residual, factor) / strength
-
-    right = flat.T @ (gate * target).flatten(0, 1)  # (P, D)
-    solution, residual = torch.zeros_like(right), right
-    direction = preconditioned(residual)
-    product = (residual * direction).sum(0)
-    first = product.clone()
-    steps = 0
-    while steps < MOST_STEPS:
-        steps += 1
-        moved = times(direction)
-        length = product / (direction * moved).sum(0)
-        solution = solution + direction * length
-        residual = residual - moved * length
-        steep = preconditioned(residual)
-        following = (residual * steep).sum(0)
-        if float((following / first).max()) < tolerance**2:
-            break
-        direction = steep + direction * (following / product)
-        product = following
-    return solution.T, steps
+    with patch.object(closed_forms, "EXACT_WIDTH", exact_width):
+        began = time.perf_counter()
+        sums = closed_forms.ProjectionSums(width, features.device)
+        for first in range(0, len(features), 32):
+            some = slice(first, first + 32)
+            sums.add(features[some], gate[some], target[some])
+        weight, bias = sums.solve(RIDGE, torch.zeros(width, width), torch.zeros(width))
+        return torch.cat([weight, bias.unsqueeze(1)], dim=1), time.perf_counter() - began
 
 
 def main() -> None:
@@ -99,22 +62,17 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for width in arguments.widths:
-        features, gate, target = problem(arguments.states, arguments.tokens, width, torch.float32)
-        began = time.perf_counter()
-        one = exact(features, gate, target)
-        middle = time.perf_counter()
-        other, steps = iterative(features, gate, target, 1e-5)
-        ended = time.perf_counter()
-        inputs = F.pad(features.double(), (0, 1), value=1.0)
-        first, second = (gate * (inputs @ solution.double().T) for solution in (one, other))
+        given = problem(arguments.states, arguments.tokens, width, torch.float32)
+        (one, exact_seconds), (other, iterative_seconds) = solved(given, width), solved(given, 0)
+        inputs = F.pad(given[0].double(), (0, 1), value=1.0)
+        first, second = (given[1] * (inputs @ solution.T) for solution in (one, other))
         rows.append(
             {
                 "width": width,
                 "states": arguments.states,
                 "tokens": arguments.tokens,
-                "exact_seconds": round(middle - began, 2),
-                "iterative_seconds": round(ended - middle, 2),
-                "iterative_steps": steps,
+                "exact_seconds": round(exact_seconds, 2),
+                "iterative_seconds": round(iterative_seconds, 2),
                 "outputs_differ_by": float((first - second).norm() / first.norm()),
             }
         )

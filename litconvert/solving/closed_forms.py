@@ -1,6 +1,6 @@
 """The two least-squares problems of a layer that have a closed form: its output projection and its convolution.
 
-Both are met as sums over the calibration states, in float64, so that neither batches nor processes change them.
+What they are made of is summed over the calibration states in float64, whatever the batches and the processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,9 +36,8 @@ class ProjectionSums:
         G_c w_c = sum_n g_nc A_n^T r_nc,    G_c = sum_n g_nc^2 A_n^T A_n + lambda_c I,    A_n = [F_n, 1].
 
     Up to a width of `EXACT_WIDTH` they are factorised, a few channels at a time, in float64. Beyond it that is slower
-    than conjugate gradients for all channels at once (`benchmarks/projection.py`: 3.8 times at 1152), which need
-    products with the features alone: the preconditioner is one factorisation of the equations of the mean gate, scaled
-    channel by channel.
+    than conjugate gradients for all channels at once (`benchmarks/projection.py`), which need products with the
+    features alone, in coordinates in which the equations of the mean gate are the identity.
 
     Args:
         width: D, of the features and of the output.

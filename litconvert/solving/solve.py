@@ -26,6 +26,7 @@ from litconvert.errors import LitconvertError
 from litconvert.families.sources import read_model
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.inputs import Inputs, given
+from litconvert.sampling.captions import read_embeddings
 from litconvert.solving.calibration import (
     CalibrationImages,
     StateMaker,
@@ -59,6 +60,7 @@ def solving_inputs(plan: ConversionPlan) -> dict[str, Any]:
         return {**found, "data": {"digest": open_latents(settings.data).digest}}
     found["data"] = {"synthesize": given(recipe.data.synthesize, include={"guidance", "guidance_channels", "seed"})}
     if settings.embeddings is not None:
+        read_embeddings(Path(settings.embeddings))  # says what is wrong with the file
         found["embeddings"] = hashlib.sha256(Path(settings.embeddings).read_bytes()).hexdigest()
     return found
 

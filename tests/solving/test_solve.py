@@ -301,6 +301,8 @@ def test_a_model_of_captions_is_solved_on_given_captions_or_says_why_it_is_not(t
     said = command("convert", source, tmp_path / "said", "--set", "student.num_attention_heads=2")
     assert said.code == 0
     assert said.out.splitlines()[0].startswith("Not solved: no captions are at hand")
+    with pytest.raises(UsageError, match=r"nowhere.safetensors: no such file; `litconvert sample"):
+        converted(source, tmp_path / "solved", f"solve.embeddings={tmp_path / 'nowhere.safetensors'}")
     features = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
     write_embeddings(Captions(features, mask), tmp_path / "captions.safetensors")
