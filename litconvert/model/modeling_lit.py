@@ -429,6 +429,8 @@ class DepthwiseConvolutionOnCPU(torch.autograd.Function):
     That gradient is a depth-wise convolution itself, of the image with the output's gradient as its kernel.
     """
 
+    elements = 400_000  # of images at a time: fewer are mostly overhead, and more leave the caches
+
     @staticmethod
     def forward(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return depthwise_convolution(image, weight, bias)
@@ -440,13 +442,15 @@ class DepthwiseConvolutionOnCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         image, weight, bias = ctx.saved_tensors
-        options = {"padding": weight.shape[-1] // 2, "groups": weight.shape[0]}
-        image_gradient = F.conv2d(gradient, weight.flip(2, 3), **options)
-        samples = [
-            F.conv2d(one.unsqueeze(0), kernel.unsqueeze(1), **options)  # (1, D, k, k)
-            for one, kernel in zip(image, gradient, strict=True)
-        ]
-        weight_gradient = torch.cat(samples).sum(0).unsqueeze(1)
+        side = weight.shape[-1]
+        width, *grid = image.shape[1:]
+        image_gradient = depthwise_convolution(gradient, weight.flip(2, 3), None)
+        weight_gradient = torch.zeros_like(weight)
+        some = max(1, DepthwiseConvolutionOnCPU.elements // image[0].numel())
+        for images, kernels in zip(image.split(some), gradient.split(some), strict=True):
+            seen = images.reshape(1, -1, *grid)  # samples beside each other, as channels
+            found = F.conv2d(seen, kernels.reshape(-1, 1, *grid), padding=side // 2, groups=seen.shape[1])
+            weight_gradient += found.view(-1, width, side, side).sum(0).unsqueeze(1)
         return image_gradient, weight_gradient, None if bias is None else gradient.sum((0, 2, 3))
 
 

@@ -78,13 +78,17 @@ class ProjectionSums:
         """By factorisation, (D, D + 1)."""
         size = self.width + 1
         # One Gram matrix a sample (D + 1, D + 1), weighted for a few channels at a time.
-        grams = [torch.bmm(inputs.double().transpose(1, 2), inputs.double()).flatten(1) for inputs, _ in self._batches]
-        gram = torch.cat(grams) if grams else start.new_zeros(0, size**2)
+        gram = start.new_empty(sum(len(inputs) for inputs, _ in self._batches), size, size)
+        first = 0
+        for inputs, _ in self._batches:
+            doubled = inputs.double()
+            torch.bmm(doubled.transpose(1, 2), doubled, out=gram[first : first + len(inputs)])
+            first += len(inputs)
         gates = [gate.double().squeeze(1).square() for _, gate in self._batches]
         squared = torch.cat(gates) if gates else start.new_zeros(0, self.width)
         solved = torch.empty_like(start)
         for channels in self._chunks():
-            equations = total(squared[:, channels].T @ gram).unflatten(1, (size, size))  # (C, D + 1, D + 1)
+            equations = total(squared[:, channels].T @ gram.flatten(1)).unflatten(1, (size, size))  # (C, D + 1, D + 1)
             mine = start[channels]
             right = moments[:, channels].T.unsqueeze(2) - equations @ mine.unsqueeze(2)  # (C, D + 1, 1)
             factors = torch.linalg.cholesky(ridged(equations, ridge))
