@@ -56,7 +56,7 @@ from litconvert.training.trainer import Interrupted
 ROOT = Path(__file__).parents[1]
 # Seconds of one core on a busy machine, for --dry-run: an image drawn, a state, a local step, a training step, and what
 # a task begins with.
-IMAGE, STATE, LOCAL_STEP, STEP, BEGIN = 0.05, 0.045, 0.29, 0.25, 3.0
+IMAGE, STATE, LOCAL_STEP, STEP, BEGIN = 0.05, 0.045, 0.14, 0.22, 3.0
 WAIT = 2.0
 ROWS = all_rows()
 

@@ -185,7 +185,7 @@ class Solve(Section):
     """Gradient steps on each layer's attention alone, between two closed forms. None: by device and size."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Of the local steps, which follow a cosine to 0. None: 1e-3 where V is inherited, 2e-3 where it starts fresh."""
-    local_batch_size: Positive = 64
+    local_batch_size: Positive = 32
     """States in a local step."""
     walks: Positive = 1
     """How often the layers are gone through, each time on other noise."""
