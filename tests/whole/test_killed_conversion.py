@@ -1,7 +1,8 @@
 """A conversion that is killed leaves nothing or the whole result, and the same command makes it good.
 
 The kills are real (SIGKILL) and come at random moments of 50 conversions. One process imports litconvert and forks a
-child for each, so that the moments fall into the conversion and not into its imports.
+child for each, so that the moments fall into the conversion and not into its imports. A walk that solves is killed as
+each of its layers has just been kept, and at random moments.
 """
 
 import json
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +72,36 @@ def finished(child: int) -> bool:
     return not os.WIFSIGNALED(status)
 
 
+def run_alone(what: str, folder: Path) -> dict[str, Any]:
+    """One of `WHAT` in a process of one thread; returns what it saw."""
+    began = time.monotonic()
+    outcome = subprocess.run(
+        [sys.executable, "-m", "tests.whole.test_killed_conversion", what, str(folder)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    seen: dict[str, Any] = json.loads(outcome.stdout.splitlines()[-1])
+    print(seen, f"{time.monotonic() - began:.1f} s")
+    return seen
+
+
+def kept_layers(out: Path) -> list[Path]:
+    """What a walk to `out` has kept."""
+    return list(out.parent.glob(f".{out.name}.solving-*/walk-*.safetensors"))
+
+
+def ended(child: int) -> bool:
+    """Whether a child is over; it is still to be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def kill(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+
+
 def assert_loads_whole_or_not_at_all(folder: Path, expected: dict[str, torch.Tensor]) -> bool:
     """A folder that is loaded has every weight of the result, bit for bit. Whether it was."""
     try:
@@ -116,7 +148,7 @@ def kill_conversions(folder: Path, seed: int) -> dict[str, object]:
         duration = statistics.median(durations[kind][-3:])
         child = forked(converting(source, out, kind))
         time.sleep(draw.uniform(0, 1.1 * duration))
-        os.kill(child, signal.SIGKILL)
+        kill(child)
         seen["kills"] += 1
         seen["before it ended"] += not finished(child)
         left = sorted(path.name for path in place.iterdir())
@@ -137,19 +169,53 @@ def kill_conversions(folder: Path, seed: int) -> dict[str, object]:
     return {**seen, "seconds of a run": [round(min(each), 3) for each in durations.values()]}
 
 
+def kill_walks(folder: Path, seed: int) -> dict[str, object]:
+    """Kill a conversion that solves after each layer and at random moments, in turn, until it is done."""
+    torch.set_num_threads(1)
+    source, draw = folder / "source.pt", random.Random(seed)
+    torch.save(dit_state(width=64, layers=4), source)
+    walk = (
+        "solve={states: 32, held_out: 8, drawing_steps: 2, local_steps: 20, local_batch_size: 8, walks: 2}",
+        "inherit.attention=q+k+v",
+    )
+    heads = [one for one in HINTS if not one.startswith("solve")]
+
+    def convert(out: Path) -> Callable[[], None]:
+        return lambda: print(litconvert.convert(source, out, None, [*heads, *walk]), file=sys.stderr)
+
+    convert(folder / "whole")()  # imports what is imported late
+    began = time.monotonic()
+    convert(folder / "again")()
+    duration = time.monotonic() - began
+    expected = contents(folder / "whole")["diffusion_pytorch_model.safetensors"]
+    kills = 0
+    for number in range(5):
+        out = folder / str(number) / "out"
+        out.parent.mkdir()
+        for layers in range(1, 9 if number == 0 else 3):
+            child = forked(convert(out))
+            if number == 0:
+                while len(kept_layers(out)) < layers and not ended(child):
+                    time.sleep(0.001)
+            else:
+                time.sleep(draw.uniform(0, duration))
+            kill(child)
+            kills += not finished(child)
+            assert number > 0 or out.exists() or len(kept_layers(out)) >= layers
+        assert finished(forked(convert(out)))
+        assert contents(out)["diffusion_pytorch_model.safetensors"] == expected
+        assert not list(out.parent.glob(".out.*")), "the kept layers are removed"
+    return {"kills": kills}
+
+
+@pytest.mark.timeout(300)
+def test_a_walk_that_is_killed_at_any_layer_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    assert run_alone("walks", tmp_path)["kills"] >= 10
+
+
 @pytest.mark.timeout(300)
 def test_a_conversion_killed_at_any_moment_leaves_nothing_or_the_whole_result(tmp_path: Path) -> None:
-    began = time.monotonic()
-    outcome = subprocess.run(
-        [sys.executable, "-m", "tests.whole.test_killed_conversion", str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
-    seen = json.loads(outcome.stdout.splitlines()[-1])
-    print(seen, f"{time.monotonic() - began:.1f} s")
+    seen = run_alone("conversions", tmp_path)
     assert seen["kills"] == 50
     # Most kills must come before the end, or nothing was tested.
     assert seen["before it ended"] > 25
@@ -171,5 +237,8 @@ def test_a_full_disk_is_reported_before_the_copy_begins(
     assert command(*arguments).code == 0
 
 
+WHAT = {"conversions": kill_conversions, "walks": kill_walks}
+
+
 if __name__ == "__main__":
-    print(json.dumps(kill_conversions(Path(sys.argv[1]), seed=65)))
+    print(json.dumps(WHAT[sys.argv[1]](Path(sys.argv[2]), 65)))
