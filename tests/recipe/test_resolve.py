@@ -46,7 +46,14 @@ def test_the_promised_recipes_are_packaged() -> None:
     dit = {f"dit-{size}-2-256" for size in ("s", "b", "l", "xl")} | {"dit-xl-2-512", "sit-xl-2-256"}
     pixart = {f"pixart-sigma-{size}" for size in ("512", "1024", "2k")} | {"pixart-alpha-512", "pixart-alpha-1024"}
     both = dit | pixart | {"digits", "emoji"}
-    alone = {"pixart-alpha-256", "pixart-alpha-sam-256", "digits-teacher", "emoji-teacher"}
+    alone = {
+        "pixart-alpha-256",
+        "pixart-alpha-sam-256",
+        "digits-teacher",
+        "emoji-teacher",
+        "emoji-32",
+        "emoji-32-teacher",
+    }
     assert both | {f"{name}-paper" for name in both} | alone == set(NAMES)
 
 
@@ -161,7 +168,7 @@ def test_ours_is_the_paper_s_with_one_short_stage_at_a_small_rate_and_a_strong_t
     (stage,), (long,) = mine.distill.stages, theirs.distill.stages
     assert stage.schedule == "cosine"
     if name == "digits":
-        assert (stage.steps, stage.batch_size, stage.learning_rate) == (100, 16, 1e-4)
+        assert (stage.steps, stage.batch_size, stage.learning_rate) == (100, 16, 5e-5)
     else:
         images = 6.4e6 if name.startswith("pixart") else 153_600 if name == "emoji" else 12.8e6
         assert 0 <= images - stage.steps * stage.batch_size < stage.batch_size
