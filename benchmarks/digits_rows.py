@@ -51,12 +51,12 @@ class Arm:
 
 
 ARMS = {
-    "fresh": Arm("fresh Q, K, V, O", "digits", (), (5e-5, 1.5e-4, 5e-4)),
+    "fresh": Arm("fresh Q, K, V, O", "digits", (), (1.5e-5, 5e-5, 1.5e-4)),
     "inherited": Arm(
         "Q, K, V inherited",
         "digits",
         ("inherit.attention=q+k+v", "student.num_attention_heads=6"),
-        (5e-5, 1.5e-4, 5e-4),
+        (1.5e-5, 5e-5, 1.5e-4),
     ),
     "paper": Arm("the paper's recipe", "digits-paper", (), (5e-4, 1e-3, 2e-3)),
 }

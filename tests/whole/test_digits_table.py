@@ -108,7 +108,7 @@ def test_what_is_missing_comes_by_importance_and_after_what_it_needs(tmp_path: P
     groups = [GROUPS.index(ROWS[task.name].group) for task in tasks if task.kind == "row"]
     assert all(first <= second for first, second in pairwise(groups))
     needed = {task.key for task in work.tasks(["fresh-300"], [0])}
-    assert needed >= {"row-fresh-300-at-5e-4-7", "student-fresh-7", "student-fresh-0", "data-0", "data-7"}
+    assert needed >= {"row-fresh-300-at-5e-5-7", "student-fresh-7", "student-fresh-0", "data-0", "data-7"}
     # What is measured is not missing, nor is what only it needed.
     write(work.results, "fresh-0", 0, 1.5)
     assert [task.key for task in work.tasks(["fresh-0"], [0])] == []
@@ -196,21 +196,21 @@ def test_other_settings_are_not_written_among_the_results(capsys: pytest.Capture
 
 @pytest.mark.slow
 def test_two_rows_are_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = ["--rows", "fresh-0", "fresh-50-at-5e-4", "--seeds", "0", "--set", *TINY]
+    rows = ["--rows", "fresh-0", "fresh-50-at-5e-5", "--seeds", "0", "--set", *TINY]
     arguments = [*rows, "--results", str(tmp_path / "digits"), "--work", str(tmp_path / "work")]
     command = [sys.executable, "-m", "benchmarks.digits_table", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     assert "row-fresh-0-0: " in done
     results = Results(tmp_path / "digits")
-    assert sorted(path.name for path in results.folder.iterdir()) == ["fresh-0-0.json", "fresh-50-at-5e-4-7.json"]
-    solved, trained = results.read("fresh-0", 0), results.read("fresh-50-at-5e-4", SEARCH_SEED)
+    assert sorted(path.name for path in results.folder.iterdir()) == ["fresh-0-0.json", "fresh-50-at-5e-5-7.json"]
+    solved, trained = results.read("fresh-0", 0), results.read("fresh-50-at-5e-5", SEARCH_SEED)
     assert solved is not None
     assert trained is not None
     assert solved["walk_seconds"] > 0
     assert solved["solve"]["output"]["after"] < solved["solve"]["output"]["before"]
     assert (solved["training_steps"], solved["training_macs"], trained["training_steps"]) == (0, 0, 1)
-    assert trained["learning_rate"] == 5e-4
+    assert trained["learning_rate"] == 5e-5
     assert trained["training_seconds"] > 0 < trained["training_macs"]
     assert trained["seeds"] == [107]
     assert (tmp_path / "digits-curves.png").is_file()
