@@ -14,15 +14,33 @@ from litconvert.cli.options import (
     OwnRecipeOption,
     QuietOption,
     SetOption,
+    a_folder,
+    a_new_file,
+    a_new_folder,
+    a_recipe,
+    a_source,
+    assignments,
+    check_overrides,
     is_first,
     overrides_of,
     use_device,
 )
+from litconvert.common.hub import path_of
+from litconvert.errors import UsageError
+
+OutArgument = Annotated[Path, typer.Argument(help="The dataset folder to write.", callback=a_new_folder)]
+
+
+def _require_model(recipe: str | None, source: str | None) -> None:
+    if recipe is None and source is None:
+        raise UsageError("--recipe or --source says which model the data is for; give one")
 
 
 def latents_synthesize(
-    out: Annotated[Path, typer.Argument(help="The dataset folder to write.")],
-    source: Annotated[str | None, typer.Option("--source", help="The teacher. Default: the recipe's source.")] = None,
+    out: OutArgument,
+    source: Annotated[
+        str | None, typer.Option("--source", help="The teacher. Default: the recipe's source.", callback=a_source)
+    ] = None,
     recipe: OwnRecipeOption = None,
     sets: SetOption = None,
     num_attention_heads: HeadsOption = None,
@@ -36,12 +54,15 @@ def latents_synthesize(
 
     Example: litconvert latents synthesize latents/ --recipe digits
     """
+    given = overrides_of(sets, num_attention_heads)
+    check_overrides(recipe, given, source)
+    _require_model(recipe, source)
     from litconvert.cli.live import screen
     from litconvert.data.synthesize import synthesize
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
-    synthesize(source, out, recipe, overrides_of(sets, num_attention_heads), force=force, listener=screen())
+    synthesize(source, out, recipe, given, force=force, listener=screen())
     if is_first():
         console.line(str(out))
 
@@ -54,9 +75,12 @@ def latents_encode(
             "or a Hub data set (owner/name)."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The dataset folder to write.")],
+    out: OutArgument,
     source: Annotated[
-        str | None, typer.Option("--source", help="The model that the data is for. Default: the recipe's source.")
+        str | None,
+        typer.Option(
+            "--source", help="The model that the data is for. Default: the recipe's source.", callback=a_source
+        ),
     ] = None,
     recipe: OwnRecipeOption = None,
     sets: SetOption = None,
@@ -78,6 +102,11 @@ def latents_encode(
 
     Example: litconvert latents encode imagenet/train latents/ --recipe dit-xl-2-256 --source DiT-XL-2-256x256.pt --flip
     """
+    given = overrides_of(sets, num_attention_heads)
+    given += assignments({"source.vae.path": vae, "data.flip": flip or None})
+    check_overrides(recipe, given, source)
+    _require_model(recipe, source)
+    path_of(images)
     from litconvert.cli.live import screen
     from litconvert.conversion.plan import resolve_for
     from litconvert.data.dataset import read_record
@@ -86,9 +115,6 @@ def latents_encode(
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
-    given = overrides_of(sets, num_attention_heads)
-    given += [f"source.vae.path={vae}"] if vae else []
-    given += ["data.flip=true"] if flip else []
     resolved = resolve_for(recipe, given, source)
     encode_images(images, out, resolved, force=force, skip_broken=skip_broken, listener=screen())
     if remark := classes_remark(read_record(out)):
@@ -98,11 +124,16 @@ def latents_encode(
 
 
 def latents_show(
-    data: Annotated[Path, typer.Argument(help="A dataset folder.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG sheet of samples to draw.")] = None,
-    count: Annotated[int, typer.Option("--num", "-n", help="Samples on the sheet.")] = 32,
+    data: Annotated[Path, typer.Argument(help="A dataset folder.", callback=a_folder)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="PNG sheet of samples to draw.", callback=a_new_file)
+    ] = None,
+    count: Annotated[int, typer.Option("--num", "-n", min=1, help="Samples on the sheet.")] = 32,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Whose VAE decodes. Default: the one recorded with DATA.")
+        str | None,
+        typer.Option(
+            "--recipe", "-r", help="Whose VAE decodes. Default: the one recorded with DATA.", callback=a_recipe
+        ),
     ] = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
@@ -112,6 +143,7 @@ def latents_show(
 
     Example: litconvert latents show latents/ --out sheet.png
     """
+    check_overrides(recipe, sets or [])
     from litconvert.cli.reports import show_data
     from litconvert.data.report import describe_data, write_sheet
     from litconvert.recipe.resolve import resolve

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from litconvert.errors import DISTILLATION_PACKAGES, LitconvertError, system_cause
+from litconvert.errors import LitconvertError, system_cause
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -72,8 +72,8 @@ def fail(error: BaseException) -> int:
         err.print("litconvert: interrupted; run the same command to go on", markup=False)
         return 130
     cause = system_cause(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in DISTILLATION_PACKAGES:
-        cause = f"{error.name} is not installed; install what distillation needs: pip install 'litconvert[distill]'"
+    if isinstance(error, ModuleNotFoundError):
+        cause = f"{error.name} is not installed, which litconvert needs: install litconvert again, or pip install it"
     if cause is None and _is_out_of_memory(error):
         cause = (
             "out of memory; lower the batch size of what was at work: data.synthesize.batch_size, "

@@ -1,10 +1,13 @@
 """The recipes that ship with litconvert. Apart from `schema`, so that listing them does not wait for the schema."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from litconvert.errors import UsageError, did_you_mean
 
 # The recipe for a source: by family, width and side of the latent.
 _RECIPES = {
@@ -61,6 +64,27 @@ def recipes_directory() -> Path:
 def packaged_recipes() -> dict[str, Path]:
     """Name to file."""
     return {path.stem: path for path in sorted(recipes_directory().glob("*.yaml"))}
+
+
+def local_recipe(name: str) -> Path | None:
+    """A recipe's file, from a packaged name or a path; None: the name is a Hub id.
+
+    Raises UsageError when it is none of them, and says what is near.
+    """
+    packaged = packaged_recipes()
+    if name in packaged:
+        return packaged[name]
+    path = Path(name)
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and path.suffix not in (".yaml", ".yml"):
+        return None
+    raise UsageError(
+        f"no recipe {name!r}: neither a packaged recipe nor a file{did_you_mean(name, packaged)}; "
+        "`litconvert recipes ls` lists the packaged ones"
+    )
 
 
 def summary(path: Path) -> str:

@@ -239,8 +239,10 @@ def test_run_takes_a_recipe_by_its_name_or_ending_and_all_else_as_a_source(
 
     monkeypatch.setattr("litconvert.workflow.run_line", run_line)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "digits").mkdir()
+    for name in ("folder", "digits", "my", "sub"):
+        (tmp_path / name).mkdir()
+    for name in ("my/own.yaml", "own.yml", "mine.yaml", "x.pt", "sub/DiT-XL-2-256x256.pt"):
+        (tmp_path / name).touch()
     assert "litconvert: asked" in command("run", *arguments).err
     assert asked == [recipe, source, Path("runs") / folder]
 
@@ -360,7 +362,7 @@ def test_the_schema_that_recipes_name_is_the_one_printed() -> None:
     )
 
 
-def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+def test_a_missing_package_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
 ) -> None:
     arguments = ("latents", "synthesize", tmp_path / "data", "--source", pico_checkpoint, "--recipe", pico_recipe)
@@ -368,7 +370,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
         patch.setitem(sys.modules, "datasets", None)
         result = command(*arguments)
     assert result.code == 1
-    assert "pip install 'litconvert[distill]'" in result.err
+    assert "datasets is not installed, which litconvert needs" in result.err
     assert not (tmp_path / "data").exists()
     assert command(*arguments).code == 0
 
