@@ -6,6 +6,7 @@ import typer
 
 from litconvert.cli import check, convert, latents, models, recipes, terminal, train
 
+INTERRUPTED = 130
 app = typer.Typer(
     name="litconvert",
     help="Turn a softmax diffusion transformer into a linear-attention one: convert, distil, sample, push.",
@@ -47,7 +48,12 @@ recipes_app.command("schema")(recipes.recipes_schema)
 
 def main() -> None:
     """Run the command line; exits 0, 1 (known error), 2 (usage), 3 (a gate failed) or 130 (interrupted)."""
+    terminal.hush_libraries()
     try:
         app()
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        sys.exit(terminal.fail(KeyboardInterrupt()))  # typer ends with no word
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(terminal.fail(error))
