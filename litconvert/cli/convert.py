@@ -25,6 +25,7 @@ from litconvert.cli.options import (
     a_new_folder,
     a_recipe,
     check_overrides,
+    complete_recipe,
     is_first,
     overrides_of,
     solve_overrides,
@@ -44,7 +45,14 @@ def inspect(
         bool, typer.Option("--weights", help="Read every value and check it, not the headers alone.")
     ] = False,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A recipe whose source section has hints.", callback=a_recipe)
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="A recipe whose source section has hints.",
+            callback=a_recipe,
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     sets: SetOption = None,
     num_attention_heads: HeadsOption = None,
@@ -212,6 +220,8 @@ def convert(
         show_solved(made, solved)
         show_plan(made, costs=dry_run)
     console.note(f"nothing written (--dry-run); would write {out}" if dry_run else f"written: {out}")
+    if not dry_run:
+        console.next_step("distill", out, Path("runs") / out.name)
 
 
 def _say_cost(plan: "ConversionPlan") -> None:

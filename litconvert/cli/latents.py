@@ -21,6 +21,7 @@ from litconvert.cli.options import (
     a_source,
     assignments,
     check_overrides,
+    complete_recipe,
     is_first,
     overrides_of,
     use_device,
@@ -36,6 +37,20 @@ def _require_model(recipe: str | None, source: str | None) -> None:
         raise UsageError("--recipe or --source says which model the data is for; give one")
 
 
+def _show(out: Path, *, as_json: bool) -> None:
+    """What was made."""
+    from litconvert.cli.reports import show_data
+    from litconvert.data.report import describe_data
+
+    facts = {"out": str(out), **describe_data(out)}
+    if as_json:
+        console.data(facts)
+        return
+    console.line(f"{facts['samples']:,} samples: {out}")
+    show_data(facts)
+    console.next_step("distill", "STUDENT", "RUN", "--data", out)
+
+
 def latents_synthesize(
     out: OutArgument,
     source: Annotated[
@@ -46,6 +61,7 @@ def latents_synthesize(
     num_attention_heads: HeadsOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Let the teacher draw the training set, for classes or prompts. Interrupted, the same command goes on.
@@ -64,7 +80,7 @@ def latents_synthesize(
     use_device(device)
     synthesize(source, out, recipe, given, force=force, listener=screen())
     if is_first():
-        console.line(str(out))
+        _show(out, as_json=as_json)
 
 
 def latents_encode(
@@ -94,6 +110,7 @@ def latents_encode(
     num_attention_heads: HeadsOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Make training data of images. Interrupted, the same command goes on.
@@ -109,18 +126,14 @@ def latents_encode(
     path_of(images)
     from litconvert.cli.live import screen
     from litconvert.conversion.plan import resolve_for
-    from litconvert.data.dataset import read_record
     from litconvert.data.encode import encode_images
-    from litconvert.data.report import classes_remark
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
     resolved = resolve_for(recipe, given, source)
     encode_images(images, out, resolved, force=force, skip_broken=skip_broken, listener=screen())
-    if remark := classes_remark(read_record(out)):
-        console.note(f"note: {remark}")
     if is_first():
-        console.line(str(out))
+        _show(out, as_json=as_json)
 
 
 def latents_show(
@@ -132,7 +145,11 @@ def latents_show(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", "-r", help="Whose VAE decodes. Default: the one recorded with DATA.", callback=a_recipe
+            "--recipe",
+            "-r",
+            help="Whose VAE decodes. Default: the one recorded with DATA.",
+            callback=a_recipe,
+            autocompletion=complete_recipe,
         ),
     ] = None,
     sets: SetOption = None,

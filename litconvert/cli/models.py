@@ -168,6 +168,7 @@ def sample(
     num_attention_heads: HeadsOption = None,
     device: DeviceOption = None,
     raw: RawOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Draw samples. Of a run that is not finished, its latest checkpoint draws, or that of RUN@STEP.
@@ -207,8 +208,12 @@ def sample(
         num_attention_heads=num_attention_heads,
         weights="model" if raw else "auto",
     )
-    for path in sample_to_files(request, screen()):
-        console.line(str(path))
+    written = [str(path) for path in sample_to_files(request, screen())]
+    if as_json:
+        console.data({"written": written})
+        return
+    for path in written:
+        console.line(path)
 
 
 def evaluate(
@@ -244,6 +249,7 @@ def evaluate(
         console.data(scores)
     else:
         show_scores(scores)
+        console.next_step("push", run, "OWNER/NAME", "--dry-run")
 
 
 def push(

@@ -31,6 +31,13 @@ def a_recipe(name: str | None) -> str | None:
     return name
 
 
+def complete_recipe(incomplete: str) -> list[str]:
+    """Packaged recipes that begin so, for the shell's completion."""
+    from litconvert.recipe.packaged import packaged_recipes
+
+    return [name for name in packaged_recipes() if name.startswith(incomplete)]
+
+
 def a_folder(path: Path | None) -> Path | None:
     """A folder to read."""
     if path is not None and not path.is_dir():
@@ -79,10 +86,23 @@ SourceArgument = Annotated[
 ]
 OwnRecipeOption = Annotated[
     str | None,
-    typer.Option("--recipe", "-r", help="Default: the packaged one for what the source is.", callback=a_recipe),
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="Default: the packaged one for what the source is.",
+        callback=a_recipe,
+        autocompletion=complete_recipe,
+    ),
 ]
 RecordedRecipeOption = Annotated[
-    str | None, typer.Option("--recipe", "-r", help="Default: the one recorded with the model.", callback=a_recipe)
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="Default: the one recorded with the model.",
+        callback=a_recipe,
+        autocompletion=complete_recipe,
+    ),
 ]
 DataOption = Annotated[
     Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's.", callback=a_folder)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from litconvert.cli import terminal as console
-from litconvert.cli.options import ForceOption, JsonOption, SetOption
+from litconvert.cli.options import ForceOption, JsonOption, SetOption, complete_recipe
 from litconvert.errors import LitconvertError, UsageError
 
 SCHEMA = "recipe.schema.json"
@@ -28,7 +28,7 @@ def recipes_ls(as_json: JsonOption = False) -> None:
         console.data([{name: getattr(one, name) for name in names} for one in found])
         return
     families = dict.fromkeys(one.family for one in found)
-    rows = []
+    rows: list[tuple[str, str, str]] = []
     for family in families:
         rows += [(family, "", "")] if not rows else [("", "", ""), (family, "", "")]
         rows += [(f"  {one.name}", "*" if one.default else "", one.summary) for one in found if one.family == family]
@@ -37,7 +37,7 @@ def recipes_ls(as_json: JsonOption = False) -> None:
 
 
 def recipes_show(
-    name: Annotated[str, typer.Argument(help="Name, file or Hub id of a recipe.")],
+    name: Annotated[str, typer.Argument(help="Name, file or Hub id of a recipe.", autocompletion=complete_recipe)],
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,9 +60,10 @@ def recipes_show(
 
 
 def recipes_copy(
-    name: Annotated[str, typer.Argument(help="A packaged recipe.")],
+    name: Annotated[str, typer.Argument(help="A packaged recipe.", autocompletion=complete_recipe)],
     out: Annotated[Path | None, typer.Argument(help="Default: NAME.yaml here.")] = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Copy a packaged recipe, comments and all, to edit it, and the schema that editors check it by.
 
@@ -83,12 +84,13 @@ def recipes_copy(
     if not schema.exists() or force:
         write_whole(schema, json.dumps(json_schema(), indent=2) + "\n")
         console.note(f"{schema}: what editors check it by")
-    console.line(str(target))
+    console.data({"recipe": str(target), "schema": str(schema)}) if as_json else console.line(str(target))
 
 
 def recipes_validate(
     names: Annotated[list[str], typer.Argument(help="Recipes to check.")],
     sets: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Check recipes; every problem is listed with its file and line.
 
@@ -96,13 +98,18 @@ def recipes_validate(
     """
     from litconvert.recipe.resolve import resolve
 
-    problems = []
+    problems, valid = [], []
     for name in names:
         try:
             resolve(name, sets or [])
-            console.line(f"{name}: valid")
+            valid.append(name)
         except UsageError as error:
             problems.append(str(error))
+    if as_json:
+        console.data({"valid": valid, "problems": problems})
+    else:
+        for name in valid:
+            console.line(f"{name}: valid")
     if problems:
         raise UsageError("\n".join(problems))
 

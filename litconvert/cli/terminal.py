@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -61,6 +62,11 @@ def note(message: str) -> None:
     """A line on stderr."""
     if not _settings["quiet"]:
         err.print(message, markup=False, soft_wrap=True)
+
+
+def next_step(*words: object) -> None:
+    """The command that most people want next, ready to be pasted."""
+    note(f"next: litconvert {' '.join(shlex.quote(str(word)) for word in words)}")
 
 
 def data(value: Any) -> None:

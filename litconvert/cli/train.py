@@ -14,6 +14,7 @@ from litconvert.cli.options import (
     ForceOption,
     HeadsOption,
     InheritOption,
+    JsonOption,
     OwnRecipeOption,
     QuietOption,
     RecordedRecipeOption,
@@ -25,6 +26,7 @@ from litconvert.cli.options import (
     a_recipe,
     a_source,
     check_overrides,
+    complete_recipe,
     is_first,
     overrides_of,
     recorded_recipe,
@@ -56,6 +58,7 @@ def distill(
     seed: SeedOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Teach a student with its softmax teacher. Rerun to resume; with more steps (--set) to go on after the end.
@@ -68,6 +71,7 @@ def distill(
     check_overrides(recipe or recorded_recipe(student), overrides)
     from litconvert import workflow
     from litconvert.cli.live import screen
+    from litconvert.cli.reports import run_facts, show_run
     from litconvert.runs.plots import compare
 
     console.be_quiet(quiet or not is_first())
@@ -83,22 +87,32 @@ def distill(
         force=force,
         listener=screen(),
     )
-    if is_first():
-        compare(run)
-        console.line(str(run / "model"))
+    if not is_first():
+        return
+    compare(run)
+    facts = run_facts(run)
+    console.data(facts) if as_json else show_run(facts)
+    console.next_step("push", out, "OWNER/NAME", "--dry-run")
 
 
 def train(
     out: Annotated[Path, typer.Argument(help="Run directory to write, or to go on with.", callback=a_new_folder)],
     recipe: Annotated[
         str,
-        typer.Option("--recipe", "-r", help="Name or file of a recipe with a scratch section.", callback=a_recipe),
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="Name or file of a recipe with a scratch section.",
+            callback=a_recipe,
+            autocompletion=complete_recipe,
+        ),
     ],
     data: DataOption = None,
     sets: SetOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train a softmax model from nothing: a teacher of your own. Rerun to resume.
@@ -108,13 +122,16 @@ def train(
     overrides = overrides_of(sets, seed=seed)
     check_overrides(recipe, overrides)
     from litconvert.cli.live import screen
+    from litconvert.cli.reports import run_facts, show_run
     from litconvert.distillation.pretraining import train as train_model
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
     run = train_model(out, recipe, data=data, overrides=overrides, force=force, listener=screen())
     if is_first():
-        console.line(str(run / "model"))
+        facts = run_facts(run)
+        console.data(facts) if as_json else show_run(facts)
+        console.next_step("convert", run / "model", "STUDENT")
 
 
 def run(
@@ -124,6 +141,7 @@ def run(
             metavar="SRC",
             help="A source: file, folder, Hub id (owner/name) or asset:NAME. Or a recipe: a packaged one's name, or a "
             ".yaml file.",
+            autocompletion=complete_recipe,
         ),
     ],
     out: Annotated[
@@ -143,6 +161,7 @@ def run(
     seed: SeedOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """The whole line: convert, latents, distil, sample, evaluate, push. What is done is skipped.
@@ -160,12 +179,18 @@ def run(
     check_overrides(wanted, overrides, start)
     place = out or _folder_for(what)
     from litconvert.cli.live import screen
-    from litconvert.cli.reports import show_result
+    from litconvert.cli.reports import result_facts, show_result
     from litconvert.workflow import run_line
 
     console.be_quiet(quiet)
     use_device(device)
-    show_result(run_line(wanted, place, source=start, overrides=overrides, force=force, listener=screen()))
+    result = run_line(wanted, place, source=start, overrides=overrides, force=force, listener=screen())
+    if as_json:
+        console.data(result_facts(result))
+    else:
+        show_result(result)
+        if result.url is None:
+            console.next_step("push", result.run, "OWNER/NAME", "--dry-run")
 
 
 def _recipe_and_source(what: str, recipe: str | None, source: str | None) -> tuple[str | None, str | None]:
@@ -205,10 +230,11 @@ def demo(
     sets: SetOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """`run digits`: the whole line on a small trained DiT that ships with litconvert. No network, no GPU.
 
     Example: litconvert demo
     """
-    run("digits", out=out, sets=sets, device=device, force=force, quiet=quiet)
+    run("digits", out=out, sets=sets, device=device, force=force, as_json=as_json, quiet=quiet)

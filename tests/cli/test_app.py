@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import litconvert
 from litconvert.errors import UsageError
 from litconvert.recipe.packaged import packaged_recipes
 from litconvert.recipe.resolve import resolve
@@ -64,7 +65,39 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
     result = command(*name.split("-"), "--help")
     assert result.code == 0
     assert "Usage:" in result.out
-    assert name in ("latents", "recipes", "env") or "Example: litconvert" in result.out
+    assert "Example: litconvert" in result.out
+    assert command(*name.split("-"), "-h").out == result.out
+
+
+def test_the_list_of_commands_is_whole_in_80_columns() -> None:
+    listed = command("--help").out
+    assert "..." not in listed.partition("Commands:")[2]
+    assert max(map(len, listed.splitlines())) <= 80
+    assert "Example: litconvert" in listed
+
+
+def test_the_version_is_told() -> None:
+    assert command("--version").out == command("-V").out == f"litconvert {litconvert.__version__}\n"
+
+
+@pytest.mark.parametrize(("line", "found"), [("litconvert run dig", "digits-paper"), ("litconvert conv", "convert")])
+def test_the_shell_completes_commands_and_recipes(line: str, found: str) -> None:
+    variables = {"_LITCONVERT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("litconvert"))],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert found in done.stdout.split(), done
+
+
+PRODUCING = [name for name in COMMANDS if name not in ("latents", "recipes", "recipes-schema")]
+
+
+@pytest.mark.parametrize("name", PRODUCING)
+def test_every_command_that_produces_something_says_it_as_json(name: str) -> None:
+    assert "--json" in command(*name.split("-"), "--help").out
 
 
 def readme_commands() -> list[str]:
