@@ -57,8 +57,11 @@ def distill(
     asked = Request(Path(student), Path(out), recipe, teacher, data, start, overrides, force)
     prepared = prepare(asked, listener)
     estimates: list[StageEstimate] = []
+    if prepared.finished and prepared.engine.is_main:
+        listener.note(f"already done: {asked.out}")
     if not prepared.finished:
         if listener.wants_estimates and prepared.engine.is_main:
+            listener.note("measuring what a step takes here")
             estimates = _estimates(prepared)
             _say_estimates(estimates, listener)
         fit(prepared, listener)

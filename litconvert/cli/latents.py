@@ -40,9 +40,11 @@ def _require_model(recipe: str | None, source: str | None) -> None:
 def _show(out: Path, *, as_json: bool) -> None:
     """What was made."""
     from litconvert.cli.reports import show_data
-    from litconvert.data.report import describe_data
+    from litconvert.data.report import classes_remark, describe_data
 
     facts = {"out": str(out), **describe_data(out)}
+    if remark := classes_remark(facts):
+        console.note(f"note: {remark}")
     if as_json:
         console.data(facts)
         return

@@ -270,6 +270,7 @@ def push(
     Example: litconvert push runs/digits/distilled me/lit-digits --pipeline
     """
     _check_push(directory, repo_id)
+    from litconvert.cli.live import screen
     from litconvert.publishing.push import planned_files
     from litconvert.publishing.push import push as publish
 
@@ -282,7 +283,15 @@ def push(
         else:
             console.table(("file", "bytes"), [(path, count(nbytes)) for path, nbytes in files], numbers=(1,))
         return
-    url = publish(directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, private=private, weights=weights)
+    url = publish(
+        directory,
+        repo_id,
+        pipeline=pipeline,
+        text_encoder=text_encoder,
+        private=private,
+        weights=weights,
+        listener=screen(),
+    )
     console.data({"url": url}) if as_json else console.line(url)
 
 

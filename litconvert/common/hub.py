@@ -58,6 +58,25 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise LitconvertError(f"{repo_id}: {reason}") from error
 
 
+@contextmanager
+def no_hub_bars() -> Iterator[None]:
+    """Without the bars that huggingface_hub draws."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def download(repo_id: str, filename: str, *, revision: str | None) -> Path:
     """One file of a Hub repository, through the Hub's cache."""
     from huggingface_hub import hf_hub_download

@@ -125,6 +125,7 @@ def carry_out(
             return conversion_inputs(plan, hashing.result(), solved.inputs if solved else {})
 
         if out.exists() and is_converted(plan, out, inputs(), force=force):
+            listener.note(f"already done: {out}")
             return out
         require_space(out.parent, plan.totals["student_bytes"])
         plan.source.check_recomputed()

@@ -58,6 +58,8 @@ def encode_images(
     encoding = Encoding.of(str(images), recipe, skip_broken=skip_broken)
     inputs = encoding.inputs()
     if is_finished(out, inputs, force=force, remake=force):
+        if launched_group().process == 0:
+            listener.note(f"already done: {out}")
         return out
     assembly = Assembly(out, inputs, encoding.images.parts, launched_group(), listener)
     with written(out):

@@ -165,6 +165,9 @@ class Assembly:
                 "system that all nodes share"
             )
         with held(self.folder, self.listener) if self.group.process == 0 else nullcontext():
+            done = self.shards - sum(not self.shard(index).exists() for index in range(self.shards))
+            if done and self.group.process == 0:
+                self.listener.note(f"goes on: {done} of {self.shards} shards of {self.out} are there")
             yield
 
     def once(self, path: Path, make: Callable[[], None]) -> None:

@@ -95,6 +95,8 @@ def synthesize_resolved(
     prompts = _prompts(recipe) if config.reads_captions else []
     inputs = synthesis_inputs(recipe, opened, prompts)
     if is_finished(out, inputs, force=force):
+        if launched_group().process == 0:
+            listener.note(f"already done: {out}")
         return out
     shape = (config.in_channels, config.sample_size, config.sample_size)
     require_space(out.parent, 2 * 4 * settings.num_samples * int(torch.Size(shape).numel()))

@@ -42,7 +42,9 @@ def score_run(
     if kept.is_file() and not force:
         found = read_json(kept)
         if inputs.made(found):
+            listener.note(f"already done: {kept}")
             return found
+    listener.note(f"reading {folder} and its teacher")
     student = read_model(open_student(folder, weights), torch.float32)
     teacher = read_model(open_teacher(recipe), torch.float32)
     models = {"student": student, "teacher against itself": teacher}

@@ -6,8 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from litconvert.common.hub import check_repo_id, require_login
+from litconvert.common.hub import check_repo_id, no_hub_bars, require_login
 from litconvert.common.listener import SILENT, Listener
+from litconvert.common.quantities import size
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.publishing.layout import prepare
 from litconvert.publishing.publication import Publication
@@ -73,7 +74,9 @@ def push(
             from huggingface_hub import constants
 
             return f"{constants.ENDPOINT}/{repo_id}"
-        with _write_errors(repo_id):
+        total = size(sum(nbytes for _, nbytes in _files(folder)))
+        listener.note(f"sending {total} to {repo_id}")
+        with _write_errors(repo_id), no_hub_bars():
             return _upload(
                 folder, repo_id, private=private, revision=revision, create_pr=create_pr, message=commit_message
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from litconvert.common.device import default_device
 from litconvert.common.hub import hub_errors
+from litconvert.common.listener import SILENT, UNSEEN, Listener, Task
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.config import ModelConfig, is_pixel_space
 from litconvert.model.modeling_lit import LiTTransformer2DModel
@@ -121,16 +122,19 @@ class SampleSheet:
         else:
             self.drawable = False
 
-    def images(self, model: LiTTransformer2DModel) -> NDArray[np.uint8]:
-        """The sheet's images (N, H, W, C)."""
+    def images(self, model: LiTTransformer2DModel, task: Task = UNSEEN) -> NDArray[np.uint8]:
+        """The sheet's images (N, H, W, C); `task` is advanced after each step of each batch."""
         settings = self.recipe.sample
         sampler = SamplerSettings(settings, self.recipe.diffusion.num_timesteps, settings.seed, settings.batch_size)
-        batches = draw(model, self.conditions, sampler)
+        batches = draw(model, self.conditions, sampler, task=task)
         factor = self.recipe.source.vae.scaling_factor if self.recipe.source.vae else 1.0
         return to_images(torch.cat(list(batches)), self.vae, factor)
 
-    def draw(self, model: LiTTransformer2DModel, name: str) -> None:
+    def draw(self, model: LiTTransformer2DModel, name: str, listener: Listener = SILENT) -> None:
         """Write NAME.png, where there is a picture to be drawn."""
         if self.drawable:
-            images = self.images(model)
+            settings = self.recipe.sample
+            batches = -(-len(self.conditions) // settings.batch_size)
+            with listener.task(f"draw samples ({name})", batches * settings.steps) as task:
+                images = self.images(model, task)
             save_grid(images, self.folder / f"{name}.png", scale=max(1, 64 // images.shape[1]))

@@ -43,6 +43,7 @@ def convert_planned(plan: ConversionPlan, out: Path, *, force: bool = False, lis
     refuse_early(plan, out)
     inputs = conversion_inputs(plan, plan.source.checkpoint.sha256(), solving_inputs(plan))
     if is_converted(plan, out, inputs, force=force):
+        listener.note(f"already done: {out}")
         return out
     solved = solve(plan, out, inputs, listener)
     if solved is not None:

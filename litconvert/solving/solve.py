@@ -96,6 +96,8 @@ def solve(plan: ConversionPlan, out: Path, inputs: Inputs, listener: Listener = 
     began = time.monotonic()
     with held(folder, hears) if engine.is_main else nullcontext():
         chosen = _kept_choice(chosen, folder, engine)
+        if kept := len(list(folder.glob("walk-*"))):
+            hears.note(f"goes on from layer {kept}: {folder} has those before it")
         images, teacher = _images_and_teacher(plan, chosen, folder, engine, hears)
         models = _Models(teacher, start_student(plan, teacher), images, _written_dtype(plan))
         layers, output = _walk(plan, chosen, folder, engine, models, hears)
@@ -158,6 +160,7 @@ def _images_and_teacher(
     captions = plan.source.config.reads_captions
     if chosen.draws and not captions:
         draw_class_images(chosen, recipe, drawn, listener)
+    listener.note(f"reading {plan.source.checkpoint.source}")
     teacher = read_model(plan.source, torch.float32).to(engine.device).requires_grad_(False)
     if chosen.draws and captions:
         if engine.is_main and not drawn.is_dir():

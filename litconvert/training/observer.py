@@ -69,8 +69,8 @@ class Observer(Listener, AbstractContextManager["Observer"]):
         """The student as it is converted, and its teacher."""
         if self.sheet is not None:
             if self.teacher is not None:
-                self.sheet.draw(self.teacher, "teacher")
-            self._look("before", 0, self._averaged(self.model.state_dict()))
+                self.sheet.draw(self.teacher, "teacher", self.listener)
+            self._look("before", 0, self._averaged(self.model.state_dict()), self.listener)
         self.engine.wait()
 
     def observe(self, step: int, state: Mapping[str, Tensor]) -> None:
@@ -79,7 +79,7 @@ class Observer(Listener, AbstractContextManager["Observer"]):
 
     def after(self, step: int, state: Mapping[str, Tensor]) -> None:
         """The result."""
-        self._look("after", step, self._averaged(state))
+        self._look("after", step, self._averaged(state), self.listener)
 
     def _averaged(self, state: Mapping[str, Tensor]) -> LiTTransformer2DModel | None:
         """A model of its own: the one in training is left as it is."""
@@ -89,10 +89,11 @@ class Observer(Listener, AbstractContextManager["Observer"]):
         averaged.load_state_dict(state)
         return averaged  # type: ignore[no-any-return]
 
-    def _look(self, name: str, step: int, model: LiTTransformer2DModel | None) -> None:
+    def _look(self, name: str, step: int, model: LiTTransformer2DModel | None, listener: Listener = SILENT) -> None:
+        """Between steps it is not heard: the display of the steps stands then."""
         if self.sheet is None or model is None:
             return
-        self.sheet.draw(model, name)
+        self.sheet.draw(model, name, listener)
         if self.teacher is not None:
             end = 1.0 if self.config.predicts_velocity else float(self.recipe.diffusion.num_timesteps)
             self.run.append_timestep_errors(

@@ -35,7 +35,7 @@ from litconvert.training.optimization import (
     trained_names,
     training_state,
 )
-from litconvert.training.student import Student
+from litconvert.training.student import Student, compiles
 
 SAME_SIGNAL_SECONDS = 2.0
 
@@ -110,6 +110,10 @@ class Trainer:
         self.skipped_steps = progress.skipped_steps
         if self.engine.is_main:
             self.run.truncate_metrics(progress.global_step)
+        if resumed:
+            self.listener.note(f"goes on from step {progress.global_step} of {self.total_steps}")
+        if compiles(self.recipe.distill.compile, self.engine.device):
+            self.listener.note("the first steps compile the model, which takes from seconds to minutes")
         result: dict[str, Tensor] = {}
         done = 0
         with self._signals(), self.engine.group_failures():

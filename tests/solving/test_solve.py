@@ -329,6 +329,9 @@ def test_convert_says_what_solving_takes_before_it_and_how_near_it_came_in_its_f
 
 @pytest.mark.parametrize("options", [["--data", "x"], ["--embeddings", "y"]])
 def test_not_solving_and_solving_on_something_contradict_each_other(tmp_path: Path, options: list[str]) -> None:
-    said = command("convert", source_of(tmp_path / "source", {}), tmp_path / "out", "--no-solve", *options)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").touch()
+    given = [options[0], tmp_path / options[1]]
+    said = command("convert", source_of(tmp_path / "source", {}), tmp_path / "out", "--no-solve", *given)
     assert said.code == 2
     assert "--no-solve solves nothing" in said.err
