@@ -15,8 +15,8 @@ from litconvert.cli.options import (
     QuietOption,
     SetOption,
     a_folder,
-    a_new_file,
     a_new_folder,
+    a_picture,
     a_recipe,
     a_source,
     assignments,
@@ -141,7 +141,8 @@ def latents_encode(
 def latents_show(
     data: Annotated[Path, typer.Argument(help="A dataset folder.", callback=a_folder)],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="PNG sheet of samples to draw.", callback=a_new_file)
+        Path | None,
+        typer.Option("--out", "-o", help="Sheet of samples to draw: .png, .jpg or .webp.", callback=a_picture),
     ] = None,
     count: Annotated[int, typer.Option("--num", "-n", min=1, help="Samples on the sheet.")] = 32,
     recipe: Annotated[

@@ -21,6 +21,7 @@ from litconvert.cli.options import (
     a_file,
     a_folder,
     a_new_file,
+    a_picture,
     a_run,
     a_source,
     assignments,
@@ -114,9 +115,9 @@ def sample(
             help="Run (RUN, RUN@STEP) or model directory, or any checkpoint litconvert reads.", callback=a_source
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="PNG grid to write.", callback=a_new_file)] = Path(
-        "samples.png"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Sheet to write: .png, .jpg or .webp.", callback=a_picture)
+    ] = Path("samples.png"),
     teacher: Annotated[
         str | None,
         typer.Option("--teacher", help="Draw this one too, on the same noise, above.", callback=a_source),

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from litconvert.common.files import picture_format
 from litconvert.common.hub import path_of
 from litconvert.errors import UsageError
 from litconvert.runs.directory import model_of
@@ -76,6 +77,16 @@ def a_new_file(path: Path | None) -> Path | None:
 NamedSource = Annotated[
     str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.", callback=a_source)
 ]
+
+
+def a_picture(path: Path | None) -> Path | None:
+    """A picture to write."""
+    if path is not None:
+        a_new_file(path)
+        picture_format(path)
+    return path
+
+
 SourceArgument = Annotated[
     str | None,
     typer.Argument(

@@ -16,6 +16,14 @@ from litconvert.errors import LitconvertError, UsageError, system_cause
 
 LOCK = ".lock"
 HANDOVER_SECONDS = 15.0
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def picture_format(path: Path) -> str:
+    """Pillow's name of a picture's format, by its ending. Raises UsageError for another ending."""
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(f"{path}: a picture is written as {', '.join(PICTURES)}: give it one of these endings")
+    return PICTURES[path.suffix.lower()]
 
 
 def read_json(path: Path) -> dict[str, Any]:

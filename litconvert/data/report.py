@@ -12,7 +12,8 @@ from litconvert.data.dataset import Bucket, LatentDataset, open_latents, read_re
 from litconvert.errors import UsageError
 from litconvert.model.config import is_pixel_space
 from litconvert.recipe.schema import Vae
-from litconvert.sampling.pictures import load_vae, save_grid, to_images
+from litconvert.sampling.pictures import load_vae, to_images
+from litconvert.sampling.sheets import Part, save_sheet
 
 
 def describe_data(path: str | Path) -> dict[str, Any]:
@@ -87,15 +88,21 @@ def write_sheet(path: str | Path, out: Path, *, vae: Vae | None = None, count: i
             f"{folder}: holds latents, and no VAE is recorded to decode them; name a recipe that has one (--recipe)"
         )
     decoder = load_vae(vae) if vae is not None and not data.pixels else None
-    images = []
+    images, labels = [], list[str]()
     for index, bucket in enumerate(data.buckets):
         some = np.linspace(0, len(bucket) - 1, min(len(bucket), max(1, round(count * len(bucket) / len(data)))))
         indices = sorted({int(one) for one in some})
         noise = torch.zeros(len(indices), *bucket.shape)
-        clean = data.read(index, indices, noise=noise).clean
-        images += list(to_images(clean, decoder, vae.scaling_factor if vae else 1.0))
+        samples = data.read(index, indices, noise=noise)
+        images += list(to_images(samples.clean, decoder, vae.scaling_factor if vae else 1.0))
+        if samples.class_labels is not None:
+            names = record.get("class_names", [])
+            labels += [names[one] if one < len(names) else str(one) for one in samples.class_labels.tolist()]
+        labels += samples.texts or []
     height, width = (max(image.shape[side] for image in images) for side in (0, 1))
-    save_grid(np.stack([_framed(image, height, width) for image in images]), out, columns=8, scale=max(1, 64 // height))
+    title = f"{folder.name}: {len(images):,} of {len(data):,} samples"
+    framed = np.stack([_framed(image, height, width) for image in images])
+    save_sheet(out, [Part(title, framed, labels)], columns=8, scale=max(1, 64 // height))
     return out
 
 

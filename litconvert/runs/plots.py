@@ -160,19 +160,15 @@ def compare(run: Path) -> Path | None:
     paths = [run / "samples" / f"{name}.png" for name in ("teacher", "before", "after")]
     if not all(path.is_file() for path in paths):
         return None
-    from matplotlib import use
-
-    use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(len(paths), 1, figsize=(7, 9.2))
-    titles = ("teacher (softmax)", "student before distillation (linear)", "student after distillation (linear)")
-    for panel, path, title in zip(panels, paths, titles, strict=True):
-        panel.imshow(np.asarray(Image.open(path)), cmap="gray", vmin=0, vmax=255)
-        panel.set_title(title)
-        panel.axis("off")
-    figure.tight_layout()
+    parts = []
+    for path in paths:
+        with Image.open(path) as picture:
+            parts.append(picture.convert(picture.mode))
+    width, height = max(part.width for part in parts), sum(part.height for part in parts)
+    sheet = Image.new(parts[0].mode, (width, height), "white")
+    for index, part in enumerate(parts):
+        sheet.paste(part, (0, sum(above.height for above in parts[:index])))
     out = run / "comparison.png"
-    figure.savefig(out, dpi=100)
-    pyplot.close(figure)
+    with whole_file(out) as temporary:
+        sheet.save(temporary, format="PNG")
     return out

@@ -1,4 +1,4 @@
-"""From latents to images: decoders, grids, files, and the sheets of a run."""
+"""From latents to images: decoders, files, and the sheets of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from litconvert.common.device import default_device
@@ -15,9 +14,10 @@ from litconvert.common.listener import SILENT, UNSEEN, Listener, Task
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.config import ModelConfig, is_pixel_space
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.recipe.schema import Recipe, Vae
+from litconvert.recipe.schema import Guidance, Recipe, Vae
 from litconvert.sampling.captions import Captions, encode_prompts
 from litconvert.sampling.draw import SamplerSettings, cycled, draw
+from litconvert.sampling.sheets import Part, save_sheet
 
 # Samples that are drawn of a model of classes when nobody says how many.
 NUM_IMAGES = 40
@@ -64,28 +64,6 @@ def to_images(latents: Tensor, vae: Any | None, scaling_factor: float = 1.0) -> 
     return scaled.permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
 
-def save_grid(images: NDArray[np.uint8], path: Path, *, columns: int = 10, gap: int = 2, scale: int = 1) -> None:
-    """Write images (N, H, W, C) as one PNG, row by row."""
-    count, height, width, channels = images.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    canvas = np.full(
-        (rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, channels), 255, dtype=np.uint8
-    )
-    for index, image in enumerate(images):
-        top = gap + (index // columns) * (height * scale + gap)
-        left = gap + (index % columns) * (width * scale + gap)
-        large = image.repeat(scale, axis=0).repeat(scale, axis=1)
-        canvas[top : top + height * scale, left : left + width * scale] = large
-    save_image(canvas, path)
-
-
-def save_image(image: NDArray[np.uint8], path: Path) -> None:
-    """Write one image (H, W, C) as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
-
-
 def save_npz(images: NDArray[np.uint8], labels: Tensor | None, path: Path) -> None:
     """Write images in the ADM evaluator's layout: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels where there are any."""
     if images.shape[-1] == 1:
@@ -111,14 +89,18 @@ class SampleSheet:
         device = default_device()
         self.vae = load_vae(recipe.source.vae).to(device) if recipe.source.vae else None
         count = recipe.sample.num_images
+        self.labels: list[str] = []
         # Latents without a decoder have no picture, and captions without an encoder cannot be read.
         self.drawable = self.vae is not None or config.is_pixel_space
         self.conditions: Tensor | Captions
         if not config.reads_captions:
             self.conditions = torch.arange(count or NUM_IMAGES) % config.classes
+            self.labels = [str(int(label)) for label in self.conditions]
         elif self.drawable and recipe.source.text_encoder is not None:
             captions = encode_prompts(recipe, config)
             self.conditions = cycled(captions, count or len(captions))
+            prompts = recipe.sample.prompts
+            self.labels = [prompts[index % len(prompts)] for index in range(len(self.conditions))]
         else:
             self.drawable = False
 
@@ -131,10 +113,23 @@ class SampleSheet:
         return to_images(torch.cat(list(batches)), self.vae, factor)
 
     def draw(self, model: LiTTransformer2DModel, name: str, listener: Listener = SILENT) -> None:
-        """Write NAME.png, where there is a picture to be drawn."""
+        """Write NAME.png, where there is a picture to be drawn, under a title that says of whom it is."""
         if self.drawable:
             settings = self.recipe.sample
             batches = -(-len(self.conditions) // settings.batch_size)
             with listener.task(f"draw samples ({name})", batches * settings.steps) as task:
                 images = self.images(model, task)
-            save_grid(images, self.folder / f"{name}.png", scale=max(1, 64 // images.shape[1]))
+            part = Part(f"{title_of(name)}; {described(settings)}", images, self.labels)
+            save_sheet(self.folder / f"{name}.png", [part], scale=max(1, 64 // images.shape[1]))
+
+
+def title_of(name: str) -> str:
+    """What a run's sheet shows, by the name of its file."""
+    known = {"teacher": "Teacher (softmax)", "before": "Student before training", "after": "Student after training"}
+    return known.get(name) or f"Student after {int(name.removeprefix('step-')):,} steps"
+
+
+def described(settings: Guidance) -> str:
+    """How samples were drawn."""
+    text = f"{settings.scheduler} in {settings.steps} steps"
+    return text if settings.guidance == 1 else f"{text}, guidance {settings.guidance:g}"

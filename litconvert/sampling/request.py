@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors
@@ -20,7 +19,8 @@ from litconvert.recipe.schema import Recipe, Source
 from litconvert.runs.directory import model_of
 from litconvert.sampling.captions import Captions, encode_prompts, read_embeddings, write_embeddings
 from litconvert.sampling.draw import SamplerSettings, cycled, draw, make_scheduler
-from litconvert.sampling.pictures import NUM_IMAGES, load_vae, save_grid, save_npz, to_images
+from litconvert.sampling.pictures import NUM_IMAGES, described, load_vae, save_npz, to_images
+from litconvert.sampling.sheets import Part, save_sheet
 
 # Of the samples in an NPZ file, those that are on the sheet beside it.
 NPZ_SHEET = 100
@@ -118,7 +118,12 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
             np.concatenate([to_images(batch, vae, factor) for batch in draw(model, conditions, sampler, task=task)])
             for model in models
         ]
-    return _write_pictures(request, images, conditions, scale=max(1, 64 // configs[-1].sample_size))
+    titles = [f"{Path(source.checkpoint.source).name}; {described(chosen)}" for source in sources]
+    if request.teacher is not None:
+        titles = [f"{kind}: {title}" for kind, title in zip(("Teacher", "Student"), titles, strict=True)]
+    labels = _labels(conditions, chosen.prompts if request.embeddings is None else ())
+    parts = [Part(title, one, labels) for title, one in zip(titles, images, strict=True)]
+    return _write_pictures(request, parts, conditions, scale=max(1, 64 // configs[-1].sample_size))
 
 
 def _open_sources(request: SampleRequest, path: str, recipe: Recipe) -> list[OpenSource]:
@@ -187,17 +192,22 @@ def _write_latents(path: Path, latents: Tensor, conditions: Tensor | Captions) -
     return [path]
 
 
+def _labels(conditions: Tensor | Captions, prompts: Sequence[str]) -> list[str]:
+    """What each sample was asked for, as far as it is known: classes, or prompts in turn."""
+    if isinstance(conditions, Captions):
+        return [prompts[index % len(prompts)] for index in range(len(conditions))] if prompts else []
+    return [str(int(label)) for label in conditions]
+
+
 def _write_pictures(
-    request: SampleRequest, images: Sequence[NDArray[np.uint8]], conditions: Tensor | Captions, *, scale: int
+    request: SampleRequest, parts: Sequence[Part], conditions: Tensor | Captions, *, scale: int
 ) -> list[Path]:
-    """The sheet of all models' images (N, H, W, C) and, where it is asked for, the last one's for the ADM evaluator."""
-    columns = min(10, len(conditions))
-    # A sheet of 50,000 would be of no use to anybody.
-    sheets = images if request.npz is None else [one[:NPZ_SHEET] for one in images]
-    # Whole rows, so that the teacher's grid ends where the student's begins.
-    padded = [np.concatenate([one, np.full((-len(one) % columns, *one.shape[1:]), 255, np.uint8)]) for one in sheets]
-    save_grid(np.concatenate(padded), request.out, columns=columns, scale=scale)
+    """The sheet of all models and, where it is asked for, the last one's images for the ADM evaluator."""
+    images = parts[-1].images
+    if request.npz is not None:  # a sheet of 50,000 would be of no use to anybody
+        parts = [Part(part.title, part.images[:NPZ_SHEET], part.labels[:NPZ_SHEET]) for part in parts]
+    save_sheet(request.out, parts, scale=scale)
     if request.npz is not None:
-        save_npz(images[-1], None if isinstance(conditions, Captions) else conditions, request.npz)
+        save_npz(images, None if isinstance(conditions, Captions) else conditions, request.npz)
         return [request.out, request.npz]
     return [request.out]

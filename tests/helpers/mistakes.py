@@ -45,6 +45,8 @@ MISTAKES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("probe", "model", "--write", "folder"), "folder is a folder, and a file is written"),
     (("env", "--check", "--out", "folder"), "folder is a folder, and a file is written"),
     (("demo", "--out", "file.txt"), "file.txt is a file, and a folder is written"),
+    (("sample", "model", "--out", "samples.gif"), "a picture is written as .png, .jpg, .jpeg, .webp"),
+    (("latents", "show", "folder", "--out", "sheet"), "a picture is written as .png"),
     # a number or a key
     (("sample", "model", "--steps", "0"), "greater than or equal to 1"),
     (("sample", "model", "--num", "0"), "greater than or equal to 1"),

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.configuration_utils import FrozenDict
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.model.pipeline_lit import LiTPipeline, predict
 from litconvert.recipe.schema import Guidance, Vae
 from litconvert.sampling.draw import SamplerSettings, draw, make_scheduler, noise_of, sample
-from litconvert.sampling.pictures import load_vae, save_grid, save_image, save_npz, to_images
+from litconvert.sampling.pictures import load_vae, save_npz, to_images
 from litconvert.sampling.request import parse_classes
 from tests.helpers.checkpoint_files import dit_state
 from tests.helpers.command import command
@@ -390,27 +389,6 @@ def test_latents_without_a_decoder_are_refused_and_pixels_are_not() -> None:
     with pytest.raises(UsageError, match=r"latents of 4 channels.*source\.vae\.path"):
         to_images(torch.zeros(1, 4, 2, 2), None)
     assert to_images(torch.zeros(1, 3, 2, 2), None).shape == (1, 2, 2, 3)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_shows_the_images_row_by_row(tmp_path: Path, channels: int) -> None:
-    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(2, 1).repeat(3, 2).repeat(channels, 3) * 40
-    path = tmp_path / "new" / "grid.png"
-    save_grid(images, path, columns=3, gap=1, scale=2)
-    picture = np.asarray(Image.open(path))
-    assert picture.shape[:2] == (2 * (4 + 1) + 1, 3 * (6 + 1) + 1)
-    assert picture.ndim == (2 if channels == 1 else 3)
-    for index in range(5):
-        top, left = 1 + index // 3 * 5, 1 + index % 3 * 7
-        assert (picture[top : top + 4, left : left + 6] == index * 40).all()
-    assert (picture[0] == 255).all()
-    assert (picture[6:, 15:] == 255).all()
-
-
-def test_one_image_is_written_as_it_is(tmp_path: Path) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    save_image(image, tmp_path / "one.png")
-    assert (np.asarray(Image.open(tmp_path / "one.png")) == image).all()
 
 
 def test_the_npz_has_the_adm_evaluators_layout(tmp_path: Path) -> None:
