@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo quick test test-precision lint format benchmarks table clean
+.PHONY: demo quick test test-precision lint format docs benchmarks table clean
 
 demo: $(INSTALLED)        ## the whole line on the embedded model: no network, no GPU, results on one screen
 	$(BIN)/litconvert demo
@@ -31,7 +31,10 @@ format: $(INSTALLED)      ## mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-table: $(INSTALLED)       ## the README's tables and curves of quality: at most six hours on two cores, resumable
+docs: $(INSTALLED)        ## the documentation as a site in build/docs; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+table: $(INSTALLED)       ## the tables and curves of docs/results.md: at most six hours on two cores, resumable
 	$(BIN)/python -m benchmarks.digits_table
 
 benchmarks: $(INSTALLED)  ## start-up, conversion, a training step and its memory: an hour, and 30 GB of disk
