@@ -32,7 +32,7 @@ format: $(INSTALLED)      ## mend what lint can mend
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)        ## the documentation as a site in build/docs; a broken link is an error
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 table: $(INSTALLED)       ## the tables and curves of docs/results.md: at most six hours on two cores, resumable
 	$(BIN)/python -m benchmarks.digits_table
