@@ -2,11 +2,13 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+CORE := $(VENV)/.core
 INSTALLED := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .PHONY: demo quick test test-precision lint format docs benchmarks table clean
 
-demo: $(INSTALLED)        ## the whole line on the embedded model: no network, no GPU, results on one screen
+demo: $(CORE)             ## the whole line on the embedded model: no network, no GPU, results on one screen
 	$(BIN)/litconvert demo
 
 quick: $(INSTALLED)       ## all tests but those marked slow: under a minute and a half on two cores
@@ -45,9 +47,14 @@ benchmarks: $(INSTALLED)  ## start-up, conversion, a training step and its memor
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.memory
 
-$(INSTALLED): pyproject.toml constraints.txt
+# Without the tools of development, which nobody needs to try it.
+$(CORE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[distill,dev]"
+	$(INSTALL) .
+	touch $@
+
+$(INSTALLED): $(CORE)
+	$(INSTALL) ".[dev]"
 	touch $@
 
 clean:

@@ -61,7 +61,3 @@ def system_cause(error: BaseException) -> str | None:
                 return where + cause
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return None
-
-
-# What `pip install 'litconvert[distill]'` brings.
-DISTILLATION_PACKAGES = ("datasets", "matplotlib", "pyarrow", "torchmetrics")

@@ -26,7 +26,8 @@ from litconvert.checkpoints.pickles import (
     refuse_choice,
 )
 from litconvert.common.files import read_json
-from litconvert.common.tensors import WEIGHT_SUFFIXES, TensorInfo, info_of_header
+from litconvert.common.hub import WEIGHT_SUFFIXES
+from litconvert.common.tensors import TensorInfo, info_of_header
 from litconvert.errors import LitconvertError, UsageError, system_cause
 
 

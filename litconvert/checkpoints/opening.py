@@ -1,13 +1,8 @@
 """Opening a checkpoint, wherever it is."""
 
-import os
-import re
-from pathlib import Path
-
 from litconvert.checkpoints.checkpoint import Checkpoint
 from litconvert.checkpoints.local import open_local
-from litconvert.common.tensors import WEIGHT_SUFFIXES
-from litconvert.errors import UsageError
+from litconvert.common.hub import path_of
 
 
 def open_checkpoint(
@@ -24,17 +19,10 @@ def open_checkpoint(
 
     Raises LitconvertError for what cannot be read, and UsageError for what must be settled first.
     """
-    path = Path(source)
-    if source.startswith("asset:"):
-        path = Path(__file__).parents[1] / "assets" / f"{source.removeprefix('asset:')}.safetensors"
-        if not path.is_file():
-            known = sorted(f"asset:{asset.stem}" for asset in path.parent.glob("*.safetensors"))
-            raise UsageError(f"{source}: no such asset; there are {', '.join(known)}")
-    elif not os.path.exists(path):  # Path.exists raises for a name that is too long
-        name, _, at = source.partition("@")
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or Path(name).suffix in WEIGHT_SUFFIXES:
-            raise UsageError(f"{source}: no such file or folder, and not a Hub id (owner/name)")
+    path = path_of(source)
+    if path is None:
         from litconvert.checkpoints.remote import open_hub_checkpoint  # and huggingface_hub
 
+        name, _, at = source.partition("@")
         return open_hub_checkpoint(source, name, revision or at or None, file, weights)
     return open_local(source, path, file=file, weights=weights)

@@ -14,8 +14,8 @@ from litconvert.checkpoints.checkpoint import Checkpoint, Stored, wrapper_prefix
 from litconvert.checkpoints.local import open_local, shards_of_index
 from litconvert.checkpoints.pickles import check_zip, choose_set, first_line, is_zip, load_pickle, refuse_choice
 from litconvert.common.files import read_json
-from litconvert.common.hub import download, hub_errors
-from litconvert.common.tensors import WEIGHT_SUFFIXES, TensorInfo, info_of_header
+from litconvert.common.hub import WEIGHT_SUFFIXES, download, hub_errors
+from litconvert.common.tensors import TensorInfo, info_of_header
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
 
 if TYPE_CHECKING:

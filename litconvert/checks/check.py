@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from litconvert.errors import DISTILLATION_PACKAGES, LitconvertError
+from litconvert.errors import LitconvertError
 
 NO_TIME = "no time left (--minutes)"
 Status = Literal["passed", "failed", "skipped"]
@@ -102,8 +102,6 @@ def perform(check: Check, context: Context) -> Outcome:
     except Skipped as reason:
         return ended("skipped", str(reason))
     except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in DISTILLATION_PACKAGES:
-            return ended("skipped", f"{error.name} is not installed: pip install 'litconvert[distill]'")
         known = isinstance(error, LitconvertError)
         lines = str(error).strip().splitlines() or ["no message"]
         text = str(error) if known else f"{type(error).__name__}: {lines[0][:300]}"

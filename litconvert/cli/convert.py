@@ -1,7 +1,7 @@
 """`litconvert inspect`, `plan`, `convert`: from a checkpoint to a student."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ from litconvert.cli.options import (
     HeadsOption,
     InheritOption,
     JsonOption,
+    NamedSource,
     NoSolveOption,
     OwnRecipeOption,
     QuietOption,
@@ -21,6 +22,10 @@ from litconvert.cli.options import (
     SizeOption,
     SolveDataOption,
     SourceArgument,
+    a_new_folder,
+    a_recipe,
+    check_overrides,
+    complete_recipe,
     is_first,
     overrides_of,
     solve_overrides,
@@ -35,12 +40,19 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.")],
+    source: NamedSource,
     weights: Annotated[
         bool, typer.Option("--weights", help="Read every value and check it, not the headers alone.")
     ] = False,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A recipe whose source section has hints.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="A recipe whose source section has hints.",
+            callback=a_recipe,
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     sets: SetOption = None,
     num_attention_heads: HeadsOption = None,
@@ -51,11 +63,13 @@ def inspect(
 
     Example: litconvert inspect DiT-XL-2-256x256.pt
     """
-    from litconvert.cli.reports import show_source
-    from litconvert.families.sources import describe, examine, open_source_of
     from litconvert.recipe.resolve import resolve
 
     given = overrides_of(sets, num_attention_heads, sample_size)
+    check_overrides(recipe, given, source)
+    from litconvert.cli.reports import show_source
+    from litconvert.families.sources import describe, examine, open_source_of
+
     opened = open_source_of(resolve(recipe, given, source).recipe)
     findings = examine(opened) if weights else None
     if as_json:
@@ -80,9 +94,10 @@ def plan(
     stage: Annotated[
         str | None, typer.Option("--stage", help="Memory and time of a training stage instead: its number, or all.")
     ] = None,
-    processes: Annotated[int, typer.Option("--processes", help="With --stage: how many share a batch.")] = 1,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="With --stage: how many share a batch.")] = 1,
     micro_batch: Annotated[
-        int | None, typer.Option("--micro-batch", help="With --stage: samples at a time. Default: as the recipe says.")
+        int | None,
+        typer.Option("--micro-batch", min=1, help="With --stage: samples at a time. Default: as the recipe says."),
     ] = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -93,12 +108,14 @@ def plan(
 
     Example: litconvert plan DiT-XL-2-256x256.pt --recipe dit-xl-2-256 --stage all --processes 8
     """
+    given = overrides_of(sets, num_attention_heads, sample_size, inherit=inherit)
+    given += solve_overrides(no_solve, data, embeddings)
+    check_overrides(recipe, given, source)
+    _check_stage(stage, recipe)
     from litconvert.cli.reports import show_estimates, show_plan
 
     use_device(device)
-    given = overrides_of(sets, num_attention_heads, sample_size, inherit=inherit)
-    given += solve_overrides(no_solve, data, embeddings)
-    if stage is not None:
+    if stage is not None and recipe is not None:
         estimates = _plan_stages(source, recipe, given, stage, processes, micro_batch)
         if as_json:
             console.data([estimate.to_json() for estimate in estimates])
@@ -114,19 +131,25 @@ def plan(
         show_plan(made, tensors=tensors)
 
 
+def _check_stage(stage: str | None, recipe: str | None) -> None:
+    """`plan --stage`."""
+    if stage is None:
+        return
+    if stage != "all" and not stage.isdecimal():
+        raise UsageError(f"--stage {stage}: give the number of a stage, counted from 0, or all")
+    if recipe is None:
+        raise UsageError("--stage is of a recipe's stages; name it: --recipe (`litconvert recipes ls` lists them)")
+
+
 def _plan_stages(
     source: str | None,
-    recipe: str | None,
+    recipe: str,
     overrides: list[str],
     stage: str,
     processes: int,
     micro_batch: int | None,
 ) -> "list[StageEstimate]":
     """`plan --stage`."""
-    if stage != "all" and not stage.isdecimal():
-        raise UsageError(f"--stage {stage}: give the number of a stage, counted from 0, or all")
-    if recipe is None:
-        raise UsageError("--stage is of a recipe's stages; name it: --recipe (`litconvert recipes ls` lists them)")
     from litconvert.estimates.plan_stages import plan_stages
 
     index = None if stage == "all" else int(stage)
@@ -134,7 +157,7 @@ def _plan_stages(
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.")],
+    source: NamedSource,
     out: Annotated[Path, typer.Argument(help="The model directory to write; with --to original a file.")],
     recipe: OwnRecipeOption = None,
     sets: SetOption = None,
@@ -147,7 +170,7 @@ def convert(
     embeddings: EmbeddingsOption = None,
     device: DeviceOption = None,
     to: Annotated[
-        str | None,
+        Literal["original", "diffusers"] | None,
         typer.Option("--to", help="original or diffusers: write the same weights in that layout; nothing is replaced."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
@@ -163,24 +186,24 @@ def convert(
 
     Example: litconvert convert PixArt-Sigma-XL-2-1024-MS.pth sigma --to diffusers
     """
+    given = overrides_of(sets, num_attention_heads, sample_size, seed, inherit)
+    given += solve_overrides(no_solve, data, embeddings)
+    check_overrides(recipe, given, source)
+    if to is None:
+        a_new_folder(out)
+    elif seed is not None or inherit is not None:
+        option = "--inherit" if seed is None else "--seed"
+        raise UsageError(f"--to writes the source's own weights: {option} means nothing there, leave it out")
     from litconvert.cli.live import screen
     from litconvert.cli.reports import show_plan, show_solved
     from litconvert.conversion.plan import plan as plan_of
     from litconvert.conversion.provenance import Provenance
-    from litconvert.conversion.relayout import TARGETS
     from litconvert.recipe.resolve import resolve
     from litconvert.solving.convert import convert_planned
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
-    given = overrides_of(sets, num_attention_heads, sample_size, seed, inherit)
-    given += solve_overrides(no_solve, data, embeddings)
     if to is not None:
-        for option, value in (("--seed", seed), ("--inherit", inherit)):
-            if value is not None:
-                raise UsageError(f"--to writes the source's own weights: {option} means nothing there, leave it out")
-        if to not in TARGETS:
-            raise UsageError(f"--to {to}: there are {' and '.join(TARGETS)}")
         _rewrite(resolve(recipe, given, source).recipe, out, to, dry_run=dry_run, force=force, as_json=as_json)
         return
     made = plan_of(source, recipe, given)
@@ -197,6 +220,8 @@ def convert(
         show_solved(made, solved)
         show_plan(made, costs=dry_run)
     console.note(f"nothing written (--dry-run); would write {out}" if dry_run else f"written: {out}")
+    if not dry_run:
+        console.next_step("distill", out, Path("runs") / out.name)
 
 
 def _say_cost(plan: "ConversionPlan") -> None:

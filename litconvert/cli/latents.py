@@ -14,20 +14,54 @@ from litconvert.cli.options import (
     OwnRecipeOption,
     QuietOption,
     SetOption,
+    a_folder,
+    a_new_file,
+    a_new_folder,
+    a_recipe,
+    a_source,
+    assignments,
+    check_overrides,
+    complete_recipe,
     is_first,
     overrides_of,
     use_device,
 )
+from litconvert.common.hub import path_of
+from litconvert.errors import UsageError
+
+OutArgument = Annotated[Path, typer.Argument(help="The dataset folder to write.", callback=a_new_folder)]
+
+
+def _require_model(recipe: str | None, source: str | None) -> None:
+    if recipe is None and source is None:
+        raise UsageError("--recipe or --source says which model the data is for; give one")
+
+
+def _show(out: Path, *, as_json: bool) -> None:
+    """What was made."""
+    from litconvert.cli.reports import show_data
+    from litconvert.data.report import describe_data
+
+    facts = {"out": str(out), **describe_data(out)}
+    if as_json:
+        console.data(facts)
+        return
+    console.line(f"{facts['samples']:,} samples: {out}")
+    show_data(facts)
+    console.next_step("distill", "STUDENT", "RUN", "--data", out)
 
 
 def latents_synthesize(
-    out: Annotated[Path, typer.Argument(help="The dataset folder to write.")],
-    source: Annotated[str | None, typer.Option("--source", help="The teacher. Default: the recipe's source.")] = None,
+    out: OutArgument,
+    source: Annotated[
+        str | None, typer.Option("--source", help="The teacher. Default: the recipe's source.", callback=a_source)
+    ] = None,
     recipe: OwnRecipeOption = None,
     sets: SetOption = None,
     num_attention_heads: HeadsOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Let the teacher draw the training set, for classes or prompts. Interrupted, the same command goes on.
@@ -36,14 +70,17 @@ def latents_synthesize(
 
     Example: litconvert latents synthesize latents/ --recipe digits
     """
+    given = overrides_of(sets, num_attention_heads)
+    check_overrides(recipe, given, source)
+    _require_model(recipe, source)
     from litconvert.cli.live import screen
     from litconvert.data.synthesize import synthesize
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
-    synthesize(source, out, recipe, overrides_of(sets, num_attention_heads), force=force, listener=screen())
+    synthesize(source, out, recipe, given, force=force, listener=screen())
     if is_first():
-        console.line(str(out))
+        _show(out, as_json=as_json)
 
 
 def latents_encode(
@@ -54,9 +91,12 @@ def latents_encode(
             "or a Hub data set (owner/name)."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The dataset folder to write.")],
+    out: OutArgument,
     source: Annotated[
-        str | None, typer.Option("--source", help="The model that the data is for. Default: the recipe's source.")
+        str | None,
+        typer.Option(
+            "--source", help="The model that the data is for. Default: the recipe's source.", callback=a_source
+        ),
     ] = None,
     recipe: OwnRecipeOption = None,
     sets: SetOption = None,
@@ -70,6 +110,7 @@ def latents_encode(
     num_attention_heads: HeadsOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Make training data of images. Interrupted, the same command goes on.
@@ -78,31 +119,38 @@ def latents_encode(
 
     Example: litconvert latents encode imagenet/train latents/ --recipe dit-xl-2-256 --source DiT-XL-2-256x256.pt --flip
     """
+    given = overrides_of(sets, num_attention_heads)
+    given += assignments({"source.vae.path": vae, "data.flip": flip or None})
+    check_overrides(recipe, given, source)
+    _require_model(recipe, source)
+    path_of(images)
     from litconvert.cli.live import screen
     from litconvert.conversion.plan import resolve_for
-    from litconvert.data.dataset import read_record
     from litconvert.data.encode import encode_images
-    from litconvert.data.report import classes_remark
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
-    given = overrides_of(sets, num_attention_heads)
-    given += [f"source.vae.path={vae}"] if vae else []
-    given += ["data.flip=true"] if flip else []
     resolved = resolve_for(recipe, given, source)
     encode_images(images, out, resolved, force=force, skip_broken=skip_broken, listener=screen())
-    if remark := classes_remark(read_record(out)):
-        console.note(f"note: {remark}")
     if is_first():
-        console.line(str(out))
+        _show(out, as_json=as_json)
 
 
 def latents_show(
-    data: Annotated[Path, typer.Argument(help="A dataset folder.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG sheet of samples to draw.")] = None,
-    count: Annotated[int, typer.Option("--num", "-n", help="Samples on the sheet.")] = 32,
+    data: Annotated[Path, typer.Argument(help="A dataset folder.", callback=a_folder)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="PNG sheet of samples to draw.", callback=a_new_file)
+    ] = None,
+    count: Annotated[int, typer.Option("--num", "-n", min=1, help="Samples on the sheet.")] = 32,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Whose VAE decodes. Default: the one recorded with DATA.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="Whose VAE decodes. Default: the one recorded with DATA.",
+            callback=a_recipe,
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
@@ -112,6 +160,7 @@ def latents_show(
 
     Example: litconvert latents show latents/ --out sheet.png
     """
+    check_overrides(recipe, sets or [])
     from litconvert.cli.reports import show_data
     from litconvert.data.report import describe_data, write_sheet
     from litconvert.recipe.resolve import resolve

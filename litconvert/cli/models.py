@@ -1,46 +1,67 @@
 """`litconvert probe`, `sample`, `evaluate`, `push`: what is done with a model."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from litconvert.cli import terminal as console
 from litconvert.cli.options import (
+    DataOption,
     DeviceOption,
     ForceOption,
     HeadsOption,
     JsonOption,
     QuietOption,
     RawOption,
+    RecordedRecipeOption,
     SeedOption,
     SetOption,
+    a_file,
+    a_folder,
+    a_new_file,
+    a_run,
+    a_source,
     assignments,
+    check_overrides,
     overrides_of,
+    recorded_recipe,
     use_device,
 )
+from litconvert.common.hub import check_repo_id
 from litconvert.common.quantities import count
 from litconvert.errors import UsageError
+from litconvert.runs.directory import model_of
 
 
 def probe(
-    student: Annotated[Path, typer.Argument(help="Model directory, or run directory of `distill`.")],
-    data: Annotated[Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's.")] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Default: the one recorded in STUDENT.")] = None,
+    student: Annotated[Path, typer.Argument(help="Model directory, or run directory of `distill`.", callback=a_folder)],
+    data: DataOption = None,
+    recipe: RecordedRecipeOption = None,
     sets: SetOption = None,
     budget: Annotated[
-        float | None, typer.Option("--budget", help="Multiply-accumulates allowed, times those of all linear layers.")
+        float | None,
+        typer.Option("--budget", min=0, help="Multiply-accumulates allowed, times those of all linear layers."),
     ] = None,
     budget_ms: Annotated[
         float | None,
-        typer.Option("--budget-ms", help="Milliseconds allowed for all self-attentions of an image, measured here."),
+        typer.Option(
+            "--budget-ms", min=0, help="Milliseconds allowed for all self-attentions of an image, measured here."
+        ),
     ] = None,
     at: Annotated[
-        int | None, typer.Option("--at", metavar="IMAGE_SIZE", help="Pixels that costs are for. Default: the model's.")
+        int | None,
+        typer.Option("--at", metavar="IMAGE_SIZE", min=1, help="Pixels that costs are for. Default: the model's."),
     ] = None,
-    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Samples the errors are means over.")] = 64,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", "-n", min=1, help="Samples the errors are means over.")
+    ] = 64,
     write: Annotated[
-        Path | None, typer.Option("--write", help="Write the recipe with the suggested student.softmax_layers.")
+        Path | None,
+        typer.Option(
+            "--write", help="Write the recipe with the suggested student.softmax_layers.", callback=a_new_file
+        ),
     ] = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
@@ -54,6 +75,8 @@ def probe(
 
     Example: litconvert probe runs/lit-xl --data latents/ --budget 1.05 --at 1024 --write hybrid.yaml
     """
+    overrides = overrides_of(sets, seed=seed)
+    check_overrides(recipe, overrides)
     from litconvert.cli.live import screen
     from litconvert.cli.reports import show_probe
     from litconvert.evaluation.probe import ProbeRequest
@@ -65,7 +88,7 @@ def probe(
         student,
         data,
         recipe,
-        overrides_of(sets, seed=seed),
+        overrides,
         num_samples=num_samples,
         image_size=at,
         budget=budget,
@@ -86,15 +109,21 @@ def probe(
 
 def sample(
     model: Annotated[
-        str, typer.Argument(help="Run (RUN, RUN@STEP) or model directory, or any checkpoint litconvert reads.")
+        str,
+        typer.Argument(
+            help="Run (RUN, RUN@STEP) or model directory, or any checkpoint litconvert reads.", callback=a_source
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="PNG grid to write.")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG grid to write.", callback=a_new_file)] = Path(
+        "samples.png"
+    ),
     teacher: Annotated[
-        str | None, typer.Option("--teacher", help="Draw this one too, on the same noise, above.")
+        str | None,
+        typer.Option("--teacher", help="Draw this one too, on the same noise, above.", callback=a_source),
     ] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Default: the one recorded with MODEL.")] = None,
+    recipe: RecordedRecipeOption = None,
     sets: SetOption = None,
-    num: Annotated[int | None, typer.Option("--num", "-n", help="How many images (sample.num_images).")] = None,
+    num: Annotated[int | None, typer.Option("--num", "-n", min=1, help="How many images (sample.num_images).")] = None,
     classes: Annotated[
         str | None, typer.Option("--classes", help="Labels, such as 0,3,7; cycled. Default: all.")
     ] = None,
@@ -106,27 +135,40 @@ def sample(
     ] = None,
     embeddings: Annotated[
         Path | None,
-        typer.Option("--embeddings", help="Encoded captions (safetensors: features, mask) instead of prompts; no T5."),
+        typer.Option(
+            "--embeddings",
+            help="Encoded captions (safetensors: features, mask) instead of prompts; no T5.",
+            callback=a_file,
+        ),
     ] = None,
     save_embeddings: Annotated[
-        Path | None, typer.Option("--save-embeddings", help="Write the encoded captions for --embeddings.")
+        Path | None,
+        typer.Option("--save-embeddings", help="Write the encoded captions for --embeddings.", callback=a_new_file),
     ] = None,
     scheduler: Annotated[
-        str | None, typer.Option("--scheduler", help="ddpm, ddim or dpm-solver++; flow-euler for velocity (SiT).")
+        Literal["ddpm", "ddim", "dpm-solver++", "flow-euler"] | None,
+        typer.Option("--scheduler", help="ddpm, ddim or dpm-solver++; flow-euler for velocity (SiT)."),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Of the scheduler.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Of the scheduler.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")] = None,
     guidance_channels: Annotated[
-        int | None, typer.Option("--guidance-channels", help="Guide the first so many channels (DiT's protocol: 3).")
+        int | None,
+        typer.Option("--guidance-channels", min=1, help="Guide the first so many channels (DiT's protocol: 3)."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the noise (sample.seed).")] = None,
-    npz: Annotated[Path | None, typer.Option("--npz", help="Write the images for the ADM evaluator too.")] = None,
+    npz: Annotated[
+        Path | None, typer.Option("--npz", help="Write the images for the ADM evaluator too.", callback=a_new_file)
+    ] = None,
     latents: Annotated[
-        Path | None, typer.Option("--latents", help="Write undecoded latents (safetensors) instead of a picture.")
+        Path | None,
+        typer.Option(
+            "--latents", help="Write undecoded latents (safetensors) instead of a picture.", callback=a_new_file
+        ),
     ] = None,
     num_attention_heads: HeadsOption = None,
     device: DeviceOption = None,
     raw: RawOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Draw samples. Of a run that is not finished, its latest checkpoint draws, or that of RUN@STEP.
@@ -135,11 +177,6 @@ def sample(
 
     Example: litconvert sample runs/lit-xl@20000
     """
-    from litconvert.cli.live import screen
-    from litconvert.sampling.request import SampleRequest, sample_to_files
-
-    console.be_quiet(quiet)
-    use_device(device)
     named = {
         "sample.num_images": num,
         "sample.scheduler": scheduler,
@@ -148,12 +185,19 @@ def sample(
         "sample.guidance_channels": guidance_channels,
         "sample.seed": seed,
     }
+    overrides = [*(sets or []), *assignments(named)]
+    check_overrides(recipe or recorded_recipe(model_of(model)), overrides, model)
+    from litconvert.cli.live import screen
+    from litconvert.sampling.request import SampleRequest, sample_to_files
+
+    console.be_quiet(quiet)
+    use_device(device)
     request = SampleRequest(
         model,
         out,
         teacher=teacher,
         recipe=recipe,
-        overrides=[*(sets or []), *assignments(named)],
+        overrides=overrides,
         classes=classes,
         prompts=prompts or (),
         negative_prompt=negative_prompt,
@@ -164,12 +208,19 @@ def sample(
         num_attention_heads=num_attention_heads,
         weights="model" if raw else "auto",
     )
-    for path in sample_to_files(request, screen()):
-        console.line(str(path))
+    written = [str(path) for path in sample_to_files(request, screen())]
+    if as_json:
+        console.data({"written": written})
+        return
+    for path in written:
+        console.line(path)
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or RUN@STEP for a checkpoint of it.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Run directory, or RUN@STEP for a checkpoint of it.", callback=a_run),
+    ],
     sets: SetOption = None,
     raw: RawOption = False,
     device: DeviceOption = None,
@@ -181,23 +232,24 @@ def evaluate(
 
     Example: litconvert evaluate runs/digits/distilled --set evaluate.num_samples=1000
     """
-    from litconvert.cli.live import screen
-    from litconvert.cli.reports import show_scores
-    from litconvert.evaluation.run_scores import score_run
     from litconvert.recipe.resolve import resolve
-    from litconvert.runs.directory import model_of
 
-    console.be_quiet(quiet)
-    use_device(device)
     model = model_of(str(run), raw=raw)
     if not (Path(model) / "litconvert.json").is_file():
         raise UsageError(f"{run}: not a run of `litconvert distill`, nor a model that one wrote (no litconvert.json)")
     settings, weights = resolve(model, sets or []).recipe, "model" if raw else "auto"
+    from litconvert.cli.live import screen
+    from litconvert.cli.reports import show_scores
+    from litconvert.evaluation.run_scores import score_run
+
+    console.be_quiet(quiet)
+    use_device(device)
     scores = score_run(model, settings, weights=weights, force=force, listener=screen())
     if as_json:
         console.data(scores)
     else:
         show_scores(scores)
+        console.next_step("push", run, "OWNER/NAME", "--dry-run")
 
 
 def push(
@@ -217,6 +269,7 @@ def push(
 
     Example: litconvert push runs/digits/distilled me/lit-digits --pipeline
     """
+    _check_push(directory, repo_id)
     from litconvert.publishing.push import planned_files
     from litconvert.publishing.push import push as publish
 
@@ -231,3 +284,11 @@ def push(
         return
     url = publish(directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, private=private, weights=weights)
     console.data({"url": url}) if as_json else console.line(url)
+
+
+def _check_push(directory: Path, repo_id: str) -> None:
+    """A model on disk, and a name that the Hub would take, in this order."""
+    if not directory.exists() and os.path.isdir(repo_id):
+        raise UsageError(f"the folder comes first: litconvert push {repo_id} {directory}")
+    a_run(directory)
+    check_repo_id(repo_id)

@@ -2,20 +2,110 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from litconvert.common.hub import path_of
 from litconvert.errors import UsageError
+from litconvert.runs.directory import model_of
 
+# What is wrong with an argument is said before torch is imported, by the functions that typer calls with its value.
+
+
+def a_source(source: str | None) -> str | None:
+    """A checkpoint or a run: it is there, or may be on the Hub."""
+    if source is not None:
+        path_of(model_of(source))
+    return source
+
+
+def a_recipe(name: str | None) -> str | None:
+    """A recipe: it is there, or may be on the Hub."""
+    if name is not None:
+        from litconvert.recipe.packaged import local_recipe
+
+        local_recipe(name)
+    return name
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Packaged recipes that begin so, for the shell's completion."""
+    from litconvert.recipe.packaged import packaged_recipes
+
+    return [name for name in packaged_recipes() if name.startswith(incomplete)]
+
+
+def a_folder(path: Path | None) -> Path | None:
+    """A folder to read."""
+    if path is not None and not path.is_dir():
+        what = " is a file, and a folder is asked for" if path.exists() else ": no such folder"
+        raise UsageError(f"{path}{what}")
+    return path
+
+
+def a_run(path: Path) -> Path:
+    """A model or run directory, or RUN@STEP."""
+    return a_folder(Path(model_of(str(path)))) and path  # type: ignore[return-value]
+
+
+def a_file(path: Path | None) -> Path | None:
+    """A file to read."""
+    if path is not None and not path.is_file():
+        what = " is a folder, and a file is asked for" if path.is_dir() else ": no such file"
+        raise UsageError(f"{path}{what}")
+    return path
+
+
+def a_new_folder(path: Path | None) -> Path | None:
+    """A folder to write."""
+    if path is not None and path.is_file():
+        raise UsageError(f"{path} is a file, and a folder is written: choose another path")
+    return path
+
+
+def a_new_file(path: Path | None) -> Path | None:
+    """A file to write."""
+    if path is not None and path.is_dir():
+        raise UsageError(f"{path} is a folder, and a file is written: name a file in it")
+    return path
+
+
+NamedSource = Annotated[
+    str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.", callback=a_source)
+]
 SourceArgument = Annotated[
     str | None,
-    typer.Argument(metavar="SRC", help="File, folder, Hub id (owner/name) or asset:NAME. Default: the recipe's."),
+    typer.Argument(
+        metavar="SRC",
+        help="File, folder, Hub id (owner/name) or asset:NAME. Default: the recipe's.",
+        callback=a_source,
+    ),
 ]
 OwnRecipeOption = Annotated[
-    str | None, typer.Option("--recipe", "-r", help="Default: the packaged one for what the source is.")
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="Default: the packaged one for what the source is.",
+        callback=a_recipe,
+        autocompletion=complete_recipe,
+    ),
+]
+RecordedRecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="Default: the one recorded with the model.",
+        callback=a_recipe,
+        autocompletion=complete_recipe,
+    ),
+]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's.", callback=a_folder)
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key. May be repeated.")
@@ -30,7 +120,8 @@ SizeOption = Annotated[
     int | None, typer.Option("--sample-size", help="Side of the latent, where the source does not tell.")
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cuda, mps (a Mac's GPU), cpu or auto (LITCONVERT_DEVICE).")
+    Literal["cuda", "mps", "cpu", "auto"] | None,
+    typer.Option("--device", case_sensitive=False, help="cuda, mps (a Mac's GPU), cpu or auto (LITCONVERT_DEVICE)."),
 ]
 RawOption = Annotated[
     bool, typer.Option("--raw", help="Of a checkpoint of a run: its raw weights, not their moving average.")
@@ -38,17 +129,25 @@ RawOption = Annotated[
 MinutesOption = Annotated[
     float | None, typer.Option("--minutes", help="Checks begin for so long, the rest is skipped. Default: 5.")
 ]
-ReportOption = Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")]
+ReportOption = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.", callback=a_new_file)
+]
 NoSolveOption = Annotated[
     bool, typer.Option("--no-solve", help="Let what is fresh start at random, as in the paper (solve=null).")
 ]
 SolveDataOption = Annotated[
     Path | None,
-    typer.Option("--data", help="Data set to solve on (solve.data). Default: the teacher draws some images."),
+    typer.Option(
+        "--data", help="Data set to solve on (solve.data). Default: the teacher draws some images.", callback=a_folder
+    ),
 ]
 EmbeddingsOption = Annotated[
     Path | None,
-    typer.Option("--embeddings", help="Of a model of captions: encoded captions to solve on (solve.embeddings)."),
+    typer.Option(
+        "--embeddings",
+        help="Of a model of captions: encoded captions to solve on (solve.embeddings).",
+        callback=a_file,
+    ),
 ]
 InheritOption = Annotated[
     str | None,
@@ -79,8 +178,32 @@ def overrides_of(
 
 
 def assignments(named: Mapping[str, object]) -> list[str]:
-    """`key=value` of those options that are given."""
-    return [f"{key}={value}" for key, value in named.items() if value is not None]
+    """`key=value` of those options that are given.
+
+    As JSON, which YAML reads as it is: of plain text, such as a path, it might make something else.
+    """
+    texts = {key: str(value) if isinstance(value, Path) else value for key, value in named.items()}
+    return [f"{key}={json.dumps(value)}" for key, value in texts.items() if value is not None]
+
+
+def check_overrides(recipe: str | None, overrides: Sequence[str], source: str | None = None) -> None:
+    """Refuse a recipe or an override that cannot be, where the recipe is known without reading the source."""
+    from litconvert.recipe.packaged import asset_of, local_recipe
+
+    known = recipe or asset_of(source or "").recipe
+    if known is not None and local_recipe(known) is not None:
+        from litconvert.recipe.resolve import resolve
+
+        resolve(known, overrides)
+    elif overrides:
+        from litconvert.recipe.resolve import check_sections
+
+        check_sections(overrides)
+
+
+def recorded_recipe(model: Path | str) -> str | None:
+    """The recipe that is recorded with a model directory; None where there is none."""
+    return str(model) if os.path.isfile(os.path.join(model, "recipe.yaml")) else None
 
 
 def solve_overrides(no_solve: bool, data: Path | None, embeddings: Path | None) -> list[str]:
@@ -89,9 +212,7 @@ def solve_overrides(no_solve: bool, data: Path | None, embeddings: Path | None) 
         if data is not None or embeddings is not None:
             raise UsageError("--data and --embeddings say what to solve on, and --no-solve solves nothing")
         return ["solve=null"]
-    # As JSON, which YAML reads as it is: a path may hold what YAML would make something else of.
-    named = {"solve.data": data, "solve.embeddings": embeddings}
-    return [f"{key}={json.dumps(str(path))}" for key, path in named.items() if path is not None]
+    return assignments({"solve.data": data, "solve.embeddings": embeddings})
 
 
 def use_device(name: str | None) -> None:

@@ -1,31 +1,43 @@
 """`litconvert recipes`: listed, shown, copied, checked."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from litconvert.cli import terminal as console
-from litconvert.cli.options import ForceOption, JsonOption, SetOption
+from litconvert.cli.options import ForceOption, JsonOption, SetOption, complete_recipe
 from litconvert.errors import LitconvertError, UsageError
+
+SCHEMA = "recipe.schema.json"
 
 
 def recipes_ls(as_json: JsonOption = False) -> None:
-    """List the packaged recipes.
+    """List the packaged recipes, by family. Those marked * are taken by themselves for a source of their kind.
 
     Example: litconvert recipes ls
-    """
-    from litconvert.recipe.packaged import packaged_recipes, summary
 
-    rows = [(name, summary(path)) for name, path in packaged_recipes().items()]
+    Example: litconvert recipes ls --json
+    """
+    from litconvert.recipe.packaged import list_recipes
+
+    found = list_recipes()
     if as_json:
-        console.data([{"name": name, "summary": text} for name, text in rows])
-    else:
-        console.table(("recipe", ""), rows)
+        names = ("name", "family", "default", "summary")
+        console.data([{name: getattr(one, name) for name in names} for one in found])
+        return
+    families = dict.fromkeys(one.family for one in found)
+    rows: list[tuple[str, str, str]] = []
+    for family in families:
+        rows += [(family, "", "")] if not rows else [("", "", ""), (family, "", "")]
+        rows += [(f"  {one.name}", "*" if one.default else "", one.summary) for one in found if one.family == family]
+    console.table(("recipe", "", ""), rows)
+    console.note("* taken by itself for a source of its kind; `litconvert recipes show NAME` lists every key")
 
 
 def recipes_show(
-    name: Annotated[str, typer.Argument(help="Name, file or Hub id of a recipe.")],
+    name: Annotated[str, typer.Argument(help="Name, file or Hub id of a recipe.", autocompletion=complete_recipe)],
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -39,32 +51,46 @@ def recipes_show(
     if as_json:
         console.data([{"key": key, "value": value, "origin": origin} for key, value, origin in rows])
     else:
-        console.table(("key", "value", "origin"), rows)
+        # As --set takes it: JSON is YAML, but for the quotes that few strings need.
+        texts = [value if isinstance(value, str) else json.dumps(value) for _, value, _ in rows]
+        console.table(
+            ("key", "origin", "value"),
+            [(key, origin, text) for (key, _, origin), text in zip(rows, texts, strict=True)],
+        )
 
 
 def recipes_copy(
-    name: Annotated[str, typer.Argument(help="A packaged recipe.")],
+    name: Annotated[str, typer.Argument(help="A packaged recipe.", autocompletion=complete_recipe)],
     out: Annotated[Path | None, typer.Argument(help="Default: NAME.yaml here.")] = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Copy a packaged recipe, comments and all, to edit it.
+    """Copy a packaged recipe, comments and all, to edit it, and the schema that editors check it by.
 
     Example: litconvert recipes copy digits my-digits.yaml
     """
     from litconvert.common.files import write_whole
-    from litconvert.recipe.resolve import find_recipe
+    from litconvert.recipe.packaged import copied_text
+    from litconvert.recipe.resolve import find_recipe, json_schema
 
     path = find_recipe(name)
     target = out or Path(f"{path.stem}.yaml")
+    if target.is_dir():
+        target /= f"{path.stem}.yaml"
     if target.exists() and not force:
         raise LitconvertError(f"{target} exists; choose another name, or replace it with --force")
-    write_whole(target, path.read_text())
-    console.line(str(target))
+    write_whole(target, copied_text(path, target))
+    schema = target.parent / SCHEMA
+    if not schema.exists() or force:
+        write_whole(schema, json.dumps(json_schema(), indent=2) + "\n")
+        console.note(f"{schema}: what editors check it by")
+    console.data({"recipe": str(target), "schema": str(schema)}) if as_json else console.line(str(target))
 
 
 def recipes_validate(
     names: Annotated[list[str], typer.Argument(help="Recipes to check.")],
     sets: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Check recipes; every problem is listed with its file and line.
 
@@ -72,13 +98,18 @@ def recipes_validate(
     """
     from litconvert.recipe.resolve import resolve
 
-    problems = []
+    problems, valid = [], []
     for name in names:
         try:
             resolve(name, sets or [])
-            console.line(f"{name}: valid")
+            valid.append(name)
         except UsageError as error:
             problems.append(str(error))
+    if as_json:
+        console.data({"valid": valid, "problems": problems})
+    else:
+        for name in valid:
+            console.line(f"{name}: valid")
     if problems:
         raise UsageError("\n".join(problems))
 

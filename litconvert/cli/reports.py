@@ -1,10 +1,12 @@
 """What commands print for people: a source, a plan, estimates, scores, results."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litconvert.cli.terminal import line, table
 from litconvert.common.quantities import count, duration, size
+from litconvert.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from litconvert.conversion.plan import ConversionPlan
@@ -233,7 +235,15 @@ def show_probe(result: "ProbeResult") -> None:
 
 
 def show_scores(results: Mapping[str, Any]) -> None:
-    """Metrics of each model: mean and spread over seeds."""
+    """Metrics of each model: the student's in a sentence, then mean and spread over seeds."""
+    models = results["models"]
+    (student, mine), *others = models.items()
+    floor = f" ({others[0][0]}: {_spread(others[0][1]['frechet_distance'], '{:.2f}')})" if others else ""
+    line(
+        f"Fréchet distance of the {student} to its teacher: {_spread(mine['frechet_distance'], '{:.2f}')}{floor}; "
+        f"{mine['class_accuracy']['mean']:.1%} are read as the class asked for."
+    )
+    line("")
     rows = []
     for name, scores in results["models"].items():
         distance, accuracy = scores["frechet_distance"], scores["class_accuracy"]
@@ -248,8 +258,22 @@ def _spread(score: Mapping[str, Any], form: str) -> str:
     return form.format(score["mean"]) + (f" ± {form.format(spread)}" if spread is not None else "")
 
 
+def result_facts(result: "LineResult") -> dict[str, Any]:
+    """What a whole line came to, as plain data."""
+    return {
+        "student": str(result.run.parent / "student"),
+        **run_facts(result.run),
+        "scores": result.scores,
+        "pictures": [str(result.run / name) for name in ("comparison.png", "curves.png")],
+        "url": result.url,
+        "plan": {"groups": result.plan.groups, "totals": result.plan.totals, "macs": result.plan.macs},
+    }
+
+
 def show_result(result: "LineResult") -> None:
-    """One screen: what became of the tensors, what was measured, and where everything is."""
+    """One screen: how near it came, what became of the tensors, what was measured, and where everything is."""
+    facts = run_facts(result.run)
+    show_run(facts)
     line("")
     groups, totals = result.plan.groups, result.plan.totals
     counts = ", ".join(f"{g['student_tensors'] or g['source_tensors']} {fate}" for fate, g in groups.items())
@@ -262,7 +286,6 @@ def show_result(result: "LineResult") -> None:
         show_scores(result.scores)
     line("")
     rows: list[tuple[str, Any]] = [
-        ("model", result.run / "model"),
         ("samples on the same noise", result.run / "comparison.png"),
         ("loss curves", result.run / "curves.png"),
         ("every step", result.run / "metrics.csv"),
@@ -271,6 +294,28 @@ def show_result(result: "LineResult") -> None:
         rows.append(("published", result.url))
     for name, path in rows:
         line(f"{name}: {path}")
+
+
+def run_facts(run: Path) -> dict[str, Any]:
+    """What a finished run came to, as plain data."""
+    directory = RunDirectory(run)
+    facts: dict[str, Any] = {"run": str(run), "model": str(directory.model), "steps": directory.finished_steps()}
+    if (errors := directory.error_summary()) is not None:
+        facts["error"] = {"before": errors[0], "after": errors[1]}
+    return facts
+
+
+def show_run(facts: Mapping[str, Any]) -> None:
+    """How near a run brought its student to the teacher, and where it is."""
+    steps = f"{count(facts['steps'])} steps"
+    if errors := facts.get("error"):
+        line(
+            f"The student's output is {errors['after']:.2%} off its teacher's, {errors['before']:.2%} before these "
+            f"{steps} (squared error on noisy training images, mean over the timesteps)."
+        )
+    else:
+        line(f"Trained for {steps}.")
+    line(f"model: {facts['model']}")
 
 
 def show_estimates(estimates: Sequence["StageEstimate"]) -> None:

@@ -1,9 +1,13 @@
 """What the user sees: data on stdout, everything else on stderr."""
 
+import io
 import json
+import logging
 import os
+import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +15,37 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from litconvert.errors import DISTILLATION_PACKAGES, LitconvertError, system_cause
+from litconvert.errors import LitconvertError, system_cause
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 _settings = {"quiet": False}
+# More than any table has: what is read by a program or kept in a file is never folded.
+ENDLESS = 100_000
+
+
+def hush_libraries() -> None:
+    """Errors alone of what other libraries log and warn of, and none of their bars; before they are imported.
+
+    A user's own settings stand. LITCONVERT_DEBUG=1 shows everything.
+    """
+    if os.environ.get("LITCONVERT_DEBUG") == "1":
+        return
+    for library in ("TRANSFORMERS", "DIFFUSERS", "DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not is_live():  # a download of gigabytes is watched on a terminal
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(logging.lastResort, logging.Handler):  # whoever has no handler of its own
+        logging.lastResort.setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def be_quiet(quiet: bool) -> None:
     """-q: errors alone on stderr."""
     _settings["quiet"] = quiet
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def is_quiet() -> bool:
@@ -39,6 +64,11 @@ def note(message: str) -> None:
         err.print(message, markup=False, soft_wrap=True)
 
 
+def next_step(*words: object) -> None:
+    """The command that most people want next, ready to be pasted."""
+    note(f"next: litconvert {' '.join(shlex.quote(str(word)) for word in words)}")
+
+
 def data(value: Any) -> None:
     """JSON on stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
@@ -52,13 +82,22 @@ def line(text: str) -> None:
 def table(
     headers: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[int] = (), title: str = ""
 ) -> None:
-    """A table on stdout; the columns in `numbers` are right-aligned."""
-    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    """A table on stdout; the columns in `numbers` are right-aligned. It folds on a terminal alone."""
+    if title:
+        line(title)
+    made = Table(box=None, pad_edge=False, header_style="bold", show_header=any(headers))
     for index, header in enumerate(headers):
         made.add_column(header, justify="right" if index in numbers else "left", overflow="fold")
     for row in rows:
         made.add_row(*(escape(str(cell)) for cell in row))
-    out.print(made)
+    if out.is_terminal:
+        out.print(made)
+        return
+    whole = Console(file=io.StringIO(), width=ENDLESS, highlight=False, color_system=None)
+    with whole.capture() as captured:
+        whole.print(made)
+    for text in captured.get().splitlines():
+        line(text.rstrip())
 
 
 def fail(error: BaseException) -> int:
@@ -69,11 +108,12 @@ def fail(error: BaseException) -> int:
         err.print(f"litconvert: {error}", markup=False, soft_wrap=True)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        err.print("litconvert: interrupted; run the same command to go on", markup=False)
+        text = "litconvert: interrupted; the same command goes on with what is finished, and begins the rest again"
+        err.print(text, markup=False, soft_wrap=True)
         return 130
     cause = system_cause(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in DISTILLATION_PACKAGES:
-        cause = f"{error.name} is not installed; install what distillation needs: pip install 'litconvert[distill]'"
+    if isinstance(error, ModuleNotFoundError):
+        cause = f"{error.name} is not installed, which litconvert needs: install litconvert again, or pip install it"
     if cause is None and _is_out_of_memory(error):
         cause = (
             "out of memory; lower the batch size of what was at work: data.synthesize.batch_size, "

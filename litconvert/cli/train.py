@@ -9,16 +9,27 @@ import typer
 
 from litconvert.cli import terminal as console
 from litconvert.cli.options import (
+    DataOption,
     DeviceOption,
     ForceOption,
     HeadsOption,
     InheritOption,
+    JsonOption,
+    OwnRecipeOption,
     QuietOption,
+    RecordedRecipeOption,
     SeedOption,
     SetOption,
     SizeOption,
+    a_folder,
+    a_new_folder,
+    a_recipe,
+    a_source,
+    check_overrides,
+    complete_recipe,
     is_first,
     overrides_of,
+    recorded_recipe,
     use_device,
 )
 from litconvert.errors import UsageError, did_you_mean
@@ -27,13 +38,18 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
 def distill(
-    student: Annotated[Path, typer.Argument(help="Model directory that `convert` wrote.")],
-    out: Annotated[Path, typer.Argument(help="Run directory to write, or to go on with.")],
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Default: the one recorded in STUDENT.")] = None,
+    student: Annotated[Path, typer.Argument(help="Model directory that `convert` wrote.", callback=a_folder)],
+    out: Annotated[Path, typer.Argument(help="Run directory to write, or to go on with.", callback=a_new_folder)],
+    recipe: RecordedRecipeOption = None,
     sets: SetOption = None,
-    teacher: Annotated[str | None, typer.Option("--teacher", help="Another teacher than the source.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="Another teacher than the source.", callback=a_source)
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's, or else the teacher draws it.")
+        Path | None,
+        typer.Option(
+            "--data", help="Dataset folder. Default: the recipe's, or else the teacher draws it.", callback=a_folder
+        ),
     ] = None,
     start: Annotated[
         str | None,
@@ -42,6 +58,7 @@ def distill(
     seed: SeedOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Teach a student with its softmax teacher. Rerun to resume; with more steps (--set) to go on after the end.
@@ -50,8 +67,11 @@ def distill(
 
     Example: litconvert distill lit-xl runs/second --from runs/lit-xl@20000 --set distill.stages.0.learning_rate=5e-5
     """
+    overrides = overrides_of(sets, seed=seed)
+    check_overrides(recipe or recorded_recipe(student), overrides)
     from litconvert import workflow
     from litconvert.cli.live import screen
+    from litconvert.cli.reports import run_facts, show_run
     from litconvert.runs.plots import compare
 
     console.be_quiet(quiet or not is_first())
@@ -63,37 +83,55 @@ def distill(
         teacher=teacher,
         data=data,
         start=start,
-        overrides=overrides_of(sets, seed=seed),
+        overrides=overrides,
         force=force,
         listener=screen(),
     )
-    if is_first():
-        compare(run)
-        console.line(str(run / "model"))
+    if not is_first():
+        return
+    compare(run)
+    facts = run_facts(run)
+    console.data(facts) if as_json else show_run(facts)
+    console.next_step("push", out, "OWNER/NAME", "--dry-run")
 
 
 def train(
-    out: Annotated[Path, typer.Argument(help="Run directory to write, or to go on with.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or file of a recipe with a scratch section.")],
-    data: Annotated[Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's.")] = None,
+    out: Annotated[Path, typer.Argument(help="Run directory to write, or to go on with.", callback=a_new_folder)],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="Name or file of a recipe with a scratch section.",
+            callback=a_recipe,
+            autocompletion=complete_recipe,
+        ),
+    ],
+    data: DataOption = None,
     sets: SetOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train a softmax model from nothing: a teacher of your own. Rerun to resume.
 
     Example: litconvert train runs/teacher --recipe digits-teacher --data latents/
     """
+    overrides = overrides_of(sets, seed=seed)
+    check_overrides(recipe, overrides)
     from litconvert.cli.live import screen
+    from litconvert.cli.reports import run_facts, show_run
     from litconvert.distillation.pretraining import train as train_model
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
-    run = train_model(out, recipe, data=data, overrides=overrides_of(sets, seed=seed), force=force, listener=screen())
+    run = train_model(out, recipe, data=data, overrides=overrides, force=force, listener=screen())
     if is_first():
-        console.line(str(run / "model"))
+        facts = run_facts(run)
+        console.data(facts) if as_json else show_run(facts)
+        console.next_step("convert", run / "model", "STUDENT")
 
 
 def run(
@@ -103,14 +141,16 @@ def run(
             metavar="SRC",
             help="A source: file, folder, Hub id (owner/name) or asset:NAME. Or a recipe: a packaged one's name, or a "
             ".yaml file.",
+            autocompletion=complete_recipe,
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Default: runs/NAME, called after the source or the recipe.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Default: runs/NAME, called after the source or the recipe.", callback=a_new_folder
+        ),
     ] = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Default: the packaged one for what the source is.")
-    ] = None,
+    recipe: OwnRecipeOption = None,
     source: Annotated[
         str | None, typer.Option("--source", help="Of a recipe: another source. Default: the recipe's.")
     ] = None,
@@ -121,6 +161,7 @@ def run(
     seed: SeedOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """The whole line: convert, latents, distil, sample, evaluate, push. What is done is skipped.
@@ -133,16 +174,23 @@ def run(
 
     Example: litconvert run digits --inherit q,k,v
     """
+    wanted, start = _recipe_and_source(what, recipe, source)
+    overrides = overrides_of(sets, num_attention_heads, sample_size, seed, inherit)
+    check_overrides(wanted, overrides, start)
+    place = out or _folder_for(what)
     from litconvert.cli.live import screen
-    from litconvert.cli.reports import show_result
+    from litconvert.cli.reports import result_facts, show_result
     from litconvert.workflow import run_line
 
     console.be_quiet(quiet)
     use_device(device)
-    wanted, start = _recipe_and_source(what, recipe, source)
-    overrides = overrides_of(sets, num_attention_heads, sample_size, seed, inherit)
-    place = out or _folder_for(what)
-    show_result(run_line(wanted, place, source=start, overrides=overrides, force=force, listener=screen()))
+    result = run_line(wanted, place, source=start, overrides=overrides, force=force, listener=screen())
+    if as_json:
+        console.data(result_facts(result))
+    else:
+        show_result(result)
+        if result.url is None:
+            console.next_step("push", result.run, "OWNER/NAME", "--dry-run")
 
 
 def _recipe_and_source(what: str, recipe: str | None, source: str | None) -> tuple[str | None, str | None]:
@@ -154,7 +202,7 @@ def _recipe_and_source(what: str, recipe: str | None, source: str | None) -> tup
 
     known = packaged_recipes()
     if recipe is None and (what in known or Path(what).suffix in RECIPE_SUFFIXES):
-        return what, source
+        return what, a_source(source)
     if source is not None:
         raise UsageError(f"--source is of a recipe, and {what} is a source already: leave one of them out")
     if re.fullmatch(r"[\w-]+", what) and not os.path.exists(what):
@@ -162,13 +210,13 @@ def _recipe_and_source(what: str, recipe: str | None, source: str | None) -> tup
             f"{what}: neither a packaged recipe{did_you_mean(what, known)} nor a file or folder; `litconvert recipes "
             "ls` lists the recipes"
         )
-    return recipe, what
+    return recipe, a_source(what)
 
 
 def _folder_for(what: str) -> Path:
     """Where `run` writes unless it is told: runs/NAME, called after the recipe or source. Raises UsageError where that
     is the place of the source itself."""
-    from litconvert.common.tensors import WEIGHT_SUFFIXES
+    from litconvert.common.hub import WEIGHT_SUFFIXES
 
     path = Path(os.path.abspath(what if os.path.exists(what) else what.removeprefix("asset:").partition("@")[0]))
     place = Path("runs") / (path.stem if path.suffix in (*WEIGHT_SUFFIXES, *RECIPE_SUFFIXES) else path.name)
@@ -178,14 +226,15 @@ def _folder_for(what: str) -> Path:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o")] = Path("runs/digits"),
+    out: Annotated[Path, typer.Option("--out", "-o", callback=a_new_folder)] = Path("runs/digits"),
     sets: SetOption = None,
     device: DeviceOption = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """`run digits`: the whole line on a small trained DiT that ships with litconvert. No network, no GPU.
 
     Example: litconvert demo
     """
-    run("digits", out=out, sets=sets, device=device, force=force, quiet=quiet)
+    run("digits", out=out, sets=sets, device=device, force=force, as_json=as_json, quiet=quiet)

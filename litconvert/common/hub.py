@@ -1,12 +1,14 @@
 """The Hugging Face Hub: what goes wrong with it in sentences, downloads, repository ids, the login."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from litconvert.common.tensors import WEIGHT_SUFFIXES
 from litconvert.errors import LitconvertError, UsageError, system_cause
+
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @contextmanager
@@ -96,6 +98,25 @@ def require_login(repo_id: str) -> None:
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+
+
+def path_of(source: str) -> Path | None:
+    """The file or folder that a source means, from its name alone; None: it is a Hub id, `owner/name[@revision]`.
+
+    Raises UsageError for what is neither, and for an `asset:NAME` that does not ship with litconvert.
+    """
+    if source.startswith("asset:"):
+        path = Path(__file__).parents[1] / "assets" / f"{source.removeprefix('asset:')}.safetensors"
+        if not path.is_file():
+            known = sorted(f"asset:{asset.stem}" for asset in path.parent.glob("*.json"))
+            raise UsageError(f"{source}: no such asset; there are {', '.join(known)}")
+        return path
+    if os.path.exists(source):  # Path.exists raises for a name that is too long
+        return Path(source)
+    name = source.partition("@")[0]
+    if HUB_ID.fullmatch(source) and Path(name).suffix not in WEIGHT_SUFFIXES:
+        return None
+    raise UsageError(f"{source}: no such file or folder, and not a Hub id (owner/name)")
 
 
 def is_hub_id(source: str) -> bool:

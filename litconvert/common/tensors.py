@@ -54,6 +54,3 @@ def info_of_header(path: str, name: str, dtype: str, shape: Sequence[int]) -> Te
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")

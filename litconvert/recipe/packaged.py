@@ -1,10 +1,13 @@
 """The recipes that ship with litconvert. Apart from `schema`, so that listing them does not wait for the schema."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from litconvert.errors import UsageError, did_you_mean
 
 # The recipe for a source: by family, width and side of the latent.
 _RECIPES = {
@@ -61,6 +64,78 @@ def recipes_directory() -> Path:
 def packaged_recipes() -> dict[str, Path]:
     """Name to file."""
     return {path.stem: path for path in sorted(recipes_directory().glob("*.yaml"))}
+
+
+# The families of packaged recipes, by the beginning of their names.
+_FAMILIES = {
+    "dit": "DiT",
+    "sit": "SiT",
+    "pixart-alpha": "PixArt-alpha",
+    "pixart-sigma": "PixArt-Sigma",
+    "digits": "small models, to try it",
+    "emoji": "small models, to try it",
+}
+
+
+@dataclass(frozen=True)
+class ListedRecipe:
+    """A packaged recipe, as it is listed.
+
+    Attributes:
+        family: of the models that it is for.
+        default: taken by itself for a source of its kind.
+        summary: a line.
+    """
+
+    name: str
+    family: str
+    default: bool
+    summary: str
+
+
+def list_recipes() -> list[ListedRecipe]:
+    """The packaged recipes by family, and in each those that are taken by themselves first."""
+    defaults = [*_RECIPES.values(), "digits"]
+    places = {name: place for place, name in enumerate(defaults)}
+
+    def listed(name: str, path: Path) -> ListedRecipe:
+        family = next(known for start, known in _FAMILIES.items() if name.startswith(start))
+        return ListedRecipe(name, family, name in places, summary(path))
+
+    found = [listed(name, path) for name, path in packaged_recipes().items()]
+    families = list(dict.fromkeys(_FAMILIES.values()))
+    order = [(families.index(one.family), places.get(one.name, len(places)), one.name) for one in found]
+    return [one for _, one in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+
+
+def copied_text(path: Path, target: Path) -> str:
+    """A packaged recipe's text as it stands in `target`: its first line names the command for that file."""
+    first, rest = path.read_text().split("\n", 1)
+    # The command comes after the comment for editors; of its words the one that is the recipe's name is meant.
+    editors, command = first.split("litconvert ", 1)
+    own = re.sub(rf"(?<![\w/-]){re.escape(path.stem)}(?![\w./-])", lambda _: str(target), command)
+    return f"{editors}litconvert {own}\n{rest}"
+
+
+def local_recipe(name: str) -> Path | None:
+    """A recipe's file, from a packaged name or a path; None: the name is a Hub id.
+
+    Raises UsageError when it is none of them, and says what is near.
+    """
+    packaged = packaged_recipes()
+    if name in packaged:
+        return packaged[name]
+    path = Path(name)
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and path.suffix not in (".yaml", ".yml"):
+        return None
+    raise UsageError(
+        f"no recipe {name!r}: neither a packaged recipe nor a file{did_you_mean(name, packaged)}; "
+        "`litconvert recipes ls` lists the packaged ones"
+    )
 
 
 def summary(path: Path) -> str:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
-from litconvert.recipe.packaged import packaged_recipes
+from litconvert.recipe.packaged import local_recipe, packaged_recipes
 from litconvert.recipe.schema import FORMER_STAGES, NUMBER, STAGES, FlowMatchingStage, Recipe
 
 
@@ -81,22 +81,12 @@ def find_recipe(name: str) -> Path:
 
     Raises UsageError when there is none, and says what is near.
     """
-    packaged = packaged_recipes()
-    if name in packaged:
-        return packaged[name]
-    path = Path(name)
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        return path / "recipe.yaml"
-    if path.is_file():
-        return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and path.suffix not in (".yaml", ".yml"):
+    path = local_recipe(name)
+    if path is None:
         from litconvert.common.hub import download
 
         return download(name, "recipe.yaml", revision=None)
-    raise UsageError(
-        f"no recipe {name!r}: neither a packaged recipe nor a file{did_you_mean(name, packaged)}; "
-        "`litconvert recipes ls` lists the packaged ones"
-    )
+    return path
 
 
 @dataclass
@@ -172,6 +162,15 @@ def _override(data: dict[str, Any], assignment: str) -> tuple[str, Any]:
         else:
             raise UsageError(f"--set {key}: {'.'.join(parts[:depth])} is a value, not a section")
     return ".".join(parts), value
+
+
+def check_sections(overrides: Sequence[str]) -> None:
+    """Refuse overrides of which no recipe could make anything, before it is known of which recipe they are."""
+    for assignment in overrides:
+        key, _ = _override({}, assignment)
+        section = key.partition(".")[0]
+        if section not in Recipe.model_fields:
+            raise UsageError(f"--set: {section}: unknown key{did_you_mean(section, Recipe.model_fields)}")
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:

@@ -98,6 +98,7 @@ class Source(Section):
     norm_eps: Annotated[float, Field(gt=0)] | None = None
     """1e-6 (default): trained with DiT's code. 1e-5: trained with diffusers'."""
     license: License = License()
+    """Of its weights, which the result inherits."""
     vae: Vae | None = None
     """None: a pixel-space model, values in [-1, 1]."""
     text_encoder: TextEncoder | None = None
@@ -110,11 +111,17 @@ class Scratch(Section):
     sample_size: Positive
     """Side of the latent or image."""
     in_channels: Positive
+    """Channels of the latent or image: 4 of Stable Diffusion's VAE, 3 of RGB pixels."""
     hidden_size: Positive
+    """Width D of the tokens."""
     num_layers: Positive
+    """Transformer blocks."""
     num_attention_heads: Positive
+    """Heads of softmax attention and of cross-attention; they divide the width."""
     patch_size: Positive = 2
+    """Side of the patch that becomes one token, in latents or pixels."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Width of the feed-forward layers over that of the tokens."""
     num_classes: Positive | None = None
     """Of a model of classes; one more, the null class, is added."""
     caption_channels: Positive | None = None
@@ -122,6 +129,7 @@ class Scratch(Section):
     caption_tokens: NonNegative = 0
     """Of a model of captions: the longest caption."""
     prediction: Literal["noise", "velocity"] = "noise"
+    """What it predicts: noise, with a variance (DiT), or velocity (SiT)."""
 
 
 class Student(Section):
@@ -130,9 +138,11 @@ class Student(Section):
     num_attention_heads: Positive = 4
     """Heads of the linear layers."""
     kernel: Literal["relu", "gelu", "focused"] = "relu"
+    """What makes queries and keys positive: relu (the paper's), gelu, or focused (FLatten's)."""
     conv_size: Literal[0, 3, 5, 7] = 5
     """Side of the depth-wise convolution on V; 0: none."""
     eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Added by the kernel, and to the denominator of linear attention."""
     softmax_layers: tuple[NonNegative, ...] = ()
     """Layers that keep softmax attention, counted from 0."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -207,6 +217,7 @@ class Guidance(Section):
     scheduler: SchedulerName = "ddim"
     """flow-euler for a model that predicts velocity (SiT), one of the others for a model that predicts noise."""
     steps: Positive = 25
+    """Of the scheduler."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
     """Classifier-free guidance scale; 1: none."""
     guidance_channels: Positive | None = None
@@ -217,7 +228,9 @@ class Synthesize(Guidance):
     """The training set that the teacher draws."""
 
     num_samples: Positive = 10_000
+    """Samples in all."""
     batch_size: Positive = 64
+    """Samples at a time; it changes rounding alone."""
     shard_size: Positive = 1_000
     """Samples a shard; a resumed run loses at most one."""
     seed: Seed = 1
@@ -244,6 +257,7 @@ class Encode(Section):
     num_samples: Positive | None = None
     """The first so many images; None: all."""
     batch_size: Positive = 16
+    """Images at a time; it changes rounding alone."""
     shard_size: Positive = 1_000
     """Images a shard; a resumed run loses at most one."""
 
@@ -258,7 +272,9 @@ class Data(Section):
     workers: NonNegative = 0
     """Processes that read ahead; 0: read between the steps."""
     synthesize: Synthesize = Synthesize()
+    """How the teacher draws it."""
     encode: Encode = Encode()
+    """How it is made of images."""
 
 
 class Diffusion(Section):
@@ -272,11 +288,13 @@ class Stage(Section):
     """What all kinds of stage share: the length, the schedule and what is trained."""
 
     steps: Positive
+    """Optimiser steps."""
     batch_size: Positive = 256
     """Samples a step, over all processes and accumulation."""
     optimizer: Literal["adamw", "adamw-8bit", "came"] = "adamw"
     """adamw-8bit needs bitsandbytes, came (PixArt's) needs came-pytorch."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Of fresh tensors, and of all others that are given no rate of their own."""
     inherited_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Of tensors that were inherited from the source; None: learning_rate, as for fresh ones."""
     solved_learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -284,10 +302,15 @@ class Stage(Section):
     frozen: tuple[str, ...] = ()
     """Tensors that are not trained, as patterns of their names: `blocks.*.ff.*`."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Of the learning rate after the warm-up: as it is, or to 0 along a cosine or a line."""
     warmup_steps: NonNegative = 0
+    """Steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW and CAME, decoupled from the gradient."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the optimiser's two moving averages."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """The gradient is scaled down to this norm; None: never."""
     ema_decay: Fraction = 0.9999
     """The EMA starts from the stage's first weights, with decay min(ema_decay, (1 + s) / (10 + s)) at step s."""
     condition_dropout: Fraction = 0.1
@@ -300,6 +323,7 @@ class Hybrid(Stage):
     """The paper's loss: DDPM plus the teacher's noise and variance. With both weights 0, DDPM alone."""
 
     objective: Literal["hybrid"]
+    """The paper's loss, of a model that predicts noise."""
     variational_bound: bool = True
     """Train the variance with the variational bound too, as DiT does."""
     noise_weight: Annotated[float, Field(ge=0)] = 0.5
@@ -312,6 +336,7 @@ class FlowMatchingStage(Stage):
     """SiT's loss, on the velocity, plus the teacher's velocity. With weight 0, flow matching alone."""
 
     objective: Literal["flow_matching"]
+    """SiT's loss, of a model that predicts velocity."""
     velocity_weight: Annotated[float, Field(ge=0)] = 0.5
     """Of the teacher's velocity."""
 
@@ -341,6 +366,7 @@ class Distill(Section):
     start: Start | None = None
     """Start from another run's weights, with a new optimiser; None: from the student as it was converted."""
     stages: tuple[Annotated[AnyStage, Field(discriminator="objective")], ...] = ()
+    """Trained one after another."""
     gradient_accumulation_steps: Positive = 1
     """Parts a step is computed in: the same mathematics in less memory."""
     gradient_checkpointing: Annotated[Fraction, BeforeValidator(_share)] = 0.0
@@ -357,7 +383,9 @@ class Distill(Section):
     max_skipped_steps: NonNegative = 0
     """Steps of the run that may be left out because a loss or gradient is NaN or infinite; one more, and it stops."""
     checkpoint_every: Positive = 1000
+    """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
+    """How many checkpoints stay; older ones are removed."""
     sample_every: Positive | None = None
     """Draw samples, and measure the error by timestep, every so many steps; None: at the end only."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -374,7 +402,9 @@ class Sample(Guidance):
     negative_prompt: str | None = None
     """What guidance leads away from. None: the model's own null caption where it has one, else the empty prompt."""
     seed: Seed = 0
+    """Of the noise."""
     batch_size: Positive = 64
+    """Samples at a time; it changes rounding alone."""
 
 
 class Evaluate(Guidance):
@@ -383,11 +413,13 @@ class Evaluate(Guidance):
     features: Literal["digits"] | None = None
     """The classifier whose features and verdicts are used; None: no metrics are known for this data."""
     num_samples: Positive = 1000
+    """Samples for each seed."""
     seeds: tuple[Seed, ...] = (100, 101, 102)
     """One evaluation each; the mean and the spread are reported."""
     reference_seed: Seed = 99
     """Of the teacher's reference samples; never one of `seeds`."""
     batch_size: Positive = 250
+    """Samples at a time; it changes rounding alone."""
 
     @model_validator(mode="after")
     def _independent(self) -> "Evaluate":
@@ -400,7 +432,9 @@ class Publish(Section):
     """Where `run` pushes the result."""
 
     repo_id: str | None = None
+    """Hub repository, owner/name; None: `run` pushes nothing."""
     private: bool = False
+    """Create the repository as a private one."""
     pipeline: bool = False
     """Lay out a full diffusers pipeline."""
     backup_every: Annotated[float, Field(gt=0)] | None = None
@@ -428,16 +462,25 @@ class Recipe(Section):
     scratch: Scratch | None = None
     """Only of a recipe for `litconvert train`, which then takes the place of source, student and inherit."""
     source: Source = Source()
+    """The checkpoint to start from."""
     diffusion: Diffusion = Diffusion()
+    """The forward process that it was trained with."""
     student: Student = Student()
+    """The linear model."""
     inherit: Inherit = Inherit()
+    """What the student takes over from the source."""
     solve: Solve | None = Solve()
     """None: what is fresh starts at random (`convert --no-solve`)."""
     data: Data = Data()
+    """The training set."""
     distill: Distill = Distill()
+    """The training."""
     sample: Sample = Sample()
+    """The pictures that `sample` and a run draw."""
     evaluate: Evaluate = Evaluate()
+    """The metrics."""
     publish: Publish = Publish()
+    """Where the result is pushed to."""
 
     def to_yaml(self) -> str:
         """Every key resolved."""

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from litconvert.common.files import held, read_json, write_whole
@@ -272,6 +273,17 @@ class RunDirectory:
             for bucket, error in enumerate(errors)
         ]
         self._timestep_errors.replace(step, rows)
+
+    def error_summary(self) -> tuple[float, float] | None:
+        """The student's error against its teacher before the run and after it, as means over the timesteps' parts.
+
+        None where no teacher was compared with.
+        """
+        means = [
+            fmean(float(row["error"]) for row in rows if row["error"])
+            for _, rows in groupby(self._timestep_errors.rows(), key=lambda row: row["step"])
+        ]
+        return (means[0], means[-1]) if means else None
 
     def plot_timestep_errors(self) -> None:
         """timestep_errors.png: the error against the timestep, a line a measurement."""

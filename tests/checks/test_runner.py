@@ -49,10 +49,6 @@ def refuses(context: Context) -> Finding:
     raise UsageError("it cannot be; choose another")
 
 
-def lacks(context: Context) -> Finding:
-    raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
-
-
 def dies(context: Context) -> Finding:
     print("the last words", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -90,17 +86,16 @@ def here(tmp_path: Path, device: str = "cpu") -> Context:
 
 
 def test_every_check_ends_as_one_entry_whatever_happens_in_it(tmp_path: Path) -> None:
-    checks = [*named("passes", "fails", "cannot", "lacks", "passes", "crashes"), *named("refuses", "dies", "passes")]
+    checks = [*named("passes", "fails", "cannot", "passes", "crashes"), *named("refuses", "dies", "passes")]
     checks.append(Check("alone", f"{HERE}:passes", {"given": 3}, alone=True))
     begun: list[str] = []
     outcomes = run_checks(checks, "cpu", tmp_path, 60.0, begun.append)
-    statuses = ["passed", "failed", "skipped", "skipped", "passed", "failed", "failed", "failed", "passed", "passed"]
+    statuses = ["passed", "failed", "skipped", "passed", "failed", "failed", "failed", "passed", "passed"]
     assert [one.status for one in outcomes] == statuses
     assert begun == [one.name for one in outcomes] == [check.name for check in checks]
-    first, failed, skipped, lacking, same, crashed, refused, died, later, alone = outcomes
+    first, failed, skipped, same, crashed, refused, died, later, alone = outcomes
     assert (first.text, failed.text) == ("all well", "2 is over its limit of 1")
     assert skipped.text == "there is no such thing here"
-    assert lacking.text == "datasets is not installed: pip install 'litconvert[distill]'"
     assert crashed.text == f"ZeroDivisionError: in {tmp_path}"
     assert crashed.traceback is not None
     assert "in crashes" in crashed.traceback
@@ -197,7 +192,7 @@ def test_the_module_is_the_same_command(only: Callable[..., None], monkeypatch: 
     [
         (("--check", "--minutes", 0), "--minutes is how long"),
         (("--check", "--out", "/no/such/folder/check.json"), "there is no folder /no/such/folder"),
-        (("--check", "--device", "gpu"), "--device gpu"),
+        (("--check", "--device", "gpu"), "'gpu' is not one of"),
         (("--minutes", 3), "add --check"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import litconvert
 from litconvert.errors import UsageError
 from litconvert.recipe.packaged import packaged_recipes
 from litconvert.recipe.resolve import resolve
@@ -61,7 +62,39 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
     result = command(*name.split("-"), "--help")
     assert result.code == 0
     assert "Usage:" in result.out
-    assert name in ("latents", "recipes", "env") or "Example: litconvert" in result.out
+    assert "Example: litconvert" in result.out
+    assert command(*name.split("-"), "-h").out == result.out
+
+
+def test_the_list_of_commands_is_whole_in_80_columns() -> None:
+    listed = command("--help").out
+    assert "..." not in listed.partition("Commands:")[2]
+    assert max(map(len, listed.splitlines())) <= 80
+    assert "Example: litconvert" in listed
+
+
+def test_the_version_is_told() -> None:
+    assert command("--version").out == command("-V").out == f"litconvert {litconvert.__version__}\n"
+
+
+@pytest.mark.parametrize(("line", "found"), [("litconvert run dig", "digits-paper"), ("litconvert conv", "convert")])
+def test_the_shell_completes_commands_and_recipes(line: str, found: str) -> None:
+    variables = {"_LITCONVERT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("litconvert"))],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert found in done.stdout.split(), done
+
+
+PRODUCING = [name for name in COMMANDS if name not in ("latents", "recipes", "recipes-schema")]
+
+
+@pytest.mark.parametrize("name", PRODUCING)
+def test_every_command_that_produces_something_says_it_as_json(name: str) -> None:
+    assert "--json" in command(*name.split("-"), "--help").out
 
 
 @pytest.mark.slow
@@ -184,8 +217,10 @@ def test_run_takes_a_recipe_by_its_name_or_ending_and_all_else_as_a_source(
 
     monkeypatch.setattr("litconvert.workflow.run_line", run_line)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "digits").mkdir()
+    for name in ("folder", "digits", "my", "sub"):
+        (tmp_path / name).mkdir()
+    for name in ("my/own.yaml", "own.yml", "mine.yaml", "x.pt", "sub/DiT-XL-2-256x256.pt"):
+        (tmp_path / name).touch()
     assert "litconvert: asked" in command("run", *arguments).err
     assert asked == [recipe, source, Path("runs") / folder]
 
@@ -305,7 +340,7 @@ def test_the_schema_that_recipes_name_is_the_one_printed() -> None:
     )
 
 
-def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+def test_a_missing_package_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
 ) -> None:
     arguments = ("latents", "synthesize", tmp_path / "data", "--source", pico_checkpoint, "--recipe", pico_recipe)
@@ -313,7 +348,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
         patch.setitem(sys.modules, "datasets", None)
         result = command(*arguments)
     assert result.code == 1
-    assert "pip install 'litconvert[distill]'" in result.err
+    assert "datasets is not installed, which litconvert needs" in result.err
     assert not (tmp_path / "data").exists()
     assert command(*arguments).code == 0
 

@@ -431,25 +431,6 @@ def test_an_unknown_recipe_is_refused_with_the_command_that_lists_them(name: str
     assert ("did you mean 'digits'?" in str(caught.value)) == (name == "digts")
 
 
-def test_recipes_copy_copies_comments_and_all_and_never_over_a_file(tmp_path: Path) -> None:
-    target = tmp_path / "mine.yaml"
-    assert command("recipes", "copy", "digits", target).code == 0
-    assert target.read_text() == packaged_recipes()["digits"].read_text()
-    target.write_text("seed: 1\n")
-    refused = command("recipes", "copy", "digits", target)
-    assert refused.code == 1
-    assert "--force" in refused.err
-    assert target.read_text() == "seed: 1\n"
-    assert command("recipes", "copy", "digits", target, "--force").code == 0
-    assert target.read_text() == packaged_recipes()["digits"].read_text()
-
-
-def test_recipes_ls_lists_every_recipe_with_its_summary() -> None:
-    rows = json.loads(command("recipes", "ls", "--json").out)
-    assert [row["name"] for row in rows] == list(packaged_recipes())
-    assert all(row["summary"] for row in rows)
-
-
 # Written down
 
 
