@@ -6,7 +6,7 @@ CORE := $(VENV)/.core
 INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo quick test test-precision lint format benchmarks table clean
+.PHONY: demo quick test test-precision lint format docs benchmarks table clean
 
 demo: $(CORE)             ## the whole line on the embedded model: no network, no GPU, results on one screen
 	$(BIN)/litconvert demo
@@ -33,7 +33,10 @@ format: $(INSTALLED)      ## mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-table: $(INSTALLED)       ## the README's tables and curves of quality: at most six hours on two cores, resumable
+docs: $(INSTALLED)        ## the documentation as a site in build/docs; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict
+
+table: $(INSTALLED)       ## the tables and curves of docs/results.md: at most six hours on two cores, resumable
 	$(BIN)/python -m benchmarks.digits_table
 
 benchmarks: $(INSTALLED)  ## start-up, conversion, a training step and its memory: an hour, and 30 GB of disk

@@ -25,7 +25,7 @@ SEEDS, CLAIM_SEEDS, SEARCH_SEED = (0, 1, 2), (0, 1, 2, 3, 4, 5), 7
 # In the order of importance, in which they are measured.
 GROUPS = ("curve", "floor", "sizes", "walks", "factors")
 LENGTHS = (50, 100, 200, 300, 800)
-CLAIMED = 300  # steps, of which the README claims something
+CLAIMED = 300  # steps, of which docs/results.md claims something
 PAPER_STEPS = 800
 LOCAL = (0, 50, 100, 200, 400, 800)
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096)

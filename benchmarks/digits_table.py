@@ -1,4 +1,4 @@
-"""The README's tables and curves: the solved start and what each part of it is worth, on the digits teacher.
+"""The tables and curves of docs/results.md: the solved start and what each part of it is worth, on the digits teacher.
 
     python -m benchmarks.digits_table              everything, in hours on two cores; interrupted, it goes on
     python -m benchmarks.digits_table --dry-run    what is missing, and about how long it takes

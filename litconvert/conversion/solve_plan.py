@@ -15,7 +15,7 @@ from litconvert.model.config import ModelConfig
 from litconvert.model.shapes import count_macs, count_parameters
 from litconvert.recipe.schema import Recipe, Solve
 
-# The first choice, measured on the digits teacher: README, results.
+# The first choice, measured on the digits teacher: docs/results.md.
 STATES, HELD_OUT, STATES_PER_IMAGE, LOCAL_STEPS = 1024, 64, 4, 400
 # On a GPU so many tokens at most: their two streams take 2 x 4 bytes times the width each.
 MOST_TOKENS = 1 << 18

@@ -7,7 +7,7 @@ A family owes
    refused, never ignored, and a model can be written back;
 3. tests on a checkpoint made on disk: its outputs against an independent implementation, and its refusals.
 
-Another package adds a family through the entry point group `litconvert.families`: CONTRIBUTING.md shows one.
+Another package adds a family through the entry point group `litconvert.families`: docs/add-a-family.md shows one.
 """
 
 from functools import cache

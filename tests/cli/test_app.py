@@ -1,9 +1,7 @@
-"""The command line as its users meet it: start-up, help, the README's promises, and the whole line."""
+"""The command line as its users meet it: start-up, help, and the whole line."""
 
-import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 import zipfile
@@ -20,7 +18,6 @@ from litconvert.workflow import run_line
 from tests.helpers.command import command
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 COMMANDS = ["inspect", "plan", "convert", "distill", "sample", "evaluate", "push", "run", "demo", "env", "latents"]
 COMMANDS += ["latents-synthesize", "latents-encode", "latents-show", "probe", "train", "recipes"]
 COMMANDS += [f"recipes-{verb}" for verb in ("ls", "show", "copy", "validate", "schema")]
@@ -98,58 +95,6 @@ PRODUCING = [name for name in COMMANDS if name not in ("latents", "recipes", "re
 @pytest.mark.parametrize("name", PRODUCING)
 def test_every_command_that_produces_something_says_it_as_json(name: str) -> None:
     assert "--json" in command(*name.split("-"), "--help").out
-
-
-def readme_commands() -> list[str]:
-    """Every `litconvert ...` line and span of the README."""
-    blocks = re.findall(r"^    (litconvert .+)$", README, flags=re.MULTILINE)
-    spans = re.findall(r"`(litconvert [^`]+)`", README)
-    return blocks + spans
-
-
-def test_the_readme_names_only_commands_and_options_that_exist() -> None:
-    found = readme_commands()
-    assert len(found) > 15
-    for line in found:
-        words = line.split()[1:]
-        if words[0] == "--help":
-            continue
-        path = [word for word in words[:2] if re.fullmatch(r"[a-z]+", word) and word in " ".join(COMMANDS)]
-        path = path[:1] if path[0] not in ("recipes", "latents") else path
-        result = command(*path, "--help")
-        assert result.code == 0, line
-        for option in [word for word in words if word.startswith("--")]:
-            assert option in result.out, f"{line}: no option {option}"
-
-
-def test_options_named_in_the_readme_s_table_exist() -> None:
-    rows = re.findall(r"^\| `litconvert ([a-z]+)(?: ([a-z]+))?[^`]*` \|(.*)\|$", README, flags=re.MULTILINE)
-    assert len(rows) >= 12
-    for first, second, text in rows:
-        path = [first, second] if first in ("latents", "recipes") and second else [first]
-        help_text = command(*path, "--help").out
-        for option in re.findall(r"`(--[a-z-]+)`", text):
-            assert option in help_text, f"{first}: no option {option}"
-
-
-def test_the_readme_s_make_targets_and_modules_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z]+)\b", README)) - {"it"}:
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    texts = README + "".join(path.read_text() for path in packaged_recipes().values())
-    for module in set(re.findall(r"python\s+-m ((?:benchmarks|litconvert)\.[a-z_.]+)", texts)):
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
-    for module, names in re.findall(r"^from (litconvert[\w.]*) import (.+)$", README, flags=re.MULTILINE):
-        assert all(hasattr(importlib.import_module(module), name) for name in names.split(", ")), module
-
-
-def test_the_readme_s_recipes_exist() -> None:
-    for name in set(re.findall(r"\bdit-[a-z]+-2-\d+\b", README)):
-        assert name in packaged_recipes()
-
-
-def test_the_readme_has_no_blanks_left() -> None:
-    assert not re.findall(r"@[A-Z_]+@", README)
 
 
 @pytest.mark.slow

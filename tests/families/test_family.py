@@ -1,4 +1,4 @@
-"""Families of other packages: the example in CONTRIBUTING.md, as it stands there, and plugins that are broken."""
+"""Families of other packages: the example in docs/add-a-family.md, as it stands there, and plugins that are broken."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.registry import families
 from tests.helpers.command import command
 
-CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
+PAGE = Path(__file__).parents[2] / "docs" / "add-a-family.md"
 RENAMED = {
     "x_embedder.proj": "patches",
     "t_embedder.mlp": "time",
@@ -67,10 +67,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     families.cache_clear()
 
 
-def test_the_example_of_contributing_reads_converts_and_writes_its_checkpoints(
+def test_the_example_of_the_documentation_reads_converts_and_writes_its_checkpoints(
     tmp_path: Path, site: Site, pico_state: dict[str, Tensor]
 ) -> None:
-    text = CONTRIBUTING.read_text()
+    text = PAGE.read_text()
     (source,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (project,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     torch.save(pico_state, tmp_path / "dit.pt")
