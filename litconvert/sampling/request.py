@@ -118,9 +118,9 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
             np.concatenate([to_images(batch, vae, factor) for batch in draw(model, conditions, sampler, task=task)])
             for model in models
         ]
-    titles = [f"{Path(source.checkpoint.source).name}; {described(chosen)}" for source in sources]
+    titles = [f"{request.model}; {described(chosen)}"]
     if request.teacher is not None:
-        titles = [f"{kind}: {title}" for kind, title in zip(("Teacher", "Student"), titles, strict=True)]
+        titles = [f"Teacher: {request.teacher}; {described(chosen)}", f"Student: {titles[0]}"]
     labels = _labels(conditions, chosen.prompts if request.embeddings is None else ())
     parts = [Part(title, one, labels) for title, one in zip(titles, images, strict=True)]
     return _write_pictures(request, parts, conditions, scale=max(1, 64 // configs[-1].sample_size))
