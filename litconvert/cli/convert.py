@@ -209,7 +209,7 @@ def convert(
     made = plan_of(source, recipe, given)
     solved = None
     if not dry_run:
-        _say_cost(made)
+        _say_cost(made, out)
         convert_planned(made, out, force=force, listener=screen())
         solved = Provenance.read(out).solve if is_first() else None
     if not is_first():
@@ -224,14 +224,16 @@ def convert(
         console.next_step("distill", out, Path("runs") / out.name)
 
 
-def _say_cost(plan: "ConversionPlan") -> None:
-    """What solving takes, before it begins."""
+def _say_cost(plan: "ConversionPlan", out: Path) -> None:
+    """What converting takes, before it begins."""
     from litconvert.cli.reports import cost_of_solving
+    from litconvert.common.quantities import size
 
     if plan.unsolved_because is not None:
         console.note(f"not solved: {plan.unsolved_because}")
     elif plan.solve is not None:
         console.note(cost_of_solving(plan.solve))
+    console.note(f"{out} takes {size(plan.totals['student_bytes'])} of disk")
 
 
 def _rewrite(settings: "Recipe", out: Path, to: str, *, dry_run: bool, force: bool, as_json: bool) -> None:

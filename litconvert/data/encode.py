@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from litconvert.common.files import digest_of, read_json
 from litconvert.common.listener import SILENT, Listener
+from litconvert.common.quantities import size
 from litconvert.data.dataset import NULL_CAPTION, ConditionKind
 from litconvert.data.encoders import Encoders, Target
 from litconvert.data.image_sources import ImageSource, open_images
@@ -62,6 +63,8 @@ def encode_images(
             listener.note(f"already done: {out}")
         return out
     assembly = Assembly(out, inputs, encoding.images.parts, launched_group(), listener)
+    if listener.wants_estimates and assembly.group.process == 0:
+        listener.note(encoding.cost())
     with written(out):
         encoders = Encoders(recipe, encoding.target, encoding.condition, assembly.group.device)
     with written(out), assembly.begun():
@@ -133,6 +136,17 @@ class Encoding:
             "skip_broken": self.skip_broken,
         }
         return Inputs(values, digest_of(first))
+
+    def cost(self) -> str:
+        """What the data takes of the disk at most, in a sentence. Time shows once the first part is done."""
+        settings, vae = self.recipe.data.encode, self.recipe.source.vae
+        count = self.images.parts * settings.shard_size
+        count = min(count, settings.num_samples or count)
+        # A posterior has a mean and a deviation in float16 each, of the mirrored image too; a pixel is one byte.
+        each = self.target.in_channels * self.target.sample_size**2
+        each *= 4 * (1 + self.recipe.data.flip) if vae is not None else 1
+        captions = ", and what T5 makes of the captions" if self.condition == "caption" else ""
+        return f"at most {count:,} images, {size(count * each)} of disk at the model's own size{captions}"
 
     def facts(self, shards: Sequence[Path]) -> dict[str, Any]:
         """What the record says of the data, given its shards."""

@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litconvert.common.device import default_device
 from litconvert.common.files import digest_of, require_space
 from litconvert.common.listener import SILENT, Listener, Task
+from litconvert.common.quantities import duration, size
 from litconvert.common.seeds import generator_of
 from litconvert.conversion.plan import resolve_for
+from litconvert.conversion.solve_plan import rate_of
 from litconvert.data.dataset import ConditionKind
 from litconvert.data.prompts import StoredPrompts, read_prompts, store_prompts
 from litconvert.data.shards import Assembly, is_finished, launched_group, shard_writer, written
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.sources import OpenSource, open_teacher, read_model
-from litconvert.model.config import is_pixel_space
+from litconvert.model.config import ModelConfig, is_pixel_space
 from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.model.shapes import count_macs, count_parameters
 from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.resolve import ResolvedRecipe
 from litconvert.recipe.schema import Recipe
@@ -85,8 +89,14 @@ def synthesize_resolved(
     *,
     force: bool = False,
     name: str = "teacher draws the training set",
+    estimate: bool = True,
 ) -> Path:
-    """`synthesize` for a recipe that is resolved already; `name` is what the listener hears the work called."""
+    """`synthesize` for a recipe that is resolved already.
+
+    Args:
+        name: what the listener hears the work called.
+        estimate: tell a listener that wants it what drawing will take.
+    """
     recipe = resolved.recipe
     settings = recipe.data.synthesize
     opened = open_teacher(recipe)
@@ -98,6 +108,8 @@ def synthesize_resolved(
         if launched_group().process == 0:
             listener.note(f"already done: {out}")
         return out
+    if estimate and listener.wants_estimates and launched_group().process == 0:
+        listener.note(drawing_cost(recipe, config))
     shape = (config.in_channels, config.sample_size, config.sample_size)
     require_space(out.parent, 2 * 4 * settings.num_samples * int(torch.Size(shape).numel()))
     assembly = Assembly(out, inputs, -(-settings.num_samples // settings.shard_size), launched_group(), listener)
@@ -111,6 +123,19 @@ def synthesize_resolved(
             _draw_shards(assembly, _read_drawing(opened, recipe, stored, assembly.group.device), name)
         facts = _facts(recipe, shape[0], "class" if stored is None else "caption")
         return assembly.join(lambda shards: facts, stored.write_null if stored else lambda folder: None)
+
+
+def drawing_cost(recipe: Recipe, config: ModelConfig) -> str:
+    """What drawing the training set takes here, in a sentence; a product of matrices is timed for it."""
+    settings = recipe.data.synthesize
+    passes = settings.num_samples * settings.steps * (2 if settings.guidance != 1 else 1)
+    seconds = passes * count_macs(config, config.sample_size) / rate_of(str(default_device()), torch.float32)
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    disk = 4 * settings.num_samples * int(torch.Size(shape).numel())
+    return (
+        f"the teacher draws {settings.num_samples:,} samples in {settings.steps} steps: about {duration(seconds)}, "
+        f"{size(4 * count_parameters(config))} of memory for its weights, {size(disk)} of disk"
+    )
 
 
 def _prompts(recipe: Recipe) -> list[str]:

@@ -77,7 +77,9 @@ def draw_class_images(plan: SolvePlan, recipe: Recipe, out: Path, listener: List
     update = {**guidance.model_dump(), "num_samples": plan.images, "shard_size": 256}
     settings = recipe.data.synthesize.model_copy(update=update)
     asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"synthesize": settings})})
-    synthesize_resolved(ResolvedRecipe("calibration", asked, {}), out, listener, name="teacher draws for calibration")
+    synthesize_resolved(
+        ResolvedRecipe("calibration", asked, {}), out, listener, name="teacher draws for calibration", estimate=False
+    )
 
 
 def draw_caption_images(

@@ -11,6 +11,7 @@ from torch import Tensor
 from litconvert.checkpoints.writing import LazyTensors
 from litconvert.common.files import digest_of, held, require_space, whole_directory
 from litconvert.common.listener import SILENT, Listener
+from litconvert.common.quantities import size
 from litconvert.common.tensors import DTYPES, TensorInfo
 from litconvert.conversion.directory import write_description, write_model_directory
 from litconvert.data.conditions import make_conditioner
@@ -110,20 +111,26 @@ def fit(training: TrainingRun, listener: Listener = SILENT) -> None:
     engine.wait()
 
 
+def _disk_bytes(training: TrainingRun, kept: int = 0) -> int:
+    """What the run's checkpoints, so many of which are there, and its result take."""
+    # Model, EMA and two Adam moments in float32, once for each kept checkpoint and one in the making; the result.
+    nbytes: int = 4 * sum(parameter.numel() for parameter in training.model.parameters())
+    missing = max(1, training.recipe.distill.keep_checkpoints + 1 - kept)
+    return 4 * nbytes * missing + nbytes
+
+
 def _require_room(training: TrainingRun) -> None:
     """Raise LitconvertError where the disk cannot hold the run's checkpoints and its result."""
-    # Model, EMA and two Adam moments in float32, once for each kept checkpoint and one in the making; the result.
-    nbytes = 4 * sum(parameter.numel() for parameter in training.model.parameters())
     checkpoints = training.directory.checkpoints
     kept = len(list(checkpoints.glob("step-*"))) if checkpoints.is_dir() else 0
-    missing = max(1, training.recipe.distill.keep_checkpoints + 1 - kept)
-    require_space(training.directory.path, 4 * nbytes * missing + nbytes)
+    require_space(training.directory.path, _disk_bytes(training, kept))
 
 
 def _notes(training: TrainingRun) -> Iterator[str]:
     """What to know of a run before it begins."""
     data, config = training.data, training.model.config
     yield training.engine.describe()
+    yield f"checkpoints and the model take up to {size(_disk_bytes(training))} of disk"
     if data.flipped and not training.recipe.data.flip:
         yield "the data set holds mirrored latents, which are not used: set data.flip=true to train on them too"
     tokens = (config.sample_size // config.patch_size) ** 2
