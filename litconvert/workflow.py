@@ -7,7 +7,7 @@ from typing import Any
 
 from litconvert.common.launch import launched_processes
 from litconvert.common.listener import SILENT, Listener
-from litconvert.common.quantities import duration, size
+from litconvert.common.quantities import size, span
 from litconvert.conversion.plan import ConversionPlan
 from litconvert.conversion.plan import plan as plan_of
 from litconvert.conversion.provenance import Provenance
@@ -18,7 +18,6 @@ from litconvert.estimates.stage import StageEstimate, Workload, estimate_stages
 from litconvert.evaluation.run_scores import score_run
 from litconvert.publishing.push import push
 from litconvert.recipe.resolve import ResolvedRecipe
-from litconvert.runs.plots import compare
 from litconvert.solving.convert import convert_planned
 from litconvert.training.checks import check_model
 
@@ -102,7 +101,7 @@ def _say_usage(estimates: Sequence[StageEstimate], usage: Mapping[str, Any], lis
 
 def _taken(peak_bytes: float, seconds: float) -> str:
     """`1.2 GB and 3.4 s`."""
-    return f"{size(int(peak_bytes))} and {duration(seconds) if seconds >= 60 else f'{seconds:.3g} s'}"
+    return f"{size(int(peak_bytes))} and {span(seconds)}"
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,6 @@ def run_line(
     scores = None
     if settings.evaluate.features is not None:
         scores = score_run(run, settings, force=force, listener=listener)
-    compare(run)
     url = None
     if settings.publish.repo_id is not None:
         url = push(run, settings.publish.repo_id, private=settings.publish.private, pipeline=settings.publish.pipeline)

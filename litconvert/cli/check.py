@@ -102,15 +102,24 @@ def env(
         return
     if minutes is not None or out is not None:
         raise UsageError("--minutes and --out are of the check: add --check")
-    from litconvert.common.device import bf16_in_hardware, default_device, describe_devices, overrides
-    from litconvert.common.versions import versions
+    from litconvert.common.device import (
+        bf16_in_hardware,
+        default_device,
+        describe_devices,
+        overrides,
+        settings_of_libraries,
+    )
+    from litconvert.common.versions import machine, other_versions, versions
 
     use_device(device)
     facts = {
         **versions(),
+        **other_versions(),
+        **machine(),
         "devices": describe_devices(),
         "device used": default_device().type,
         "bf16 in hardware": bf16_in_hardware(),
         **overrides(),
+        **settings_of_libraries(),
     }
     console.data(facts) if as_json else console.table(("", ""), list(facts.items()))

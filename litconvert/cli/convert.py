@@ -34,7 +34,6 @@ from litconvert.cli.options import (
 from litconvert.errors import LitconvertError, UsageError
 
 if TYPE_CHECKING:
-    from litconvert.conversion.plan import ConversionPlan
     from litconvert.estimates.stage import StageEstimate
     from litconvert.recipe.schema import Recipe
 
@@ -209,7 +208,8 @@ def convert(
     made = plan_of(source, recipe, given)
     solved = None
     if not dry_run:
-        _say_cost(made, out)
+        if made.unsolved_because is not None:
+            console.note(f"not solved: {made.unsolved_because}")
         convert_planned(made, out, force=force, listener=screen())
         solved = Provenance.read(out).solve if is_first() else None
     if not is_first():
@@ -219,21 +219,10 @@ def convert(
     else:
         show_solved(made, solved)
         show_plan(made, costs=dry_run)
-    console.note(f"nothing written (--dry-run); would write {out}" if dry_run else f"written: {out}")
-    if not dry_run:
+    if dry_run:
+        console.note(f"nothing written (--dry-run); would write {out}")
+    else:
         console.next_step("distill", out, Path("runs") / out.name)
-
-
-def _say_cost(plan: "ConversionPlan", out: Path) -> None:
-    """What converting takes, before it begins."""
-    from litconvert.cli.reports import cost_of_solving
-    from litconvert.common.quantities import size
-
-    if plan.unsolved_because is not None:
-        console.note(f"not solved: {plan.unsolved_because}")
-    elif plan.solve is not None:
-        console.note(cost_of_solving(plan.solve))
-    console.note(f"{out} takes {size(plan.totals['student_bytes'])} of disk")
 
 
 def _rewrite(settings: "Recipe", out: Path, to: str, *, dry_run: bool, force: bool, as_json: bool) -> None:

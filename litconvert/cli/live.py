@@ -18,6 +18,7 @@ from litconvert.common.quantities import duration, size
 
 # A log gets a line at most so often: two a minute are 20,000 in a week.
 SECONDS_BETWEEN_LINES = 30.0
+SECONDS_A_TENTH = 5.0
 
 
 def screen() -> Listener:
@@ -78,17 +79,27 @@ class _Log(Listener):
 
 
 class _Tenths(Task):
-    """A line for each tenth of the work."""
+    """A line as work begins and as it ends, and one for each tenth in between that takes its time."""
 
     def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done, self.tenth = name, total, 0, -1
+        self.name, self.total, self.done, self.tenth = name, total, 0, 0
+        self.written = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._write("")
+        return self
 
     def advance(self, count: int = 1, remark: str = "") -> None:
         self.done += count
         tenth = 10 * self.done // max(self.total, 1)
-        if tenth != self.tenth:
+        slow = tenth != self.tenth and time.monotonic() - self.written >= SECONDS_A_TENTH
+        if self.done and (self.done == self.total or slow):
             self.tenth = tenth
-            console.note(f"{self.name}: {self.done}/{self.total} {remark}".rstrip())
+            self._write(remark)
+
+    def _write(self, remark: str) -> None:
+        self.written = time.monotonic()
+        console.note(f"{self.name}: {self.done}/{self.total} {remark}".rstrip())
 
 
 class _Terminal(Listener):

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litconvert.cli.terminal import line, table
-from litconvert.common.quantities import count, duration, size
+from litconvert.common.quantities import count, size, span
 from litconvert.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from litconvert.conversion.plan import ConversionPlan
-    from litconvert.conversion.solve_plan import SolvePlan
     from litconvert.estimates.stage import StageEstimate
     from litconvert.evaluation.probe_result import ProbeResult
     from litconvert.families.sources import Findings, OpenSource
@@ -91,7 +90,7 @@ def show_plan(plan: "ConversionPlan", *, tensors: bool = False, costs: bool = Tr
     if facts["download_bytes"]:
         line(f"to be downloaded first: {size(facts['download_bytes'])}")
     if plan.solve is not None and costs:
-        line(cost_of_solving(plan.solve))
+        line(plan.solve.cost)
     if plan.unsolved_because is not None:
         line(f"not solved: {plan.unsolved_because}")
     line("")
@@ -125,16 +124,6 @@ def show_plan(plan: "ConversionPlan", *, tensors: bool = False, costs: bool = Tr
         table(("fate", "student", "source", "shape"), rows)
 
 
-def cost_of_solving(solve: "SolvePlan") -> str:
-    """What the solved start does and takes, in a sentence."""
-    where = f"{solve.images} images that the teacher draws" if solve.draws else f"images of {solve.settings.data}"
-    steps = f"closed forms and {solve.local_steps} local steps a layer" if solve.local_steps else "closed forms alone"
-    return (
-        f"{len(solve.layers)} layers are solved on {solve.states} states of {where}: {steps}; about "
-        f"{_time(solve.seconds)} and {size(solve.memory)} of memory (--no-solve leaves it out)"
-    )
-
-
 def show_solved(plan: "ConversionPlan", solved: Mapping[str, Any] | None) -> None:
     """How near the solved student is to its teacher: one number for the whole, then layer by layer."""
     if plan.unsolved_because is not None:
@@ -145,7 +134,7 @@ def show_solved(plan: "ConversionPlan", solved: Mapping[str, Any] | None) -> Non
     output = solved["output"]
     line(
         f"The student's output is {output['after']:.2%} off the teacher's on held-out noise "
-        f"({output['before']:.0%} before it was solved), by squared error. Solved in {_time(solved['seconds'])}."
+        f"({output['before']:.0%} before it was solved), by squared error. Solved in {span(solved['seconds'])}."
     )
     line("")
     rows = [(one["layer"], f"{one['before']:.2e}", f"{one['after']:.2e}") for one in solved["layers"]]
@@ -327,8 +316,8 @@ def show_estimates(estimates: Sequence["StageEstimate"]) -> None:
         ("samples at a time", *(estimate.micro_batch for estimate in estimates)),
         *((kind, *(size(estimate.memory.get(kind, 0)) for estimate in estimates)) for kind in kinds),
         ("memory at the peak", *(size(estimate.peak) for estimate in estimates)),
-        ("time of a step", *(_time(estimate.step_seconds) for estimate in estimates)),
-        ("time of the stage", *(_time(estimate.seconds) for estimate in estimates)),
+        ("time of a step", *(span(estimate.step_seconds) for estimate in estimates)),
+        ("time of the stage", *(span(estimate.seconds) for estimate in estimates)),
     ]
     headers = ("", *(f"{estimate.stage}: {estimate.objective}" for estimate in estimates))
     precision = "bf16 autocast" if first.bf16 else "float32"
@@ -340,7 +329,3 @@ def show_estimates(estimates: Sequence["StageEstimate"]) -> None:
         if estimate.advice is not None:
             line(f"Stage {estimate.stage} does not fit: {estimate.advice}.")
     line("Activations are counted, blocks timed now. Left out: reading data, checkpoints, pictures, torch.compile.")
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)

@@ -72,7 +72,6 @@ def distill(
     from litconvert import workflow
     from litconvert.cli.live import screen
     from litconvert.cli.reports import run_facts, show_run
-    from litconvert.runs.plots import compare
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
@@ -89,7 +88,6 @@ def distill(
     )
     if not is_first():
         return
-    compare(run)
     facts = run_facts(run)
     console.data(facts) if as_json else show_run(facts)
     console.next_step("push", out, "OWNER/NAME", "--dry-run")

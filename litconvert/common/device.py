@@ -75,6 +75,12 @@ def overrides() -> dict[str, str]:
     return {name: os.environ[name] for name in (DEVICE_VARIABLE, BF16_VARIABLE) if os.environ.get(name)}
 
 
+def settings_of_libraries() -> dict[str, str]:
+    """The environment variables that change what PyTorch and the Hub do, those that are set; no tokens."""
+    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "HF_HUB_OFFLINE", "HF_ENDPOINT")
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
 def bf16_in_hardware() -> bool:
     """Whether bf16 autocast is faster than float32 here: a GPU with bf16, or a CPU with AVX512-BF16 or AMX.
 

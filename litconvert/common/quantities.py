@@ -15,6 +15,11 @@ def duration(seconds: float) -> str:
     return f"{days}d {hours:02}:{minutes:02}:{rest:02}" if days else clock
 
 
+def span(seconds: float) -> str:
+    """3.14 s, and as of `duration` from a minute on."""
+    return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
+
+
 def count(value: int | float) -> str:
     """1234567 as 1,234,567."""
     return f"{value:,}"

@@ -15,6 +15,7 @@ from litconvert.checkpoints.checkpoint import Extent
 from litconvert.checkpoints.writing import LazyTensors
 from litconvert.common.files import digest_of, refuse_source, require_space, whole_directory, write_whole
 from litconvert.common.listener import SILENT, Listener
+from litconvert.common.quantities import size
 from litconvert.common.tensors import DTYPES, TensorInfo
 from litconvert.conversion.directory import already_done, write_model_directory
 from litconvert.conversion.plan import STORED, ConversionPlan, Entry
@@ -128,6 +129,7 @@ def carry_out(
             listener.note(f"already done: {out}")
             return out
         require_space(out.parent, plan.totals["student_bytes"])
+        listener.note(f"writing {size(plan.totals['student_bytes'])} to {out}")
         plan.source.check_recomputed()
         for name in _unread(plan):
             plan.source.values(name)

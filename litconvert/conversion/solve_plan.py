@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from litconvert.common.device import default_device, uses_bf16
+from litconvert.common.quantities import size, span
 from litconvert.model.config import ModelConfig
 from litconvert.model.shapes import count_macs, count_parameters
 from litconvert.recipe.schema import Recipe, Solve
@@ -127,6 +128,16 @@ class SolvePlan:
             (macs["drawing"] + macs["gradients"]) / plain
             + (macs["passes"] + macs["local_steps"]) / single
             + macs["closed_forms"] / double
+        )
+
+    @property
+    def cost(self) -> str:
+        """What is done and what it takes, in a sentence."""
+        where = f"{self.images} images that the teacher draws" if self.draws else f"images of {self.settings.data}"
+        steps = f"closed forms and {self.local_steps} local steps a layer" if self.local_steps else "closed forms alone"
+        return (
+            f"{len(self.layers)} layers are solved on {self.states} states of {where}: {steps}; about "
+            f"{span(self.seconds)} and {size(self.memory)} of memory (--no-solve leaves it out)"
         )
 
     def to_json(self) -> dict[str, Any]:

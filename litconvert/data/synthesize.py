@@ -11,7 +11,7 @@ from torch import Tensor
 from litconvert.common.device import default_device
 from litconvert.common.files import digest_of, require_space
 from litconvert.common.listener import SILENT, Listener, Task
-from litconvert.common.quantities import duration, size
+from litconvert.common.quantities import size, span
 from litconvert.common.seeds import generator_of
 from litconvert.conversion.plan import resolve_for
 from litconvert.conversion.solve_plan import rate_of
@@ -133,7 +133,7 @@ def drawing_cost(recipe: Recipe, config: ModelConfig) -> str:
     shape = (config.in_channels, config.sample_size, config.sample_size)
     disk = 4 * settings.num_samples * int(torch.Size(shape).numel())
     return (
-        f"the teacher draws {settings.num_samples:,} samples in {settings.steps} steps: about {duration(seconds)}, "
+        f"the teacher draws {settings.num_samples:,} samples in {settings.steps} steps: about {span(seconds)}, "
         f"{size(4 * count_parameters(config))} of memory for its weights, {size(disk)} of disk"
     )
 

@@ -154,7 +154,7 @@ def find_model(directory: Path, *, raw: bool = False) -> tuple[Path, list[Path]]
     if model != directory and is_run(run):
         drawn = sorted((run / "samples").glob("*.png"))
         steps = [picture for picture in drawn if picture.name.startswith("step-")]
-        pictures = [run / "curves.png"] if (run / "curves.png").is_file() else []
+        pictures = [run / name for name in ("comparison.png", "curves.png") if (run / name).is_file()]
         pictures += [picture for picture in drawn if picture not in steps[:-STEP_PICTURES]]
         if is_checkpoint(model):  # what was drawn later is of other weights
             pictures = [picture for picture in drawn if picture.stem in ("teacher", "before")]

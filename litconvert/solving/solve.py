@@ -93,6 +93,8 @@ def solve(plan: ConversionPlan, out: Path, inputs: Inputs, listener: Listener = 
         folder.mkdir(parents=True, exist_ok=True)
     engine.wait()
     hears = listener if engine.is_main else SILENT
+    if hears.wants_estimates:
+        hears.note(chosen.cost)
     began = time.monotonic()
     with held(folder, hears) if engine.is_main else nullcontext():
         chosen = _kept_choice(chosen, folder, engine)

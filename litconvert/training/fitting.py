@@ -19,6 +19,7 @@ from litconvert.data.dataset import LatentDataset
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.recipe.schema import Recipe
 from litconvert.runs.directory import RECORD, Progress, RunDirectory
+from litconvert.runs.plots import compare
 from litconvert.training.engine import Engine
 from litconvert.training.objective import TrainingRun
 from litconvert.training.observer import Observer
@@ -107,6 +108,7 @@ def fit(training: TrainingRun, listener: Listener = SILENT) -> None:
         if engine.is_main:
             run.plot_curves()
             run.plot_timestep_errors()
+            compare(run.path)
             _write_result(training, state)
     engine.wait()
 

@@ -116,7 +116,7 @@ def test_data_goes_to_stdout_and_the_rest_to_stderr(tmp_path: Path, pico_checkpo
     result = command("convert", str(pico_checkpoint), str(out), "--recipe", str(pico_recipe), "--json")
     assert result.code == 0
     assert json.loads(result.out)["groups"]["inherited"]["student_tensors"] > 0
-    assert "written" in result.err
+    assert "writing" in result.err
     quiet = command("convert", str(pico_checkpoint), str(out), "--recipe", str(pico_recipe), "--json", "-q")
     assert quiet.err == ""
 

@@ -473,7 +473,13 @@ def test_the_card_of_a_distilled_run_shows_its_stages_scores_and_pictures(
     model = edited(picos.pixels, tmp_path, **changes)
     (run / "samples").mkdir(parents=True)
     model.rename(run / "model")
-    for name in ("curves", *(f"samples/step-{step:08d}" for step in range(6)), "samples/before", "samples/after"):
+    for name in (
+        "curves",
+        "comparison",
+        *(f"samples/step-{step:08d}" for step in range(6)),
+        "samples/before",
+        "samples/after",
+    ):
         Image.new("L", (4, 4)).save(run / f"{name}.png")
     litconvert.push(run, "tester/m")
     card = card_of(hub, "tester/m")
@@ -490,10 +496,13 @@ def test_the_card_of_a_distilled_run_shows_its_stages_scores_and_pictures(
     assert pictures == [
         "images/after.png",
         "images/before.png",
+        "images/comparison.png",
         "images/curves.png",
         *(f"images/step-{step:08d}.png" for step in range(2, 6)),
     ]
-    assert sorted(re.findall(r"!\[[^]]*\]\(([^)]+)\)", card.text)) == pictures
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", card.text)
+    assert sorted(shown) == pictures
+    assert shown[0] == "images/comparison.png"
 
 
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "me/my model", "me/ü", "me/x--y", "/m", "me/", "me/x.git"])
