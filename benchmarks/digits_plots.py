@@ -33,6 +33,7 @@ from litconvert.common.files import whole_file
 
 METRICS = ("frechet_distance", "class_accuracy")
 CURVES = "curves.png"
+CLAIMS = Path(__file__).parents[1] / "docs" / "pictures" / "digits.png"  # the README shows it
 COLOURS = {"fresh": "#0072b2", "inherited": "#d55e00", "paper": "#555555"}
 NOT_MEASURED = "not measured"
 ROWS = all_rows()
@@ -211,6 +212,40 @@ def plot(results: Results, out: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_claims(results: Results, out: Path) -> None:
+    """What is claimed, a bar each, with the seconds that it took; a PNG, written whole."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = {
+        f"{ARMS['paper'].title},\n{PAPER_STEPS} training steps": ("paper", f"paper-{PAPER_STEPS}"),
+        "solved, all attention fresh,\nno training step": ("fresh", "fresh-0"),
+        "solved, Q, K and V inherited,\nno training step": ("inherited", "inherited-0"),
+    }
+    figure, panel = pyplot.subplots(figsize=(7.2, 2.6))
+    for place, (arm, name) in enumerate(bars.values()):
+        values = values_of(results, name, "frechet_distance")
+        panel.barh(place, mean(values), xerr=stdev(values), color=COLOURS[arm], capsize=3, height=0.6)
+        text = f"{distance(results, name)}, {_seconds(results, name):.0f} s of one core"
+        panel.text(mean(values) + stdev(values) + 0.04, place, text, va="center", fontsize=9)
+    floor = mean(values_of(results, FLOOR, "frechet_distance"))
+    panel.axvline(
+        floor, color="#009e73", linestyle="--", linewidth=1.5, label=f"the teacher against itself: {floor:.2f}"
+    )
+    panel.set_yticks(range(len(bars)), labels=list(bars))
+    panel.invert_yaxis()
+    panel.set_xlim(0, 4.2)
+    panel.set_xlabel("Fréchet distance to the teacher of digits (six seeds, lower is better)")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, loc="lower left", bbox_to_anchor=(floor / 4.2 - 0.02, 0.98))
+    figure.tight_layout()
+    with whole_file(out) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    pyplot.close(figure)
+
+
 def _seconds(results: Results, row: str) -> float:
     """Of the walk and of training, the mean over seeds."""
     return sum(mean(values_of(results, row, f"{part}_core_seconds")) for part in ("walk", "training"))
@@ -275,6 +310,9 @@ def show(results: Results) -> None:
         out = results.folder.parent / f"{results.folder.name}-{CURVES}"
         plot(results, out)
         print(f"\n{out}")
+    if results.folder == RESULTS:
+        plot_claims(results, CLAIMS)
+        print(CLAIMS)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -356,3 +357,28 @@ def test_a_missing_package_is_named(
 def test_env_names_versions() -> None:
     facts = json.loads(command("env", "--json").out)
     assert facts["torch"].startswith("2.")
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    started = [
+        sys.executable,
+        "-m",
+        "litconvert",
+        "convert",
+        "asset:dit-digits",
+        tmp_path / "student",
+        "--device",
+        "cpu",
+    ]
+    with subprocess.Popen(list(map(str, started)), stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith("solve: 0/"):
+                running.send_signal(signal.SIGINT)
+                break
+        rest = running.stderr.read()
+        assert running.wait() == 130
+    assert rest.splitlines()[-1].startswith("litconvert: interrupted; the same command goes on with what is finished")
+    assert "Traceback" not in rest
+    assert not (tmp_path / "student").exists()
