@@ -89,7 +89,7 @@ class SolvePlan:
         unknowns = self.student.linear_conv_size**2 + 2
         convolution = states * tokens * width * unknowns**2 if self.convolution else 0
         shown = self.settings.local_batch_size * self.local_steps
-        gradients = 0 if exact else 2 * GRADIENT_STEPS * states * tokens * width**2
+        gradients = 0 if exact else GRADIENT_STEPS * states * min(2 * tokens * width**2, width**3)
         passes = (states + self.held_out) * (teacher + student)
         walked = {
             "passes": passes + states * twice * attention * solved // layers,
@@ -109,7 +109,10 @@ class SolvePlan:
         streams = 4 * states * (2 * tokens * width + caption + 6 * width)
         # The features and, where equations are factorised, the Gram matrices one by one and then side by side.
         grams = 4 * self.states * tokens * width
-        grams += 2 * 8 * self.states * (width + 1) ** 2 if width <= EXACT_WIDTH else 5 * 8 * width**2
+        if width <= EXACT_WIDTH:
+            grams += 2 * 8 * self.states * (width + 1) ** 2
+        else:
+            grams += 5 * 8 * width**2 + (4 * self.states * (width + 1) ** 2 if 2 * tokens > width else 0)
         unknowns = self.student.linear_conv_size**2 + 2
         batch = 4 * self.settings.batch_size * tokens * width * 24 + 3 * 8 * tokens * width * unknowns
         trained = 4 * 4 * len(self.layers) * width**2 + (1 << 29)

@@ -67,11 +67,12 @@ def test_a_channel_whose_gate_is_shut_keeps_what_it_had(monkeypatch: pytest.Monk
     assert not torch.allclose(solved[1], weight[1])
 
 
+@pytest.mark.parametrize("count", [24, 4], ids=["few tokens", "many tokens"])
 @pytest.mark.parametrize("width", [192, pytest.param(1152, marks=pytest.mark.slow)])
-def test_both_ways_give_the_same_outputs_in_float32(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+def test_both_ways_give_the_same_outputs_in_float32(monkeypatch: pytest.MonkeyPatch, width: int, count: int) -> None:
     """Of features whose spectrum falls off, with gates that go through zero; of 48 channels, to save time."""
     monkeypatch.setattr(ProjectionSums, "_chunks", lambda sums: iter([slice(0, 48)]))
-    count, tokens = 24, 4 * width // 24
+    tokens = 4 * width // count
     scales = torch.logspace(0, -3, width, dtype=torch.float64)
     features = (values(count, tokens, width, seed=0) * scales) @ torch.linalg.qr(values(width, width, seed=1))[0] + 0.1
     gate = 0.5 + 0.5 * values(count, 1, width, seed=2)
@@ -84,7 +85,7 @@ def test_both_ways_give_the_same_outputs_in_float32(monkeypatch: pytest.MonkeyPa
         weight, bias = sums.solve(1e-4, torch.zeros(width, width), torch.zeros(width))
         outputs.append((gate * (features @ weight.T + bias))[..., :48])
     exact, iterative = outputs
-    assert float((iterative - exact).norm() / exact.norm()) < 1e-4
+    assert float((iterative - exact).norm() / exact.norm()) < 5e-5
 
 
 @pytest.mark.parametrize("grid", GRIDS)
