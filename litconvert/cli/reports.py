@@ -126,8 +126,9 @@ def show_plan(plan: "ConversionPlan", *, tensors: bool = False, costs: bool = Tr
 
 def show_solved(plan: "ConversionPlan", solved: Mapping[str, Any] | None) -> None:
     """How near the solved student is to its teacher: one number for the whole, then layer by layer."""
-    if plan.unsolved_because is not None:
-        line(f"Not solved: {plan.unsolved_because}. What is fresh is random: teach it before you draw.")
+    if plan.unsolved_because is not None or (plan.recipe.solve is None and plan.groups["fresh"]["student_tensors"]):
+        because = plan.unsolved_because or "--no-solve, or a recipe with solve: null"
+        line(f"Not solved: {because}. The new attention is random: distil the student before you sample it.")
         line("")
     if solved is None:
         return
