@@ -14,7 +14,7 @@ from litconvert.cli.options import (
     OwnRecipeOption,
     QuietOption,
     SetOption,
-    a_folder,
+    a_data_set,
     a_new_folder,
     a_picture,
     a_recipe,
@@ -139,7 +139,7 @@ def latents_encode(
 
 
 def latents_show(
-    data: Annotated[Path, typer.Argument(help="A dataset folder.", callback=a_folder)],
+    data: Annotated[Path, typer.Argument(help="A dataset folder.", callback=a_data_set)],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Sheet of samples to draw: .png, .jpg or .webp.", callback=a_picture),

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -147,7 +147,7 @@ def sample(
         typer.Option("--save-embeddings", help="Write the encoded captions for --embeddings.", callback=a_new_file),
     ] = None,
     scheduler: Annotated[
-        Literal["ddpm", "ddim", "dpm-solver++", "flow-euler"] | None,
+        str | None,
         typer.Option("--scheduler", help="ddpm, ddim or dpm-solver++; flow-euler for velocity (SiT)."),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Of the scheduler.")] = None,

@@ -47,6 +47,26 @@ def a_folder(path: Path | None) -> Path | None:
     return path
 
 
+def a_student(path: Path) -> Path:
+    """A model directory."""
+    if not path.is_dir():
+        raise UsageError(
+            f"{path}: not a model directory of litconvert; convert a checkpoint first (`litconvert convert SRC STUDENT`)"
+        )
+    return path
+
+
+def a_data_set(path: Path | None) -> Path | None:
+    """A data set to read."""
+    if path is not None and not path.is_dir():
+        what = "is a file, and no data set" if path.exists() else "no such data set"
+        raise UsageError(
+            f"{path}: {what}; draw one with `litconvert latents synthesize`, or make one of images with `litconvert "
+            "latents encode`"
+        )
+    return path
+
+
 def a_run(path: Path) -> Path:
     """A model or run directory, or RUN@STEP."""
     return a_folder(Path(model_of(str(path)))) and path  # type: ignore[return-value]
@@ -63,7 +83,7 @@ def a_file(path: Path | None) -> Path | None:
 def a_new_folder(path: Path | None) -> Path | None:
     """A folder to write."""
     if path is not None and path.is_file():
-        raise UsageError(f"{path} is a file, and a folder is written: choose another path")
+        raise UsageError(f"{path} exists and is a file, and a folder is written: choose another path")
     return path
 
 
@@ -116,7 +136,7 @@ RecordedRecipeOption = Annotated[
     ),
 ]
 DataOption = Annotated[
-    Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's.", callback=a_folder)
+    Path | None, typer.Option("--data", help="Dataset folder. Default: the recipe's.", callback=a_data_set)
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key. May be repeated.")
@@ -149,7 +169,7 @@ NoSolveOption = Annotated[
 SolveDataOption = Annotated[
     Path | None,
     typer.Option(
-        "--data", help="Data set to solve on (solve.data). Default: the teacher draws some images.", callback=a_folder
+        "--data", help="Data set to solve on (solve.data). Default: the teacher draws some images.", callback=a_data_set
     ),
 ]
 EmbeddingsOption = Annotated[

@@ -21,10 +21,11 @@ from litconvert.cli.options import (
     SeedOption,
     SetOption,
     SizeOption,
-    a_folder,
+    a_data_set,
     a_new_folder,
     a_recipe,
     a_source,
+    a_student,
     check_overrides,
     complete_recipe,
     is_first,
@@ -38,7 +39,7 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
 def distill(
-    student: Annotated[Path, typer.Argument(help="Model directory that `convert` wrote.", callback=a_folder)],
+    student: Annotated[Path, typer.Argument(help="Model directory that `convert` wrote.", callback=a_student)],
     out: Annotated[Path, typer.Argument(help="Run directory to write, or to go on with.", callback=a_new_folder)],
     recipe: RecordedRecipeOption = None,
     sets: SetOption = None,
@@ -48,7 +49,7 @@ def distill(
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", help="Dataset folder. Default: the recipe's, or else the teacher draws it.", callback=a_folder
+            "--data", help="Dataset folder. Default: the recipe's, or else the teacher draws it.", callback=a_data_set
         ),
     ] = None,
     start: Annotated[

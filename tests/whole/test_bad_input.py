@@ -406,7 +406,8 @@ def test_an_output_that_is_something_else(
                 assert_done(command(*given))
                 continue
             before = contents(tmp_path)
-            assert_refused(command(*given), 1, str(out), "exists", "choose another path")
+            code = 2 if kind == "file" else 1
+            assert_refused(command(*given), code, str(out), "exists", "choose another path")
             assert contents(tmp_path) == before
             assert (out if kind == "file" else out / "photo.jpg").read_text() == "mine"
 
