@@ -51,7 +51,7 @@ def a_student(path: Path) -> Path:
     """A model directory."""
     if not path.is_dir():
         raise UsageError(
-            f"{path}: not a model directory of litconvert; convert a checkpoint first (`litconvert convert SRC STUDENT`)"
+            f"{path}: not a model directory of litconvert; convert a checkpoint first (`litconvert convert`)"
         )
     return path
 
