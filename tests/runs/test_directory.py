@@ -343,15 +343,20 @@ def test_a_log_has_the_first_and_last_step_of_a_stage_and_no_control_characters(
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", log.getvalue())
 
 
-def test_a_log_has_a_line_for_each_tenth_of_the_work(terminal: Callable[[bool], io.StringIO]) -> None:
-    log = terminal(False)
+@pytest.mark.parametrize(("seconds", "count"), [(0.1, 2), (10.0, 11)], ids=["short", "long"])
+def test_a_log_has_a_line_as_work_begins_and_ends_and_for_each_tenth_that_takes_its_time(
+    terminal: Callable[[bool], io.StringIO], monkeypatch: pytest.MonkeyPatch, seconds: float, count: int
+) -> None:
+    log, clock = terminal(False), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with screen().task("draw", 40) as task:
         for image in range(40):
+            clock[0] += seconds
             task.advance(remark=f"image {image}")
     lines = log.getvalue().splitlines()
-    assert lines[0] == "draw: 1/40 image 0"
+    assert lines[0] == "draw: 0/40"
     assert lines[-1] == "draw: 40/40 image 39"
-    assert len(lines) == 11
+    assert len(lines) == count
 
 
 def test_work_on_a_terminal_is_a_bar(terminal: Callable[[bool], io.StringIO]) -> None:

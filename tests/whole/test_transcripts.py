@@ -10,7 +10,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes"), pytest.mar
 
 # Every line on stderr begins as one of these; what another library says begins as none of them.
 OURS = re.compile(
-    r"recipe: |reading |writing |written: |already done: |goes on |converted: |the teacher draws |measuring what |"
+    r"\* taken by itself |recipe: |reading |writing |written: |already done: |goes on |converted: |the teacher draws |"
+    r"measuring what |"
     r"stage \d+|device |checkpoints and the model |distil: |next: litconvert |note: |litconvert: |"
     r"\d+ layers are solved|(teacher draws|solve|convert|draw|sample|evaluate|probe)[\w ()]*: \d+/\d+"
 )
