@@ -131,7 +131,7 @@ def plan(
 
 
 def _check_stage(stage: str | None, recipe: str | None) -> None:
-    """`plan --stage`."""
+    """Refuse a --stage that is none, and one of no recipe."""
     if stage is None:
         return
     if stage != "all" and not stage.isdecimal():

@@ -69,7 +69,8 @@ def a_data_set(path: Path | None) -> Path | None:
 
 def a_run(path: Path) -> Path:
     """A model or run directory, or RUN@STEP."""
-    return a_folder(Path(model_of(str(path)))) and path  # type: ignore[return-value]
+    a_folder(Path(model_of(str(path))))
+    return path
 
 
 def a_file(path: Path | None) -> Path | None:
@@ -94,11 +95,6 @@ def a_new_file(path: Path | None) -> Path | None:
     return path
 
 
-NamedSource = Annotated[
-    str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.", callback=a_source)
-]
-
-
 def a_picture(path: Path | None) -> Path | None:
     """A picture to write."""
     if path is not None:
@@ -107,6 +103,9 @@ def a_picture(path: Path | None) -> Path | None:
     return path
 
 
+NamedSource = Annotated[
+    str, typer.Argument(metavar="SRC", help="File, folder, Hub id or asset:NAME.", callback=a_source)
+]
 SourceArgument = Annotated[
     str | None,
     typer.Argument(

@@ -254,10 +254,16 @@ def result_facts(result: "LineResult") -> dict[str, Any]:
         "student": str(result.run.parent / "student"),
         **run_facts(result.run),
         "scores": result.scores,
-        "pictures": [str(result.run / name) for name in ("comparison.png", "curves.png")],
+        "pictures": [str(path) for path in _pictures(result.run).values()],
         "url": result.url,
         "plan": {"groups": result.plan.groups, "totals": result.plan.totals, "macs": result.plan.macs},
     }
+
+
+def _pictures(run: Path) -> dict[str, Path]:
+    """Those of a run that are there: latents without a decoder have no samples."""
+    named = {"samples on the same noise": run / "comparison.png", "loss curves": run / "curves.png"}
+    return {name: path for name, path in named.items() if path.is_file()}
 
 
 def show_result(result: "LineResult") -> None:
@@ -276,8 +282,7 @@ def show_result(result: "LineResult") -> None:
         show_scores(result.scores)
     line("")
     rows: list[tuple[str, Any]] = [
-        ("samples on the same noise", result.run / "comparison.png"),
-        ("loss curves", result.run / "curves.png"),
+        *_pictures(result.run).items(),
         ("every step", result.run / "metrics.csv"),
     ]
     if result.url is not None:

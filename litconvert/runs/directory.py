@@ -279,10 +279,9 @@ class RunDirectory:
 
         None where no teacher was compared with.
         """
-        means = [
-            fmean(float(row["error"]) for row in rows if row["error"])
-            for _, rows in groupby(self._timestep_errors.rows(), key=lambda row: row["step"])
-        ]
+        measured = groupby(self._timestep_errors.rows(), key=lambda row: row["step"])
+        errors = ([float(row["error"]) for row in rows if row["error"]] for _, rows in measured)
+        means = [fmean(found) for found in errors if found]
         return (means[0], means[-1]) if means else None
 
     def plot_timestep_errors(self) -> None:

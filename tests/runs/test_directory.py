@@ -175,6 +175,15 @@ def test_smoothing_keeps_a_jump_where_it_is_and_drops_an_outlier() -> None:
 # The error by timestep.
 
 
+def test_the_errors_before_and_after_a_run_are_means_of_what_was_measured(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.error_summary() is None
+    run.append_timestep_errors(0, [0.5, 0.25], 1000)
+    run.append_timestep_errors(2, [math.nan, math.nan], 1000)
+    run.append_timestep_errors(4, [0.125, math.nan], 1000)
+    assert run.error_summary() == (0.375, 0.125)
+
+
 def test_the_error_is_that_of_the_noise_half_in_each_part_of_the_range() -> None:
     """A student that is off by a factor 1 + a has the relative squared error a^2."""
     generator = torch.Generator().manual_seed(0)
