@@ -18,8 +18,9 @@ from litconvert.estimates.stage import StageEstimate, Workload, estimate_stages
 from litconvert.evaluation.run_scores import score_run
 from litconvert.publishing.push import push
 from litconvert.recipe.resolve import ResolvedRecipe
+from litconvert.sampling.captions import text_packages
 from litconvert.solving.convert import convert_planned
-from litconvert.training.checks import check_model
+from litconvert.training.checks import check_model, check_packages
 
 
 def distill(
@@ -151,6 +152,9 @@ def run_line(
         )
     listener.note(f"recipe: {name}")
     check_model(plan.config, settings)
+    check_packages(settings)
+    if plan.config.reads_captions and settings.data.path is None and settings.source.text_encoder is not None:
+        text_packages()
     student = convert_planned(plan, out / "student", force=force, listener=listener)
     solve = Provenance.read(student).solve
     near = "" if solve is None else f"; its output is {solve['output']['after']:.2%} off its teacher's"

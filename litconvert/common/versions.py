@@ -1,5 +1,6 @@
 """What a result is made with: packages and their versions, and the machine."""
 
+import importlib.util
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,14 @@ OTHERS = (
     "transformers",
     "triton",
 )
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported, which is not tried."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it is not there
+        return False
 
 
 def versions() -> dict[str, str]:

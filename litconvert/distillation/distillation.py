@@ -25,8 +25,7 @@ from litconvert.model.config import ModelConfig
 from litconvert.recipe.resolve import ResolvedRecipe, read_recorded, resolve
 from litconvert.recipe.schema import Recipe, Source, Start
 from litconvert.runs.directory import RunDirectory, is_run, model_of
-from litconvert.runs.trackers import tracker_packages
-from litconvert.training.checks import check_data, check_model, check_teacher
+from litconvert.training.checks import check_data, check_model, check_packages, check_teacher
 from litconvert.training.engine import Engine
 from litconvert.training.fitting import begin, refuse_inputs_in, trained_record
 from litconvert.training.fitting import fit as fit_and_write
@@ -139,7 +138,7 @@ def prepare(asked: Request, listener: Listener = SILENT) -> Distillation:
     refuse_inputs_in(out, student, asked.data)
     resolved, recorded = resolve_run(asked)
     run = RunDirectory(out)
-    tracker_packages(resolved.recipe.distill.trackers)
+    check_packages(resolved.recipe)
     opened = open_student(student)
     check_model(opened.config, resolved.recipe)
     engine = Engine(resolved.recipe.distill.mixed_precision)

@@ -15,8 +15,7 @@ from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe, Scratch, teacher_weights
 from litconvert.runs.directory import RunDirectory
-from litconvert.runs.trackers import tracker_packages
-from litconvert.training.checks import check_data, check_model
+from litconvert.training.checks import check_data, check_model, check_packages
 from litconvert.training.engine import Engine
 from litconvert.training.fitting import begin, fit, refuse_inputs_in, trained_record
 from litconvert.training.objective import TrainingRun
@@ -63,7 +62,7 @@ def train(
     Raises UsageError for inputs that do not fit, LitconvertError when it had to stop, Interrupted after a signal.
     """
     out, settings = Path(out), resolve(recipe, overrides).recipe
-    tracker_packages(settings.distill.trackers)
+    check_packages(settings)
     config = checked_config(settings)
     folder = data or settings.data.path
     if folder is None:

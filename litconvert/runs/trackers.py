@@ -1,7 +1,6 @@
 """TensorBoard, wandb and trackio, through accelerate."""
 
 import contextlib
-import importlib.util
 import json
 import secrets
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 from litconvert.common.files import read_json, write_whole
 from litconvert.common.listener import Listener
+from litconvert.common.versions import is_installed
 from litconvert.errors import UsageError
 from litconvert.recipe.schema import Recipe
 from litconvert.runs.directory import RunDirectory
@@ -22,7 +22,7 @@ IDENTITY = "trackers.json"
 def tracker_packages(names: Sequence[str]) -> None:
     """Raise UsageError for a tracker whose package is missing: accelerate would leave it out without a word."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        if not is_installed(name):
             raise UsageError(
                 f"distill.trackers names {name}, which is not installed; install it with `pip install {name}`, or "
                 "leave it out: metrics.csv has every step in any case"

@@ -14,6 +14,7 @@ from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.device import default_device, has_gpu
 from litconvert.common.files import whole_file
 from litconvert.common.hub import hub_errors
+from litconvert.common.versions import is_installed
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.config import ModelConfig
 from litconvert.recipe.schema import Recipe, TextEncoder
@@ -92,6 +93,13 @@ class Captions:
         )
 
 
+def text_packages() -> None:
+    """Raise UsageError where a package that T5 and its tokenizer need is missing."""
+    for module in ("transformers", "sentencepiece", "google.protobuf"):
+        if not is_installed(module):
+            raise UsageError(f"{module.removeprefix('google.')} is not installed; {INSTALL}")
+
+
 def load_text_encoder(where: TextEncoder, *, offline: bool = False) -> tuple[Any, Any]:
     """T5's tokenizer and encoder, in eval mode and in the dtype they are stored in.
 
@@ -101,11 +109,9 @@ def load_text_encoder(where: TextEncoder, *, offline: bool = False) -> tuple[Any
 
     Raises LitconvertError when transformers is not installed, and for what is not a T5, whole.
     """
-    try:
-        from transformers import T5EncoderModel, T5Tokenizer
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError as error:
-        raise LitconvertError(f"{error.name or 'transformers'} is not installed; {INSTALL}") from error
+    text_packages()
+    from transformers import T5EncoderModel, T5Tokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # our own is the one on screen
 

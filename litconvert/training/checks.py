@@ -8,6 +8,8 @@ from litconvert.errors import UsageError
 from litconvert.model.config import ModelConfig
 from litconvert.recipe.batch_split import micro_batch_of
 from litconvert.recipe.schema import FlowMatchingStage, Recipe, teacher_weights
+from litconvert.runs.trackers import tracker_packages
+from litconvert.training.optimization import optimizer_package
 
 
 def check_model(config: ModelConfig, recipe: Recipe) -> None:
@@ -55,6 +57,13 @@ def check_model(config: ModelConfig, recipe: Recipe) -> None:
             )
         if stage.feature_weight and "linear" not in config.attention:
             raise UsageError(f"{where}.feature_weight is of linear layers, and the student has none; set 0")
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Whether what the recipe's trackers and stages need is installed. Raises UsageError."""
+    tracker_packages(recipe.distill.trackers)
+    for index, stage in enumerate(recipe.distill.stages):
+        optimizer_package(stage, f"distill.stages.{index}")
 
 
 def check_data(config: ModelConfig, data: LatentDataset, recipe: Recipe) -> None:

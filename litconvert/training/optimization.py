@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from litconvert.common.versions import is_installed
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.recipe.schema import AnyStage, Stage
 from litconvert.training.engine import Engine
 
-PACKAGES = {"adamw-8bit": "bitsandbytes", "came": "came-pytorch"}
+# The module that an optimiser is of, and what it is installed by.
+PACKAGES = {"adamw-8bit": ("bitsandbytes", "bitsandbytes"), "came": ("came_pytorch", "came-pytorch")}
 
 
 def trained_names(names: Sequence[str], stage: AnyStage, where: str) -> list[str]:
@@ -45,7 +47,7 @@ def make_optimizer(
         parameters: by name.
         fresh, solved: names of tensors that were neither inherited.
 
-    Raises LitconvertError when its package is not installed.
+    Its package is installed: see `optimizer_package`.
     """
     rates = {
         "fresh": stage.learning_rate,
@@ -60,20 +62,24 @@ def make_optimizer(
             groups.append({"params": mine, "lr": rate, "base_lr": rate})
     if stage.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
-    try:
-        if stage.optimizer == "came":
-            from came_pytorch import CAME
+    if stage.optimizer == "came":
+        from came_pytorch import CAME
 
-            # The third decay, of the instability, is the one PixArt trains with.
-            return CAME(groups, lr=stage.learning_rate, betas=(*stage.betas, 0.9999), weight_decay=stage.weight_decay)  # type: ignore[no-any-return]
-        from bitsandbytes.optim import AdamW8bit
+        # The third decay, of the instability, is the one PixArt trains with.
+        return CAME(groups, lr=stage.learning_rate, betas=(*stage.betas, 0.9999), weight_decay=stage.weight_decay)  # type: ignore[no-any-return]
+    from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(groups, lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay)  # type: ignore[no-any-return]
-    except ImportError as error:
-        package = PACKAGES[stage.optimizer]
-        raise LitconvertError(
-            f"optimizer {stage.optimizer} needs {package}: pip install {package}, or set optimizer: adamw"
-        ) from error
+    return AdamW8bit(groups, lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay)  # type: ignore[no-any-return]
+
+
+def optimizer_package(stage: Stage, where: str) -> None:
+    """Raise UsageError for an optimiser whose package is missing."""
+    module, package = PACKAGES.get(stage.optimizer, ("torch", "torch"))
+    if not is_installed(module):
+        raise UsageError(
+            f"{where}.optimizer={stage.optimizer} needs {package}, which is not installed: pip install {package}, or "
+            f"set {where}.optimizer=adamw"
+        )
 
 
 class LearningRate:

@@ -15,6 +15,7 @@ from litconvert.data.dataset import write_latents
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.runs.directory import RunDirectory
+from litconvert.workflow import run_line
 from tests.helpers.checkpoint_files import dit_state
 from tests.helpers.listener import Hearing
 
@@ -68,14 +69,20 @@ def test_every_optimiser_learns_and_resumes_exactly(
     assert all(torch.equal(value, weights(run / "model")[name]) for name, value in weights(whole / "model").items())
 
 
-@pytest.mark.parametrize(("optimizer", "module"), [("adamw-8bit", "bitsandbytes.optim"), ("came", "came_pytorch")])
+@pytest.mark.parametrize(("optimizer", "module"), [("adamw-8bit", "bitsandbytes"), ("came", "came_pytorch")])
 def test_a_missing_optimiser_names_its_package(
     tmp_path: Path, pico_student: Path, data: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, module: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    package = module.split(".")[0].replace("_", "-")
-    with pytest.raises(LitconvertError, match=f"{optimizer} needs {package}: pip install"):
-        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[hybrid(optimizer=optimizer)])
+    package = module.replace("_", "-")
+    refused = rf"distill\.stages\.0\.optimizer={optimizer} needs {package}, .* pip install {package}"
+    overrides = [hybrid(optimizer=optimizer)]
+    with pytest.raises(UsageError, match=refused):
+        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=overrides)
+    # The whole line says it before anything is converted.
+    with pytest.raises(UsageError, match=refused):
+        run_line("digits", tmp_path / "line", overrides=overrides)
+    assert not any((tmp_path / name).exists() for name in ("run", "line"))
 
 
 @pytest.mark.slow
