@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,6 @@ from litconvert.errors import LitconvertError, system_cause
 
 # What torch's distributed checkpoints have, those of runs among them.
 RUN_INDEX = ".metadata"
-
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "base_model.")
 
 
 @dataclass(frozen=True)
@@ -50,15 +48,6 @@ class Stored:
     read: Callable[[str], Tensor]
     extent: Callable[[str], Extent | None]
 
-    def without_prefix(self, prefix: str) -> "Stored":
-        """The same tensors, their names without what a wrapper put before them all."""
-        return replace(
-            self,
-            tensors={name.removeprefix(prefix): info for name, info in self.tensors.items()},
-            read=lambda name: self.read(prefix + name),
-            extent=lambda name: self.extent(prefix + name),
-        )
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -67,9 +56,10 @@ class Checkpoint:
     Attributes:
         source: what the user named.
         config: config.json, where there is one.
-        tensors: header of every tensor, wrapper prefixes removed.
+        tensors: header of every tensor, what wrappers put into its name removed.
         weights: which set of a training checkpoint this is (`ema`, `model`), or None where there is only one.
         sets: all sets the file holds.
+        left_out: what else the file holds, by its outermost name.
         revision: commit of a Hub source.
         download_bytes: what has to be downloaded before a value can be read.
     """
@@ -79,6 +69,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     weights: str | None
     sets: tuple[str, ...]
+    left_out: tuple[str, ...]
     revision: str | None
     download_bytes: int
     _stored: Callable[[], Stored]
@@ -91,6 +82,12 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights. Of a Hub source this downloads them, once."""
         return self._stored().files
+
+    @property
+    def set_aside(self) -> tuple[str, ...]:
+        """What of the file is not used, in words."""
+        others = [f"{name} (--set inherit.weights={name} takes it)" for name in self.sets if name != self.weights]
+        return (*others, *self.left_out)
 
     def read(self, name: str) -> Tensor:
         """One tensor's values; mapped from disk where the format allows."""
@@ -120,13 +117,3 @@ class Checkpoint:
             except OSError as error:
                 raise LitconvertError(f"cannot read {path}: {system_cause(error) or error}") from error
         return digest.hexdigest()
-
-
-def wrapper_prefix(names: Mapping[str, Any]) -> str:
-    """What DDP, torch.compile and trainers put before every key."""
-    prefix = ""
-    while names and (
-        found := next((one for one in WRAPPER_PREFIXES if all(name.startswith(prefix + one) for name in names)), None)
-    ):
-        prefix += found
-    return prefix

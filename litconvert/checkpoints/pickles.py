@@ -1,11 +1,10 @@
-"""Pickles that may come from anywhere: read weights-only, after their zip has been looked at; which set is in them."""
+"""Pickles that may come from anywhere: read weights-only, after their zip has been looked at."""
 
 import argparse
 import io
 import os
 import pickle
 import re
-import reprlib
 import struct
 import warnings
 import zipfile
@@ -17,15 +16,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from litconvert.errors import LitconvertError, UsageError, system_cause
+from litconvert.checkpoints.sets import Header, flattened
+from litconvert.errors import LitconvertError, system_cause
 
 REMEDY = "Save the state dict alone: torch.save(model.state_dict(), path)"
 
 # What a damaged pickle may ask to be read at once, before the file's own size is looked at.
 READ_BYTES = 1 << 21
-
-# What training scripts call their sets of weights.
-_SETS = {"ema": "ema", "state_dict_ema": "ema", "model": "model", "state_dict": "state_dict"}
 
 # Training scripts store their command line beside the weights; nothing else that is code is let in.
 _SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
@@ -34,12 +31,6 @@ _SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argp
 def first_line(error: Exception) -> str:
     """What went wrong inside a library, of which a damaged file may choose the words."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def refuse_choice(source: str, weights: str) -> None:
-    """Raise UsageError where a set of weights is asked for by name and there is only one."""
-    if weights != "auto":
-        raise UsageError(f"{source}: holds one set of weights, so weights={weights!r} cannot be chosen; leave it out")
 
 
 class BoundedReader(io.BufferedReader):
@@ -130,43 +121,19 @@ def load_pickle(path: str, file: IO[bytes] | Path, **options: Any) -> Any:
         return torch.load(file, weights_only=True, **options)
 
 
-def choose_set(
-    source: str, path: str, content: Any, weights: str
-) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
-    """The state dict in what a pickle holds, which set of a training checkpoint it is, and which there are.
+def tensors_of(path: str, content: Any) -> tuple[dict[str, Tensor], dict[str, Header]]:
+    """The tensors of a pickle by their joined names, however its dictionaries lie within one another.
 
-    DiT's training checkpoints hold `ema` and `model`, PixArt's `state_dict_ema` and `state_dict`.
+    Raises LitconvertError for what is no dictionary, and for a name that is there twice.
     """
     if not isinstance(content, dict):
         raise LitconvertError(f"{path}: holds a {type(content).__name__}, not a state dict. {REMEDY}")
-    found = {name: content[key] for key, name in _SETS.items() if isinstance(content.get(key), dict)}
-    if set(found) == {"state_dict"}:
-        content, found = found["state_dict"], {}
-    if "state_dict" in found:
-        found["model"] = found.pop("state_dict")
-    sets, chosen = tuple(name for name in ("ema", "model") if name in found), None
-    if sets:
-        chosen = sets[0] if weights == "auto" else weights
-        if chosen not in sets:
-            raise UsageError(
-                f"{source}: has no {chosen!r} weights, only {', '.join(sets)}; choose with inherit.weights"
-            )
-        content = found[chosen]
-    else:
-        refuse_choice(source, weights)
-    for name, value in content.items():
-        if not isinstance(name, str):
-            raise LitconvertError(
-                f"{path}: has the key {reprlib.repr(name)}, not a name, so this is not a plain state dict. {REMEDY}"
-            )
-        if not isinstance(value, Tensor):
-            raise LitconvertError(
-                f"{path}: {name!r} is a {type(value).__name__}, not a tensor, so this is not a plain state "
-                f"dict. {REMEDY}"
-            )
-        if value.layout != torch.strided or value.is_quantized:
-            raise LitconvertError(f"{path}: {name!r} is sparse or quantised; use the plain checkpoint")
-    return content, chosen, sets
+    try:
+        found = flattened(content)
+    except LitconvertError as error:
+        raise LitconvertError(f"{path}: {error}. {REMEDY}") from error
+    tensors = {name: tensor for name, (tensor, _) in found.items()}
+    return tensors, {name: Header(tuple(tensor.shape), container) for name, (tensor, container) in found.items()}
 
 
 def records_of(path: str, file: IO[bytes], entries: Sequence[zipfile.ZipInfo]) -> dict[int, int]:

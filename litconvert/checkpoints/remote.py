@@ -10,19 +10,24 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from litconvert.checkpoints.checkpoint import Checkpoint, Stored, wrapper_prefix
-from litconvert.checkpoints.local import open_local, shards_of_index
-from litconvert.checkpoints.pickles import check_zip, choose_set, first_line, is_zip, load_pickle, refuse_choice
+from litconvert.checkpoints.checkpoint import Checkpoint, Stored
+from litconvert.checkpoints.folders import is_index, shards_of_index, weights_among
+from litconvert.checkpoints.kinds import BEGINNING, Kind, kind_of
+from litconvert.checkpoints.local import open_local
+from litconvert.checkpoints.pickles import check_zip, first_line, is_zip, load_pickle, tensors_of
+from litconvert.checkpoints.sets import Chosen, Header, choose
 from litconvert.common.files import read_json
-from litconvert.common.hub import WEIGHT_SUFFIXES, download, hub_errors
+from litconvert.common.hub import download, hub_errors, is_weights_name
 from litconvert.common.tensors import TensorInfo, info_of_header
-from litconvert.errors import LitconvertError, UsageError, did_you_mean
+from litconvert.errors import LitconvertError
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
 # A zip's directory and the pickle in it are fetched in pieces of this size.
 BLOCK_BYTES = 1 << 16
+# What belongs to a file of weights and lies beside it.
+BESIDE = ("config.json", "litconvert.json")
 
 
 def open_hub_checkpoint(source: str, repo_id: str, revision: str | None, file: str | None, weights: str) -> Checkpoint:
@@ -42,8 +47,9 @@ def open_hub_checkpoint(source: str, repo_id: str, revision: str | None, file: s
         if info is None:
             return repository.cached()
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-        wanted = repository.files_wanted(set(sizes))
-        holders = [name for name in wanted if Path(name).suffix in WEIGHT_SUFFIXES]
+        main, wanted = repository.files_wanted(set(sizes))
+        small = [name for name in wanted if name.endswith(".json")]
+        holders = [name for name in wanted if name not in small]
         missing = [
             name for name in holders if not isinstance(try_to_load_from_cache(repo_id, name, revision=info.sha), str)
         ]
@@ -53,21 +59,21 @@ def open_hub_checkpoint(source: str, repo_id: str, revision: str | None, file: s
             else None
         )
         if headers is None:
-            return repository.fetched(wanted)
-        tensors, chosen, sets = headers
-        small = [Path(download(repo_id, name, revision=revision)) for name in wanted if name not in holders]
-        config = next((read_json(path) for path in small if path.name == "config.json"), None)
+            return repository.fetched(main, wanted)
+        tensors, chosen = headers
+        local = [Path(download(repo_id, name, revision=revision)) for name in small]
+        config = next((read_json(path) for path in local if path.name == "config.json"), None)
 
     @cache
     def stored() -> Stored:
         with hub_errors(repo_id):
-            local = repository.fetched(wanted)
+            local = repository.fetched(main, wanted)
         if local.revision != info.sha or dict(local.tensors) != tensors:
             raise LitconvertError(f"{source}: changed on the Hub meanwhile; run the command again")
         return local.stored()
 
     size = sum(sizes[name] for name in missing)
-    return Checkpoint(source, config, tensors, chosen, sets, info.sha, size, stored)
+    return Checkpoint(source, config, tensors, chosen.weights, chosen.sets, chosen.left_out, info.sha, size, stored)
 
 
 @dataclass(frozen=True)
@@ -96,26 +102,28 @@ class _Repository:
         except (HTTPError, OfflineModeIsEnabled):
             return None
 
-    def files_wanted(self, names: set[str]) -> list[str]:
-        """Which of the repository's files are needed, shards and all."""
-        wanted = _wanted_files(self.repo_id, names, self.file)
-        for name in [one for one in wanted if one.endswith(".index.json")]:
-            folder = PurePosixPath(name).parent
-            shards = shards_of_index(download(self.repo_id, name, revision=self.revision))
-            wanted += [str(folder / shard) for shard in shards]
+    def files_wanted(self, names: set[str]) -> tuple[str, list[str]]:
+        """The file of weights or the index of their shards, and all files that are needed."""
+        main = weights_among(self.repo_id, names, self.file)
+        folder = PurePosixPath(main).parent
+        wanted = [main, *(name for one in BESIDE if (name := str(folder / one)) in names)]
+        if is_index(main):
+            wanted += [
+                str(folder / shard) for shard in shards_of_index(download(self.repo_id, main, revision=self.revision))
+            ]
         if lost := next((name for name in wanted if name not in names), None):
             raise LitconvertError(
                 f"{self.repo_id}: its index names {lost}, which is not on the Hub; choose another revision"
             )
-        return wanted
+        return main, wanted
 
-    def fetched(self, names: Sequence[str]) -> Checkpoint:
+    def fetched(self, main: str, names: Sequence[str]) -> Checkpoint:
         """The checkpoint in these files, which are downloaded where the cache lacks them."""
         from huggingface_hub import snapshot_download
 
         # By the name asked for, not by the commit: so the cache knows it by that name when there is no network.
         patterns = [escape(name) for name in names]
-        return self._opened(snapshot_download(self.repo_id, revision=self.revision, allow_patterns=patterns))
+        return self._opened(snapshot_download(self.repo_id, revision=self.revision, allow_patterns=patterns), main)
 
     def cached(self) -> Checkpoint:
         """The checkpoint that an earlier download left in the cache."""
@@ -124,69 +132,97 @@ class _Repository:
 
         # No file has this name: nothing is asked for but the folder.
         nothing = "no such file"
-        root = snapshot_download(self.repo_id, revision=self.revision, local_files_only=True, allow_patterns=nothing)
-        if not _is_cached(Path(root), self.file):
-            raise LocalEntryNotFoundError("opened before, but its weights were never downloaded")
-        return self._opened(root)
+        found = snapshot_download(self.repo_id, revision=self.revision, local_files_only=True, allow_patterns=nothing)
+        root = Path(found)
+        names = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+        inner = "transformer/" if "transformer/config.json" in names else ""
+        there = any(is_weights_name(name) and name.startswith(inner) for name in names)
+        if there and (self.file is None or {self.file, inner + self.file} & names):
+            main = weights_among(self.repo_id, names, self.file)
+            place = root / main
+            if not is_index(main) or all(place.with_name(shard).is_file() for shard in shards_of_index(place)):
+                return self._opened(found, main)
+        raise LocalEntryNotFoundError("opened before, but its weights were never downloaded")
 
-    def _opened(self, root: str) -> Checkpoint:
+    def _opened(self, root: str, main: str) -> Checkpoint:
         """The checkpoint in a snapshot on this machine."""
-        place = _cached_weights(Path(root), self.file)
-        local = open_local(str(place), place, weights=self.weights)
+        place = Path(root) / main
+        local = open_local(str(place), place.parent, file=place.name, weights=self.weights)
         return replace(local, source=self.source, revision=Path(root).name)
 
 
 def _remote_headers(
     source: str, repo_id: str, commit: str, sizes: Mapping[str, int], weights: str
-) -> tuple[dict[str, TensorInfo], str | None, tuple[str, ...]] | None:
-    """Shape and dtype of every tensor of these files, without their values; the set that is chosen, and all there are.
+) -> tuple[dict[str, TensorInfo], Chosen] | None:
+    """Shape and dtype of every tensor of a set in these files, without their values; and which set that is.
 
     None for a pickle in the old form, which has no directory and must be read whole.
     """
     tensors: dict[str, TensorInfo] = {}
-    chosen: str | None = None
-    sets: tuple[str, ...] = ()
-    if all(name.endswith(".safetensors") for name in sizes):
-        refuse_choice(source, weights)
+    headers: dict[str, Header] = {}
     for name, size in sizes.items():
-        place = f"{repo_id}/{name}"
-        if name.endswith(".safetensors"):
-            found = _remote_safetensors(repo_id, name, commit)
-        else:
-            file: Any = _RemoteFile(repo_id, name, commit, size)
-            if not is_zip(file):
-                return None
-            # The entries that hold values are not fetched, not even the headers before them.
-            entries = {entry: "/data/" in entry.filename for entry in check_zip(place, file)}
-            spans = {entry: (entry.header_offset, entry.header_offset + 30 + entry.file_size) for entry in entries}
-            file.hollow = sorted(spans[entry] for entry, holds_values in entries.items() if holds_values)
-            for entry, holds_values in entries.items():
-                if not holds_values:
-                    file.fetch(*spans[entry])
-            state, chosen, sets = choose_set(source, place, load_pickle(place, file, map_location="meta"), weights)
-            found = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in state.items()}
-        for key, value in found.items():
+        found = _headers_of(repo_id, name, commit, size)
+        if found is None:
+            return None
+        for key, (info, header) in found.items():
             if key in tensors:
-                raise LitconvertError(f"{place}: {key!r} is in two shards; the repository is damaged")
-            tensors[key] = value
-    if not tensors:
+                raise LitconvertError(f"{repo_id}/{name}: {key!r} is in two shards; the repository is damaged")
+            tensors[key], headers[key] = info, header
+    chosen = choose(source, headers, weights)
+    if not chosen.names:
         raise LitconvertError(f"{source}: holds no tensors")
-    prefix = wrapper_prefix(tensors)
-    return {name.removeprefix(prefix): value for name, value in tensors.items()}, chosen, sets
+    return {own: tensors[name] for own, name in chosen.names.items()}, chosen
 
 
-def _remote_safetensors(repo_id: str, name: str, commit: str) -> dict[str, TensorInfo]:
+def _headers_of(repo_id: str, name: str, commit: str, size: int) -> dict[str, tuple[TensorInfo, Header]] | None:
+    """Every tensor of one file, whatever its kind; None for a pickle in the old form."""
+    place, file = f"{repo_id}/{name}", _RemoteFile(repo_id, name, commit, size)
+    if name.endswith(".safetensors"):
+        try:
+            return _remote_safetensors(repo_id, name, commit)
+        except LitconvertError:
+            if _kind(place, file) == "safetensors":
+                raise
+    elif _kind(place, file) == "safetensors":
+        return _remote_safetensors(repo_id, name, commit)
+    content: Any = file
+    if not is_zip(content):
+        return None
+    # The entries that hold values are not fetched, not even the headers before them.
+    entries = {entry: "/data/" in entry.filename for entry in check_zip(place, content)}
+    spans = {entry: (entry.header_offset, entry.header_offset + 30 + entry.file_size) for entry in entries}
+    file.hollow = sorted(spans[entry] for entry, holds_values in entries.items() if holds_values)
+    for entry, holds_values in entries.items():
+        if not holds_values:
+            file.fetch(*spans[entry])
+    state, headers = tensors_of(place, load_pickle(place, content, map_location="meta"))
+    return {key: (TensorInfo(tuple(one.shape), one.dtype), headers[key]) for key, one in state.items()}
+
+
+def _kind(place: str, file: "_RemoteFile") -> Kind:
+    """What a file is by its first bytes. Raises LitconvertError for what is known to be something else."""
+    file.seek(0)
+    beginning = file.read(BEGINNING) or b""
+    file.seek(0)
+    kind = kind_of(place, beginning, file.size)
+    if kind == "index":
+        raise LitconvertError(f"{place}: a JSON file, which holds no weights; choose another file")
+    return kind
+
+
+def _remote_safetensors(repo_id: str, name: str, commit: str) -> dict[str, tuple[TensorInfo, Header]]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import SafetensorsParsingError
 
     place = f"{repo_id}/{name}"
     try:
         header = HfApi().parse_safetensors_file_metadata(repo_id, name, revision=commit)
-        return {key: info_of_header(place, key, info.dtype, info.shape) for key, info in header.tensors.items()}
+        found = {key: info_of_header(place, key, info.dtype, info.shape) for key, info in header.tensors.items()}
     except (SafetensorsParsingError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LitconvertError(
             f"{place}: not a safetensors file ({first_line(error)}); choose another file or revision"
         ) from error
+    return {key: (info, Header(info.shape)) for key, info in found.items()}
 
 
 class _RemoteFile(io.RawIOBase):
@@ -259,47 +295,3 @@ class _RemoteFile(io.RawIOBase):
                 raise OSError(f"{self.url}: {end - begin} bytes were asked for, {len(content)} came")
         for block in range(missing[0], missing[-1] + 1):
             self._blocks[block] = content[block * BLOCK_BYTES - begin :][:BLOCK_BYTES]
-
-
-def _cached_weights(root: Path, file: str | None) -> Path:
-    """In a downloaded snapshot: the file asked for, or the folder of the transformer, or of the one file there is."""
-    if file is not None:
-        return root / file
-    if (root / "transformer" / "config.json").is_file():
-        return root / "transformer"
-    found = [path for path in root.rglob("*") if path.suffix in WEIGHT_SUFFIXES]
-    return found[0] if len(found) == 1 and found[0].parent != root else root
-
-
-def _is_cached(root: Path, file: str | None) -> bool:
-    """Whether a snapshot in the cache holds weights, and every shard that its index names."""
-    place = _cached_weights(root, file)
-    if not place.is_dir():
-        return place.is_file()
-    shards = [place / name for index in place.glob("*.index.json") for name in shards_of_index(index)]
-    if shards:
-        return all(path.is_file() for path in shards)
-    return any(path.suffix in WEIGHT_SUFFIXES for path in place.iterdir())
-
-
-def _wanted_files(repo_id: str, names: set[str], file: str | None) -> list[str]:
-    """Which files of a repository to download: the transformer's, or the one weights file; shards by their index."""
-    if file is not None:
-        if file not in names:
-            raise UsageError(f"{repo_id}: holds no file {file!r}{did_you_mean(file, names)}")
-        beside = str(PurePosixPath(file).with_name("config.json"))
-        return [file, beside] if beside in names else [file]
-    folder = "transformer/" if "transformer/config.json" in names else ""
-    for suffix in ("safetensors", "bin"):
-        stem = f"{folder}diffusion_pytorch_model"
-        for weights in (f"{stem}.{suffix}.index.json", f"{stem}.{suffix}"):
-            if weights in names:
-                others = (f"{folder}config.json", f"{folder}litconvert.json")
-                return [weights, *(name for name in others if name in names)]
-    found = sorted(name for name in names if Path(name).suffix in WEIGHT_SUFFIXES)
-    if len(found) != 1:
-        raise UsageError(
-            f"{repo_id}: not a diffusers model; its weight files are {', '.join(found) or 'none'}: "
-            "choose one with --set source.file=NAME"
-        )
-    return found

@@ -240,6 +240,8 @@ def _rewrite(settings: "Recipe", out: Path, to: str, *, dry_run: bool, force: bo
     total = len(made.infos)
     for text in opened.reading.unsure:
         console.note(f"assumed: {text}")
+    for text in opened.checkpoint.set_aside:
+        console.note(f"set aside: {text}")
     for text in made.notes:
         console.note(f"note: {text}")
     console.note(f"nothing written (--dry-run); would write {total} tensors" if dry_run else f"{total} tensors")

@@ -42,6 +42,7 @@ def show_source(source: "OpenSource", findings: "Findings | None" = None) -> Non
         ("condition", _condition(config)),
         ("predicts", _prediction(config)),
         *(("assumed", text) for text in facts["unsure"]),
+        *(("set aside", text) for text in facts["set_aside"]),
         *((("to download", size(facts["download_bytes"])),) if facts["download_bytes"] else ()),
     ]
     if findings is not None:
@@ -86,6 +87,10 @@ def show_plan(plan: "ConversionPlan", *, tensors: bool = False, costs: bool = Tr
     line(f"{facts['path']}: {facts['title']}, {facts['layout']} layout, because {facts['because']}")
     for text in facts["unsure"]:
         line(f"assumed: {text}")
+    if facts["weights"] is not None:
+        line(f"weights: {facts['weights']}")
+    for text in facts["set_aside"]:
+        line(f"set aside: {text}")
     line(f"recipe: {plan.recipe_name or 'none, the defaults'} (--recipe chooses another)")
     if facts["download_bytes"]:
         line(f"to be downloaded first: {size(facts['download_bytes'])}")

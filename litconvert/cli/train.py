@@ -215,10 +215,10 @@ def _recipe_and_source(what: str, recipe: str | None, source: str | None) -> tup
 def _folder_for(what: str) -> Path:
     """Where `run` writes unless it is told: runs/NAME, called after the recipe or source. Raises UsageError where that
     is the place of the source itself."""
-    from litconvert.common.hub import WEIGHT_SUFFIXES
+    from litconvert.common.hub import is_weights_name
 
     path = Path(os.path.abspath(what if os.path.exists(what) else what.removeprefix("asset:").partition("@")[0]))
-    place = Path("runs") / (path.stem if path.suffix in (*WEIGHT_SUFFIXES, *RECIPE_SUFFIXES) else path.name)
+    place = Path("runs") / (path.stem if is_weights_name(path.name) or path.suffix in RECIPE_SUFFIXES else path.name)
     if place.exists() and place.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"{what} is in {place} itself, where its outputs would go: name another folder (--out)")
     return place

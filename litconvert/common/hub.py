@@ -8,7 +8,12 @@ from pathlib import Path
 
 from litconvert.errors import LitconvertError, UsageError, system_cause
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
+
+
+def is_weights_name(name: str) -> bool:
+    """Whether a file is called as files of weights are, in whatever case."""
+    return name.lower().endswith(WEIGHT_SUFFIXES)
 
 
 @contextmanager
@@ -133,7 +138,7 @@ def path_of(source: str) -> Path | None:
     if os.path.exists(source):  # Path.exists raises for a name that is too long
         return Path(source)
     name = source.partition("@")[0]
-    if HUB_ID.fullmatch(source) and Path(name).suffix not in WEIGHT_SUFFIXES:
+    if HUB_ID.fullmatch(source) and not is_weights_name(name):
         return None
     raise UsageError(f"{source}: no such file or folder, and not a Hub id (owner/name)")
 
@@ -141,4 +146,4 @@ def path_of(source: str) -> Path | None:
 def is_hub_id(source: str) -> bool:
     """Whether a recorded source is a repository of the Hub rather than a file."""
     path = Path(source)
-    return HUB_ID.fullmatch(source) is not None and path.suffix not in WEIGHT_SUFFIXES and not path.exists()
+    return HUB_ID.fullmatch(source) is not None and not is_weights_name(source) and not path.exists()

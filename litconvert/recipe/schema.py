@@ -166,8 +166,8 @@ def _projections(value: Any) -> Any:
 class Inherit(Section):
     """What the student takes over."""
 
-    weights: Literal["auto", "ema", "model"] = "auto"
-    """Of a training checkpoint. auto: EMA if present, else the only set."""
+    weights: str = "auto"
+    """Of a file of several sets: ema, model, or a set's name there. auto: EMA if present, else the only set."""
     attention: Annotated[
         tuple[Literal["q", "k", "v", "o"], ...],
         BeforeValidator(_projections, json_schema_input_type=Combination | list[Literal["q", "k", "v", "o"]]),

@@ -137,7 +137,7 @@ def test_several_weight_files_ask_which(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"holds no weights \(\.safetensors, \.pt"):
+    with pytest.raises(UsageError, match=r"holds no weights \(\.safetensors, \.sft, \.pt"):
         open_checkpoint(str(tmp_path))
 
 
@@ -189,9 +189,8 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         ([torch.zeros(1)], "holds a list, not a state dict"),
         (torch.zeros(1), "holds a Tensor, not a state dict"),
         ({}, "holds no tensors"),
-        ({"a": torch.zeros(1), "epoch": 3}, "'epoch' is a int, not a tensor"),
-        ({"a": {"b": torch.zeros(1)}}, "'a' is a dict, not a tensor"),
-        ({1: torch.zeros(1)}, "has the key 1, not a name"),
+        ({"epoch": 3}, "holds no tensors"),
+        ({"a.b": torch.zeros(1), "a": {"b": torch.zeros(1)}}, "holds 'a.b' twice"),
         ({"a": torch.eye(2).to_sparse()}, "'a' is sparse or quantised"),
     ],
 )
@@ -402,7 +401,7 @@ def test_a_hub_repository_of_plain_files(tmp_path: Path, hub: HubServer) -> None
     torch.save({"other": torch.zeros(1)}, folder / "two.pt")
     publish(hub, "tester/plain", folder)
     with pytest.raises(
-        UsageError, match=r"its weight files are one\.pt, two\.pt: choose one with --set source\.file=NAME"
+        UsageError, match=r"several weight files \(one\.pt, two\.pt\); choose one with --set source\.file=NAME"
     ):
         open_checkpoint("tester/plain")
     assert list(open_checkpoint("tester/plain", file="two.pt").tensors) == ["other"]
