@@ -47,7 +47,7 @@ def open_files(
     shards: dict[str, WeightsFile] = {}
     opened = [open_weights(path) for path in files]
     for file in opened:
-        for name in file.tensors:
+        for name in file.headers:
             if name in shards:
                 raise LitconvertError(f"{file.path}: {name!r} is in two shards; download the checkpoint again")
             shards[name] = file

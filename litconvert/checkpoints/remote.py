@@ -3,9 +3,9 @@
 import errno
 import io
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from litconvert.checkpoints.pickles import check_zip, first_line, is_zip, load_p
 from litconvert.checkpoints.sets import Chosen, Header, choose
 from litconvert.common.files import read_json
 from litconvert.common.hub import download, hub_errors, is_weights_name
-from litconvert.common.tensors import TensorInfo, info_of_header
+from litconvert.common.tensors import TensorInfo, check_dtype, info_of_header
 from litconvert.errors import LitconvertError
 
 if TYPE_CHECKING:
@@ -158,24 +158,26 @@ def _remote_headers(
 
     None for a pickle in the old form, which has no directory and must be read whole.
     """
-    tensors: dict[str, TensorInfo] = {}
+    infos: dict[str, Callable[[], TensorInfo]] = {}
     headers: dict[str, Header] = {}
     for name, size in sizes.items():
         found = _headers_of(repo_id, name, commit, size)
         if found is None:
             return None
         for key, (info, header) in found.items():
-            if key in tensors:
+            if key in infos:
                 raise LitconvertError(f"{repo_id}/{name}: {key!r} is in two shards; the repository is damaged")
-            tensors[key], headers[key] = info, header
+            infos[key], headers[key] = info, header
     chosen = choose(source, headers, weights)
     if not chosen.names:
         raise LitconvertError(f"{source}: holds no tensors")
-    return {own: tensors[name] for own, name in chosen.names.items()}, chosen
+    return {own: infos[name]() for own, name in chosen.names.items()}, chosen
 
 
-def _headers_of(repo_id: str, name: str, commit: str, size: int) -> dict[str, tuple[TensorInfo, Header]] | None:
-    """Every tensor of one file, whatever its kind; None for a pickle in the old form."""
+def _headers_of(
+    repo_id: str, name: str, commit: str, size: int
+) -> dict[str, tuple[Callable[[], TensorInfo], Header]] | None:
+    """Every tensor of one file, whatever its kind, its dtype looked at when it is used; None for an old pickle."""
     place, file = f"{repo_id}/{name}", _RemoteFile(repo_id, name, commit, size)
     if name.endswith(".safetensors"):
         try:
@@ -196,7 +198,12 @@ def _headers_of(repo_id: str, name: str, commit: str, size: int) -> dict[str, tu
         if not holds_values:
             file.fetch(*spans[entry])
     state, headers = tensors_of(place, load_pickle(place, content, map_location="meta"))
-    return {key: (TensorInfo(tuple(one.shape), one.dtype), headers[key]) for key, one in state.items()}
+
+    def info(key: str) -> TensorInfo:
+        check_dtype(place, key, state[key].dtype)
+        return TensorInfo(tuple(state[key].shape), state[key].dtype)
+
+    return {key: (partial(info, key), headers[key]) for key in state}
 
 
 def _kind(place: str, file: "_RemoteFile") -> Kind:
@@ -210,19 +217,21 @@ def _kind(place: str, file: "_RemoteFile") -> Kind:
     return kind
 
 
-def _remote_safetensors(repo_id: str, name: str, commit: str) -> dict[str, tuple[TensorInfo, Header]]:
+def _remote_safetensors(repo_id: str, name: str, commit: str) -> dict[str, tuple[Callable[[], TensorInfo], Header]]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import SafetensorsParsingError
 
     place = f"{repo_id}/{name}"
     try:
         header = HfApi().parse_safetensors_file_metadata(repo_id, name, revision=commit)
-        found = {key: info_of_header(place, key, info.dtype, info.shape) for key, info in header.tensors.items()}
+        return {
+            key: (partial(info_of_header, place, key, one.dtype, one.shape), Header(tuple(one.shape)))
+            for key, one in header.tensors.items()
+        }
     except (SafetensorsParsingError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LitconvertError(
             f"{place}: not a safetensors file ({first_line(error)}); choose another file or revision"
         ) from error
-    return {key: (info, Header(info.shape)) for key, info in found.items()}
 
 
 class _RemoteFile(io.RawIOBase):

@@ -25,7 +25,7 @@ from litconvert.checkpoints.pickles import (
     tensors_of,
 )
 from litconvert.checkpoints.sets import Header
-from litconvert.common.tensors import TensorInfo, info_of_header
+from litconvert.common.tensors import TensorInfo, check_dtype, info_of_header
 from litconvert.errors import LitconvertError, system_cause
 
 
@@ -34,8 +34,8 @@ class WeightsFile(Protocol):
 
     Attributes:
         path: where it is.
-        tensors: header of every tensor, by its name in the file.
-        headers: the same as `choose` wants them.
+        headers: of every tensor, by its name in the file, as `choose` wants them.
+        tensors: of those that are settled.
     """
 
     path: Path
@@ -115,15 +115,18 @@ class SafetensorsFile:
                 f"{path}: not a complete safetensors file ({first_line(error)}); it may be truncated: download it again"
             ) from error
         self.path = path
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: info_of_header(str(path), name, dtype, shape) for name, (dtype, shape, _) in entries.items()
-        }
-        self.headers: Mapping[str, Header] = {name: Header(info.shape) for name, info in self.tensors.items()}
+        self._entries = entries
+        self.tensors: Mapping[str, TensorInfo] = {}
+        self.headers: Mapping[str, Header] = {name: Header(tuple(shape)) for name, (_, shape, _) in entries.items()}
         self._starts = {name: 8 + length + start for name, (_, _, (start, _)) in entries.items()}
         self._mapped = _Mapped()
 
     def settle(self, names: Sequence[str]) -> None:
-        """Nothing is left to do."""
+        """Look at the dtypes: what is set aside may have one that is not read."""
+        given = {name: self._entries[name] for name in names}
+        self.tensors = {
+            name: info_of_header(str(self.path), name, dtype, shape) for name, (dtype, shape, _) in given.items()
+        }
 
     def read(self, name: str) -> Tensor:
         return read_extent(self._mapped, self.extent(name), self.tensors[name])
@@ -154,6 +157,8 @@ class PickleFile:
         """Find where the values of these are."""
         if special := next((name for name in names if _is_special(self._state[name])), None):
             raise LitconvertError(f"{self.path}: {special!r} is sparse or quantised; use the plain checkpoint")
+        for name in names:
+            check_dtype(str(self.path), name, self.tensors[name].dtype)
         places: dict[str, Extent | None] = {}
         if self._zipped:
             places = {name: _place(self.path, name, self._state[name], self._records) for name in names}

@@ -39,6 +39,15 @@ class TensorInfo:
         return self.numel * self.dtype.itemsize
 
 
+def check_dtype(path: str, name: str, dtype: torch.dtype) -> None:
+    """Raise LitconvertError for a dtype that is none of ours."""
+    if dtype not in SAFETENSORS_DTYPES:
+        kind = str(dtype).removeprefix("torch.")
+        raise LitconvertError(
+            f"{path}: {name!r} is {kind}, which litconvert does not read; use the unquantised checkpoint"
+        )
+
+
 def info_of_header(path: str, name: str, dtype: str, shape: Sequence[int]) -> TensorInfo:
     """A tensor's header, from safetensors' names.
 

@@ -130,7 +130,8 @@ def carry_out(
             return out
         require_space(out.parent, plan.totals["student_bytes"])
         listener.note(f"writing {size(plan.totals['student_bytes'])} to {out}")
-        plan.source.check_recomputed()
+        for remark in plan.source.check_recomputed():
+            listener.note(remark)
         for name in _unread(plan):
             plan.source.values(name)
         tensors = _student_tensors(plan, solved)

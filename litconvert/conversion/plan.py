@@ -238,6 +238,9 @@ def plan_conversion(source: OpenSource, recipe: Recipe, recipe_name: str | None 
             origin = source.reading.origins[name]
             dtype = name_of(checkpoint.tensors[origin.names[0]].dtype)
             entries.append(entry("dropped", None, origin, info, dtype))
+    for name in source.reading.extra:
+        info = checkpoint.tensors[name]
+        entries.append(entry("dropped", None, Origin((name,)), info, name_of(info.dtype)))
     return ConversionPlan(source, recipe, config, tuple(entries), recipe_name, solving, unsolved_because)
 
 

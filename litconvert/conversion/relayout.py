@@ -111,14 +111,15 @@ def plan_layout(source: OpenSource, out: Path, to: str, *, force: bool = False) 
     _require_place(source, family, layout)
     refuse_source(out, source.checkpoint.files)
     _refuse_out(out, to, force=force)
-    source.check_recomputed()
+    remarks = source.check_recomputed()
     parts, infos = _targets(source, layout)
     placed = {ours for group in parts.values() for ours in group}
     lost = [f"left out, there is no place for it: {name}" for name in model_tensors(config) if name not in placed]
     if to == "original":
         parts["pos_embed"] = []
         infos["pos_embed"] = TensorInfo(tuple(position_embedding(config).shape), source.dtype())
-    made = LayoutPlan(source, out, to, family, parts, infos, [*lost, *_unsaid(config, family, to)])
+    lost += [f"left out, {what}: {name}" for name, what in source.reading.extra.items()]
+    made = LayoutPlan(source, out, to, family, parts, infos, [*remarks, *lost, *_unsaid(config, family, to)])
     require_space(out.parent, sum(info.nbytes for info in infos.values()))
     return made
 

@@ -6,7 +6,7 @@ SiT's files have DiT's keys and shapes and another meaning, so only the hint fam
 from typing import Any
 
 from litconvert.checkpoints.checkpoint import Checkpoint
-from litconvert.errors import UsageError
+from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.family import Family, Reading
 from litconvert.families.headers import (
     attention_config,
@@ -92,6 +92,12 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
     layout = DIFFUSERS if mark == DIFFUSERS_MARK else ORIGINAL
     if sit and layout is DIFFUSERS:
         return None
+    table = f"{layout.name_of('conditioning.class_embedder')}.weight"
+    if layout is ORIGINAL and table not in checkpoint.tensors:
+        raise LitconvertError(
+            f"{checkpoint.source}: has no class table ({table}): an unconditional DiT, which litconvert does not read, "
+            "or a part of a checkpoint"
+        )
     because = f"it has {mark.replace('{i}', '0')} and no cross-attention"
     config, unsure = _config(checkpoint, hints, layout)
     if sit:
@@ -109,6 +115,7 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
         origins=layout.origins(config),
         recomputed={"pos_embed": "pos_embed"} if layout is ORIGINAL and "pos_embed" in checkpoint.tensors else {},
         unsure=tuple(unsure),
+        extra={name: "REPA's alignment heads" for name in checkpoint.tensors if name.startswith("projectors.")},
     )
 
 
@@ -157,7 +164,7 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[dict
     if layout is DIFFUSERS and hints.timestep_freq_shift is None and hints.norm_eps is None:
         unsure.append(
             "read with DiT's own timestep_freq_shift=0 and norm_eps=1e-6, as the released weights were trained: "
-            "timestep_freq_shift=1 norm_eps=1e-5 for weights trained in diffusers"
+            "timestep_freq_shift=... norm_eps=... if they differ"
         )
     return {
         "sample_size": sample_size(checkpoint, hints, hidden_size, patch_size, theirs.get("sample_size")),
@@ -166,7 +173,7 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[dict
         "out_channels": out_channels,
         "hidden_size": hidden_size,
         "num_layers": num_layers,
-        "num_attention_heads": num_attention_heads(checkpoint, hints, hidden_size, told_heads),
+        "num_attention_heads": num_attention_heads(checkpoint, hints, hidden_size, told_heads, unsure),
         **attention,
         "num_classes": num_classes,
         "null_class": rows > num_classes,
@@ -181,15 +188,18 @@ def _num_classes(checkpoint: Checkpoint, told: int | None, rows: int, unsure: li
 
     Raises UsageError for a number that the table cannot be of.
     """
+    if told is None and rows == 1:
+        told = 1
+        unsure.append("the class table's one row is read as one class without a null class, so without guidance")
     if told is None:
         told = rows - 1
         unsure.append(
             f"the class table's {rows} rows are read as {told} classes and a null class: num_classes={rows} for none"
         )
     if told not in (rows, rows - 1):
+        fits = f"{rows - 1} (with a null class) or {rows} (without)" if rows > 1 else "1"
         raise UsageError(
-            f"{checkpoint.source}: num_classes is {told}, but the class table has {rows} rows; "
-            f"give {rows - 1} (with a null class) or {rows} (without)"
+            f"{checkpoint.source}: num_classes is {told}, but the class table has {rows} rows; give {fits}"
         )
     return told
 

@@ -20,6 +20,7 @@ class Reading:
         config: of the LiTTransformer2DModel that computes the source's function.
         origins: for every tensor of that model, where it is in the source.
         recomputed: source tensors that a formula replaces, each with the name of the formula's result.
+        extra: source tensors that were of training alone and are left out, each with what it is of.
         unsure: what shapes cannot tell and was assumed, each with the hint that settles it.
     """
 
@@ -30,6 +31,7 @@ class Reading:
     origins: Mapping[str, Origin]
     recomputed: Mapping[str, str]
     unsure: tuple[str, ...]
+    extra: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

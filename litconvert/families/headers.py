@@ -63,12 +63,20 @@ def count_layers(checkpoint: Checkpoint, prefix: str) -> int:
     return 1 + int(last.group(1))
 
 
-def num_attention_heads(checkpoint: Checkpoint, hints: Source, hidden_size: int, told: int | None) -> int:
-    """Softmax heads: from the hint, from `told` (a config.json), or of a published width.
+def num_attention_heads(
+    checkpoint: Checkpoint, hints: Source, hidden_size: int, told: int | None, unsure: list[str]
+) -> int:
+    """Softmax heads: from the hint, from `told` (a config.json), or of a published width, which adds to `unsure`.
 
     Raises UsageError, naming the hint, when nothing tells.
     """
-    heads = hints.num_attention_heads or told or HEADS_OF_WIDTH.get(hidden_size)
+    heads = hints.num_attention_heads or told
+    if heads is None and hidden_size in HEADS_OF_WIDTH:
+        heads = HEADS_OF_WIDTH[hidden_size]
+        unsure.append(
+            f"{heads} attention heads, as the published models of width {hidden_size} have: num_attention_heads=N if "
+            "it was trained with others"
+        )
     if heads is None:
         raise UsageError(
             f"{checkpoint.source}: the number of attention heads is missing: the file does not tell it, and width "
@@ -85,9 +93,17 @@ def num_attention_heads(checkpoint: Checkpoint, hints: Source, hidden_size: int,
 
 
 def sample_size(
-    checkpoint: Checkpoint, hints: Source, hidden_size: int, patch_size: int, told: int | None = None
+    checkpoint: Checkpoint,
+    hints: Source,
+    hidden_size: int,
+    patch_size: int,
+    told: int | None = None,
+    *,
+    used: bool = True,
 ) -> int:
     """Side of the latent, from a stored position embedding, the hint or `told` (a config.json).
+
+    A position embedding that the model does not use (`used`) contradicts neither.
 
     Raises UsageError, naming the hint, when nothing tells.
     """
@@ -114,6 +130,8 @@ def sample_size(
         raise LitconvertError(
             f"{checkpoint.source}: pos_embed has {stored.shape[1]} positions, which is not a square grid"
         )
+    if told is not None and not used and told % patch_size == 0:
+        return int(told)
     if told is not None and told != side * patch_size:
         raise UsageError(
             f"{checkpoint.source}: sample_size={told}, but pos_embed has {stored.shape[1]} positions, "

@@ -1,5 +1,6 @@
 """PixArt-alpha and PixArt-Sigma: captions through cross-attention, adaLN-single. The original layout and diffusers'."""
 
+from dataclasses import replace
 from typing import Any
 
 from litconvert.checkpoints.checkpoint import Checkpoint
@@ -68,6 +69,9 @@ DIFFUSERS = Layout(
         "final_layer.adaLN_modulation.scale_shift_table": "scale_shift_table",
     },
 )
+# Folders of PixArt-alpha that were converted by its authors hold the null caption, which diffusers does not use.
+NULL_CAPTION = "caption_projection.y_embedding"
+RELEASED = replace(DIFFUSERS, rows={**DIFFUSERS.rows, "conditioning.null_caption": NULL_CAPTION})
 ORIGINAL_MARK = "blocks.{i}.cross_attn.q_linear"
 DIFFUSERS_MARK = "transformer_blocks.{i}.attn2.to_q"
 
@@ -94,11 +98,8 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading | None:
     if mark is None or (mark == DIFFUSERS_MARK and "adaln_single.linear.weight" not in checkpoint.tensors):
         return None
     layout = ORIGINAL if mark == ORIGINAL_MARK else DIFFUSERS
-    if has_key(checkpoint, "blocks.{i}.attn.q_norm"):
-        raise UsageError(
-            f"{checkpoint.source}: a PixArt with normalised queries and keys (blocks.0.attn.q_norm), which no released "
-            "checkpoint has and litconvert does not read; use a checkpoint without qk_norm"
-        )
+    if layout is DIFFUSERS and NULL_CAPTION in checkpoint.tensors:
+        layout = RELEASED
     family, why, unsure = _variant(checkpoint, hints, layout)
     config = _config(checkpoint, hints, layout, family, unsure)
     return Reading(
@@ -116,7 +117,7 @@ def _variant(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[str
     """PixArt-alpha or PixArt-Sigma, why, and what was assumed. They differ in caption length and interpolation."""
     if hints.family is not None:
         return hints.family, f"family={hints.family} says so", []
-    null_caption = checkpoint.tensors.get("y_embedder.y_embedding")
+    null_caption = checkpoint.tensors.get("y_embedder.y_embedding", checkpoint.tensors.get(NULL_CAPTION))
     if null_caption is not None and len(null_caption.shape) == 2:
         for family, tokens in CAPTION_TOKENS.items():
             if null_caption.shape[0] == tokens:
@@ -126,11 +127,11 @@ def _variant(checkpoint: Checkpoint, hints: Source, layout: Layout) -> tuple[str
     if hints.interpolation_scale == 0.5 or (checkpoint.config or {}).get("interpolation_scale") == 0.5:
         return "pixart-sigma", "its positions are interpolated by 0.5", []
     size = hints.sample_size or (checkpoint.config or {}).get("sample_size")
-    if "pos_embed" in checkpoint.tensors and len(checkpoint.tensors["pos_embed"].shape) == 3:
+    if size is None and "pos_embed" in checkpoint.tensors and len(checkpoint.tensors["pos_embed"].shape) == 3:
         size = 2 * round(checkpoint.tensors["pos_embed"].shape[1] ** 0.5)
     if size in (128, 256):
         return "pixart-sigma", f"a latent of side {size} without micro-conditions is Sigma's", []
-    config = checkpoint.config if layout is DIFFUSERS else None
+    config = checkpoint.config if layout is not ORIGINAL else None
     if config is not None and config.get("interpolation_scale") is None:
         assumed = "read as PixArt-alpha, with captions of up to 120 tokens: family=pixart-sigma for 300"
         return "pixart-alpha", "its config.json names no interpolation, as Sigma's does", [assumed]
@@ -151,8 +152,8 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout, family: str, 
         return shape_of(checkpoint, layout.name_of(ours), dimensions)
 
     refuse_hints(checkpoint, hints, "a PixArt", "num_classes", "data_timestep")
-    theirs = (checkpoint.config or {}) if layout is DIFFUSERS else {}
-    num_layers = count_layers(checkpoint, "transformer_blocks" if layout is DIFFUSERS else "blocks")
+    theirs = (checkpoint.config or {}) if layout is not ORIGINAL else {}
+    num_layers = count_layers(checkpoint, "transformer_blocks" if layout is not ORIGINAL else "blocks")
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
     out_channels = shape("final_layer.linear.weight", 2)[0] // patch_size**2
     caption_channels = shape("conditioning.caption_projection.linear_1.weight", 2)[1]
@@ -177,10 +178,11 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout, family: str, 
             "cross-attention is read with the source's own heads: LiT's public text-to-image code regroups it into "
             "the linear layers' heads; num_attention_heads=N for a model that was trained so"
         )
-    # diffusers' layout has no place for it.
-    null_caption = layout is ORIGINAL and layout.name_of("conditioning.null_caption") in checkpoint.tensors
+    # diffusers' own layout has no place for it.
+    null_caption = layout is not DIFFUSERS and layout.name_of("conditioning.null_caption") in checkpoint.tensors
     caption_tokens = shape("conditioning.null_caption", 2)[0] if null_caption else CAPTION_TOKENS[family]
-    size = sample_size(checkpoint, hints, hidden_size, patch_size, theirs.get("sample_size"))
+    # PixArt's own code drops a stored position embedding and makes that of the size at hand.
+    size = sample_size(checkpoint, hints, hidden_size, patch_size, theirs.get("sample_size"), used=False)
     return {
         "sample_size": size,
         "patch_size": patch_size,
@@ -188,7 +190,9 @@ def _config(checkpoint: Checkpoint, hints: Source, layout: Layout, family: str, 
         "out_channels": out_channels,
         "hidden_size": hidden_size,
         "num_layers": num_layers,
-        "num_attention_heads": num_attention_heads(checkpoint, hints, hidden_size, theirs.get("num_attention_heads")),
+        "num_attention_heads": num_attention_heads(
+            checkpoint, hints, hidden_size, theirs.get("num_attention_heads"), unsure
+        ),
         **attention,
         "num_classes": None,
         "null_class": False,
@@ -207,7 +211,7 @@ def _interpolation(
     checkpoint: Checkpoint, hints: Source, layout: Layout, family: str, size: int, unsure: list[str]
 ) -> float:
     """What positions are divided by: the hint, diffusers' config.json, or that of the released size."""
-    told = (checkpoint.config or {}).get("interpolation_scale") if layout is DIFFUSERS else None
+    told = (checkpoint.config or {}).get("interpolation_scale") if layout is not ORIGINAL else None
     if told is not None and (type(told) not in (int, float) or not told > 0):
         raise LitconvertError(
             f"{checkpoint.source}: config.json has interpolation_scale={told!r}, not a number above 0; download it "
@@ -222,7 +226,7 @@ def _interpolation(
         return hints.interpolation_scale
     if told is not None:
         return float(told)
-    if layout is DIFFUSERS and checkpoint.config is not None:
+    if layout is not ORIGINAL and checkpoint.config is not None:
         return _diffusers_interpolation(size)
     if size in INTERPOLATION[family]:
         return INTERPOLATION[family][size]

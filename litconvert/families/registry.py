@@ -19,6 +19,7 @@ from litconvert.families.dit import DIT, SIT
 from litconvert.families.family import Family, Reading
 from litconvert.families.own import LITCONVERT
 from litconvert.families.pixart import ALPHA, SIGMA
+from litconvert.families.refusals import refuse_unreadable
 from litconvert.model.config import ModelConfig
 from litconvert.model.shapes import model_tensors
 from litconvert.recipe.schema import Source
@@ -65,10 +66,15 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading:
     for name, family in known.items():
         if hints.family not in (None, name):
             continue
-        reading = family.recognise(checkpoint, hints)
-        if reading is not None:
-            check_tensors(checkpoint, reading)
-            return reading
+        try:
+            reading = family.recognise(checkpoint, hints)
+            if reading is not None:
+                check_tensors(checkpoint, reading)
+                return reading
+        except LitconvertError:
+            refuse_unreadable(checkpoint)  # the reason behind what the family found, where names tell it
+            raise
+    refuse_unreadable(checkpoint)
     some = ", ".join(list(checkpoint.tensors)[:4])
     what = f"not of family {hints.family}" if hints.family else "unknown architecture"
     raise UsageError(
@@ -80,7 +86,7 @@ def recognise(checkpoint: Checkpoint, hints: Source) -> Reading:
 def check_tensors(checkpoint: Checkpoint, reading: Reading) -> None:
     """Every source tensor is used, every model tensor has a source, and every shape fits; all problems at once."""
     problems = []
-    used = set(reading.recomputed)
+    used = {*reading.recomputed, *reading.extra}
     for name, info in model_tensors(ModelConfig.of(reading.config)).items():
         origin = reading.origins.get(name)
         if origin is None:
@@ -97,6 +103,7 @@ def check_tensors(checkpoint: Checkpoint, reading: Reading) -> None:
                 problems.append(f"{source} has shape {found.shape}, expected {expected}")
             elif not found.dtype.is_floating_point:
                 problems.append(f"{source} is {found.dtype}, not floating point")
+    unfit = bool(problems)
     problems += [
         f"{extra} is not part of this layout{did_you_mean(extra, used)}"
         for extra in checkpoint.tensors
@@ -107,5 +114,9 @@ def check_tensors(checkpoint: Checkpoint, reading: Reading) -> None:
         listed = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise LitconvertError(
             f"{checkpoint.source}: {reading.family} ({reading.layout} layout), but {listed}. "
-            "Nothing is loaded in part: use the complete, unmodified checkpoint"
+            + (
+                "Nothing is loaded in part: use the complete checkpoint"
+                if unfit
+                else "What has no place would be lost, and the model would be another one, so it is not read"
+            )
         )

@@ -118,26 +118,33 @@ class OpenSource:
         nbytes = whole.nbytes // origin.parts
         return Extent(whole.path, whole.offset + origin.part * nbytes, nbytes, whole.dtype)
 
-    def check_recomputed(self) -> None:
-        """Refuse a stored position embedding that the formula does not give: dropping it would change the function."""
+    def check_recomputed(self) -> tuple[str, ...]:
+        """Refuse a stored position embedding that the formula does not give: dropping it would change the function.
+
+        PixArt's own code does not use a stored one, which then is said: returns such remarks.
+        """
+        remarks = []
         for name in self.reading.recomputed:
-            stored = self.checkpoint.read(name).float()
-            config = self.config
+            stored, config = self.checkpoint.read(name).float(), self.config
             difference = _difference(stored, position_embedding(config))
             if difference is None:
                 continue
-            advice = "a trained one is not supported: use a checkpoint with the fixed one"
-            if config.reads_captions:
-                others = (scale for scale in KNOWN_INTERPOLATION if scale != config.interpolation_scale)
-                for scale in others:
-                    if _difference(stored, position_embedding(replace(config, interpolation_scale=scale))) is None:
-                        advice = (
-                            f"it is that of interpolation_scale={scale:g} (--set source.interpolation_scale={scale:g})"
-                        )
-            raise LitconvertError(
-                f"{self.checkpoint.source}: {name} differs from the fixed sine-cosine embedding by {difference:.2g}; "
-                f"{advice}"
+            if not config.reads_captions:
+                raise LitconvertError(
+                    f"{self.checkpoint.source}: {name} differs from the fixed sine-cosine embedding by "
+                    f"{difference:.2g}; a trained one is not supported: use a checkpoint with the fixed one"
+                )
+            scales = [
+                scale
+                for scale in KNOWN_INTERPOLATION
+                if _difference(stored, position_embedding(replace(config, interpolation_scale=scale))) is None
+            ]
+            what = f"that of interpolation_scale={scales[0]:g}" if scales else "another one"
+            remarks.append(
+                f"{name} in the file is {what}, and is not used, as in PixArt's own code; positions are those of "
+                f"interpolation_scale={config.interpolation_scale:g}, which --set source.interpolation_scale changes"
             )
+        return tuple(remarks)
 
     def dtype(self) -> torch.dtype:
         """The one dtype that holds every weight."""
@@ -226,8 +233,9 @@ def examine(source: OpenSource) -> Findings:
     """Read every value and say what looks wrong: NaN, copies that differ, an untrained model, a wrong position
     embedding, an EMA that equals the raw weights."""
     broken, zero = [], []
+    remarks: tuple[str, ...] = ()
     try:
-        source.check_recomputed()
+        remarks = source.check_recomputed()
     except LitconvertError as error:
         broken.append(str(error))
     for name in source.reading.origins:
@@ -236,10 +244,10 @@ def examine(source: OpenSource) -> Findings:
                 zero.append(name)
         except LitconvertError as error:
             broken.append(str(error))
-    facts, odd = [], []
+    facts, odd = [], list(remarks)
     if not broken:
         facts.append("every value is finite, and what is stored twice is equal")
-        if source.reading.recomputed:
+        if source.reading.recomputed and not remarks:
             facts.append("the position embedding is the fixed one")
     modulation = [name for name in zero if "adaLN_modulation" in name and name.endswith("weight")]
     if modulation:
@@ -265,6 +273,12 @@ def _equal_sets(source: OpenSource) -> bool:
     )
 
 
+def _extra(reading: Reading) -> list[str]:
+    """Tensors of training alone, by what they are of."""
+    whats = list(reading.extra.values())
+    return [f"{what} ({whats.count(what)} tensors), of training alone" for what in dict.fromkeys(whats)]
+
+
 def describe(source: OpenSource, findings: Findings | None = None) -> dict[str, Any]:
     """What a checkpoint is, as plain data; `values` where they were read."""
     checkpoint, reading = source.checkpoint, source.reading
@@ -277,7 +291,7 @@ def describe(source: OpenSource, findings: Findings | None = None) -> dict[str, 
         "because": reading.because,
         "weights": checkpoint.weights,
         "sets": list(checkpoint.sets),
-        "set_aside": list(checkpoint.set_aside),
+        "set_aside": [*checkpoint.set_aside, *_extra(reading)],
         "revision": checkpoint.revision,
         "download_bytes": checkpoint.download_bytes,
         "tensors": len(checkpoint.tensors),

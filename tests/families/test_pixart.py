@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import litconvert
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.families.sources import open_source
+from litconvert.families.sources import examine, open_source
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.schema import Source
 from tests.helpers import reference_models
 from tests.helpers.checkpoint_files import pixart_shapes, random_state, write_hollow
+from tests.helpers.listener import Hearing
 
 TIMESTEP = torch.tensor([3, 700])
 LENGTHS = [2, 5]
@@ -267,7 +268,8 @@ def test_a_released_checkpoint_is_recognised_by_its_headers_alone(tmp_path: Path
         **{key: getattr(source.config, key) for key in expected if key != "family"},
     } == expected
     assert count_parameters(source.config) == parameters
-    assert (reading.layout, reading.unsure, source.config.num_attention_heads) == ("original", (), 16)
+    assert (reading.layout, source.config.num_attention_heads) == ("original", 16)
+    assert ["16 attention heads" in text for text in reading.unsure] == [True]
     kinds = source.config.attention
     assert [layer for layer, kind in enumerate(kinds) if kind == "kv_compress"] == list(made.get("kv_compress", ()))
 
@@ -341,16 +343,51 @@ def test_no_position_embedding_asks_for_the_size(tmp_path: Path) -> None:
 
 def test_an_unreleased_size_says_that_positions_are_not_interpolated(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "pixart.safetensors", pixart_shapes(sample_size=48))
-    assert "interpolation_scale=..." in open_source(Source(path=str(path))).reading.unsure[0]
-    told = open_source(Source(path=str(path), interpolation_scale=1.5)).reading
+    hints: dict[str, Any] = {"path": str(path), "num_attention_heads": 16}
+    assert "interpolation_scale=..." in open_source(Source(**hints)).reading.unsure[0]
+    told = open_source(Source(**hints, interpolation_scale=1.5)).reading
     assert (told.config["interpolation_scale"], told.unsure) == (1.5, ())
 
 
-def test_a_stored_position_embedding_of_another_scale_names_the_hint(tmp_path: Path) -> None:
-    torch.save(original_layout(theirs(interpolation_scale=2)), tmp_path / "pixart.pth")
-    litconvert.load(tmp_path / "pixart.pth", interpolation_scale=2.0, **HINTS)
-    with pytest.raises(LitconvertError, match="it is that of interpolation_scale=2 "):
-        litconvert.load(tmp_path / "pixart.pth", **HINTS)
+@pytest.mark.parametrize(("stored", "what"), [("scale", "that of interpolation_scale=2"), ("random", "another one")])
+def test_a_stored_position_embedding_dictates_nothing_and_is_said(tmp_path: Path, stored: str, what: str) -> None:
+    state = original_layout(theirs(interpolation_scale=2))
+    if stored == "random":
+        state["pos_embed"] = torch.randn_like(state["pos_embed"])
+    path = tmp_path / "pixart.pth"
+    torch.save(state, path)
+    torch.save({name: value for name, value in state.items() if name != "pos_embed"}, tmp_path / "without.pth")
+    source = open_source(Source(path=str(path), **HINTS))
+    (remark,) = source.check_recomputed()
+    assert f"pos_embed in the file is {what}, and is not used" in remark
+    assert remark in examine(source).odd
+    without = open_source(Source(path=str(tmp_path / "without.pth"), sample_size=16, **HINTS))
+    assert (source.config.values, without.check_recomputed()) == (without.config.values, ())
+    # Nor does it dictate the size: the model makes positions for any.
+    assert open_source(Source(path=str(path), sample_size=32, **HINTS)).config.sample_size == 32
+    heard: list[str] = []
+    hints = [f"source.{name}={value}" for name, value in HINTS.items()]
+    overrides = [*hints, "student.num_attention_heads=4", "solve=null"]
+    litconvert.convert(path, tmp_path / "lit", overrides=overrides, listener=Hearing(note=heard.append))
+    assert remark in heard
+
+
+@pytest.mark.parametrize("family", ["pixart-alpha", "pixart-sigma"])
+def test_the_null_caption_of_a_released_folder_is_read(tmp_path: Path, family: str) -> None:
+    tokens = {"pixart-alpha": 120, "pixart-sigma": 300}[family]
+    theirs().save_pretrained(tmp_path / "pixart")
+    file = tmp_path / "pixart" / "diffusion_pytorch_model.safetensors"
+    null = torch.randn(tokens, theirs().config.caption_channels)
+    save_file({**load_file(file), "caption_projection.y_embedding": null}, file)
+    source = open_source(Source(path=str(tmp_path / "pixart")))
+    assert (source.reading.family, source.reading.layout) == (family, "diffusers")
+    assert f"its null caption has {tokens} tokens" in source.reading.because
+    assert (source.config.null_caption, source.config.caption_tokens) == (True, tokens)
+    model = litconvert.load(tmp_path / "pixart")
+    assert torch.equal(model.state_dict()["conditioning.null_caption"], null)
+    overrides = ["student.num_attention_heads=3", "solve=null"]
+    student = litconvert.load(litconvert.convert(tmp_path / "pixart", tmp_path / "lit", overrides=overrides))
+    assert torch.equal(student.state_dict()["conditioning.null_caption"], null)
 
 
 def test_the_ema_of_a_training_checkpoint_is_taken_unless_told_otherwise(tmp_path: Path) -> None:
@@ -394,16 +431,6 @@ def test_hints_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         litconvert.load(tmp_path / "pixart", interpolation_scale=4.0)
     with pytest.raises(UsageError, match="num_classes means nothing for a PixArt"):
         litconvert.load(tmp_path / "pixart", num_classes=10)
-
-
-def test_normalised_queries_and_keys_are_refused(tmp_path: Path) -> None:
-    state = random_state(pixart_shapes(**PICO))
-    hints: dict[str, Any] = {"num_attention_heads": 4, "sample_size": 16}
-    torch.save(state, tmp_path / "plain.pth")
-    litconvert.load(tmp_path / "plain.pth", **hints)
-    torch.save({**state, "blocks.0.attn.q_norm.weight": torch.ones(48)}, tmp_path / "normalised.pth")
-    with pytest.raises(UsageError, match="without qk_norm"):
-        litconvert.load(tmp_path / "normalised.pth", **hints)
 
 
 def test_a_converted_pixart_is_read_as_it_was(tmp_path: Path) -> None:
