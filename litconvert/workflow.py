@@ -168,6 +168,7 @@ def run_line(
     if settings.evaluate.features is not None:
         scores = score_run(run, settings, force=force, listener=listener)
     url = None
-    if settings.publish.repo_id is not None:
-        url = push(run, settings.publish.repo_id, private=settings.publish.private, pipeline=settings.publish.pipeline)
+    if (repo_id := settings.publish.repo_id) is not None:
+        publish = settings.publish
+        url = push(run, repo_id, private=publish.private, pipeline=publish.pipeline, listener=listener)
     return LineResult(plan, run, scores, url)

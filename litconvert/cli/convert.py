@@ -70,6 +70,8 @@ def inspect(
     from litconvert.families.sources import describe, examine, open_source_of
 
     opened = open_source_of(resolve(recipe, given, source).recipe)
+    if weights:
+        console.note(f"reading every value of {source}")
     findings = examine(opened) if weights else None
     if as_json:
         console.data(describe(opened, findings))

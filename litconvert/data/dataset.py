@@ -117,7 +117,8 @@ class LatentDataset:
         condition: classes, captions as features, or captions as text.
         labels: smallest and largest class.
         digest: of what the data was made from; for data from elsewhere, of its content's fingerprint.
-        scaling_factor: what a sample of the posterior is multiplied by; latents are stored multiplied.
+        scaling_factor, shift_factor: what a sample of the posterior is multiplied by, once the shift is subtracted;
+            latents are stored so.
         flipped: posteriors of the mirrored images are stored too.
         pixels: images as they are, which are mirrored at reading.
         caption_channels: width of the text features.
@@ -131,6 +132,7 @@ class LatentDataset:
     labels: tuple[int, int] | None
     digest: str
     scaling_factor: float = 1.0
+    shift_factor: float = 0.0
     flipped: bool = False
     pixels: bool = False
     caption_channels: int | None = None
@@ -157,7 +159,8 @@ class LatentDataset:
             assert noise is not None
             mean, log_variance = clean.chunk(2, dim=1)
             # As diffusers' DiagonalGaussianDistribution.
-            clean = self.scaling_factor * (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise)
+            sample = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
+            clean = self.scaling_factor * (sample - self.shift_factor)
         if self.condition == "class":
             labels = np.concatenate(chosen.numbers("class_label", indices))
             return Samples(clean, class_labels=torch.from_numpy(labels).long())
@@ -216,6 +219,7 @@ def open_latents(path: str | Path) -> LatentDataset:
         labels=_bounds(buckets, "class_label") if condition == "class" else None,
         digest=str(record.get("digest") or buckets[0].data._fingerprint),
         scaling_factor=float(record.get("scaling_factor", 1.0)) if kind == "moments" else 1.0,
+        shift_factor=float(record.get("shift_factor", 0.0)) if kind == "moments" else 0.0,
         flipped="latent_flipped" in present,
         pixels=kind == "latents" and bool(record.get("pixels", is_pixel_space(buckets[0].shape[0]))),
         caption_channels=channels,

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.resolve import ResolvedRecipe
 from litconvert.recipe.schema import Recipe
 from litconvert.sampling.captions import read_embeddings, write_embeddings
+from litconvert.sampling.pictures import scaling_of
 
 SKIPPED = "skipped.json"
 
@@ -72,13 +74,14 @@ def encode_images(
         if encoding.condition == "caption":
             assembly.once(null, lambda: encoders.write_null(null))
         _encode_parts(assembly, encoding, encoders)
+        scaling = None if encoders.vae is None else scaling_of(encoders.vae)
         encoders.drop()
 
         def extra(folder: Path) -> None:
             if encoding.condition == "caption":
                 write_embeddings(read_embeddings(null), folder / NULL_CAPTION)
 
-        return assembly.join(encoding.facts, extra)
+        return assembly.join(partial(encoding.facts, scaling), extra)
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,14 @@ class Encoding:
         captions = ", and what T5 makes of the captions" if self.condition == "caption" else ""
         return f"at most {count:,} images, {size(count * each)} of disk at the model's own size{captions}"
 
-    def facts(self, shards: Sequence[Path]) -> dict[str, Any]:
-        """What the record says of the data, given its shards."""
+    def facts(self, scaling: tuple[float, float] | None, shards: Sequence[Path]) -> dict[str, Any]:
+        """What the record says of the data, given the VAE's scaling and shift, and the data's shards."""
         skipped = sum(read_json(shard / SKIPPED)["count"] for shard in shards)
         facts: dict[str, Any] = {"kind": "latents", "condition": self.condition, "pixels": True, "skipped": skipped}
         if (vae := self.recipe.source.vae) is not None:
-            facts |= {"kind": "moments", "pixels": False, "scaling_factor": vae.scaling_factor, "vae": vae.model_dump()}
+            assert scaling is not None
+            numbers = {"scaling_factor": scaling[0], "shift_factor": scaling[1]}
+            facts |= {"kind": "moments", "pixels": False, **numbers, "vae": {**vae.model_dump(), **numbers}}
         if self.condition == "class":
             facts["num_classes"] = self.target.num_classes
             if self.images.classes is not None:

@@ -32,7 +32,7 @@ def describe_data(path: str | Path) -> dict[str, Any]:
         "skipped": record.get("skipped", 0),
     }
     if data.kind == "moments":
-        facts["scaling_factor"] = data.scaling_factor
+        facts |= {"scaling_factor": data.scaling_factor, "shift_factor": data.shift_factor}
     if data.condition == "class":
         facts["classes"] = _classes(data)
         facts |= {name: record[name] for name in ("class_names", "num_classes") if name in record}
@@ -94,7 +94,7 @@ def write_sheet(path: str | Path, out: Path, *, vae: Vae | None = None, count: i
         indices = sorted({int(one) for one in some})
         noise = torch.zeros(len(indices), *bucket.shape)
         samples = data.read(index, indices, noise=noise)
-        images += list(to_images(samples.clean, decoder, vae.scaling_factor if vae else 1.0))
+        images += list(to_images(samples.clean, decoder))
         if samples.class_labels is not None:
             names = record.get("class_names", [])
             labels += [names[one] if one < len(names) else str(one) for one in samples.class_labels.tolist()]

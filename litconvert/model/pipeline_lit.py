@@ -228,5 +228,6 @@ class LiTPipeline(DiffusionPipeline):  # type: ignore[misc]
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images (N, C, H, W) in [0, 1]."""
         if self.vae is not None:
-            latents = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+            latents = self.vae.decode(scaled + (getattr(self.vae.config, "shift_factor", None) or 0.0)).sample
         return (latents / 2 + 0.5).clamp(0, 1)

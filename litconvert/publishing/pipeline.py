@@ -27,7 +27,7 @@ def decoder_of(recipe: Recipe, vae: str | None, config: ModelConfig, model: Path
     """
     decoder = recipe.source.vae
     if vae is not None:
-        decoder = decoder.model_copy(update={"path": vae, "subfolder": None}) if decoder else Vae(path=vae)
+        decoder = Vae(path=vae)
     if decoder is None and not config.is_pixel_space:
         raise UsageError(
             f"{model}: makes latents of {config.in_channels} channels and its recipe names no decoder: set "
@@ -54,7 +54,8 @@ def lay_out_pipeline(folder: Path, recipe: Recipe, config: ModelConfig, asked: P
     captions, decoder = config.reads_captions, recipe.source.vae
     scheduler = _place_scheduler(folder, recipe, config)
     if decoder is not None:
-        _place_decoder(folder, _cached(decoder) if asked.offline else decoder, decoder, config.in_channels)
+        found = _cached(decoder) if asked.offline else decoder
+        _place_decoder(folder, found, decoder, config.in_channels, captions=captions)
     module, name = pipeline_class(config)
     shutil.copyfile(Path(__file__).parents[1] / "model" / f"{module}.py", folder / f"{module}.py")
     index: dict[str, Any] = {
@@ -90,12 +91,12 @@ def _place_scheduler(folder: Path, recipe: Recipe, config: ModelConfig) -> "Sche
     return scheduler
 
 
-def _place_decoder(folder: Path, found: Vae, named: Vae, in_channels: int) -> None:
-    """The decoder with the recipe's scaling factor; `named` is how messages call what is `found`.
+def _place_decoder(folder: Path, found: Vae, named: Vae, in_channels: int, *, captions: bool) -> None:
+    """The decoder with its own scaling and shift, or the recipe's; `named` is how messages call what is `found`.
 
     Raises UsageError for one of other latents than the model's.
     """
-    from litconvert.sampling.pictures import load_vae
+    from litconvert.sampling.pictures import load_vae, scaling_of
 
     vae = load_vae(found)
     if vae.config.latent_channels != in_channels:
@@ -103,7 +104,11 @@ def _place_decoder(folder: Path, found: Vae, named: Vae, in_channels: int) -> No
             f"{named.path}: decodes latents of {vae.config.latent_channels} channels, the model makes "
             f"{in_channels}; set source.vae.path in recipe.yaml to the source's own decoder"
         )
-    vae.register_to_config(scaling_factor=named.scaling_factor)
+    if captions and scaling_of(vae)[1]:
+        raise UsageError(
+            f"{named.path}: shifts its latents (shift_factor), which diffusers' PixArt pipelines do not undo; push "
+            "without --pipeline, or name the source's own decoder"
+        )
     vae.save_pretrained(folder / "vae")
     _forget_origin(folder / "vae" / "config.json")
 

@@ -131,6 +131,9 @@ def _read_yaml(path: Path) -> _Tree:
     return _Tree(data, lines)
 
 
+VAE_PATH = "source.vae.path"
+
+
 def _override(data: dict[str, Any], assignment: str) -> tuple[str, Any]:
     """Set `a.b.0.c=value` in plain data; returns the key and the value."""
     key, equals, text = assignment.partition("=")
@@ -264,6 +267,12 @@ def _resolve(
     for assignment in overrides:
         key, value = _override(data, assignment)
         sets.add(key)
+        if key == VAE_PATH:  # another VAE brings its own folder, scaling and shift
+            section = data["source"]["vae"]
+            told = {name for name in section if f"source.vae.{name}" in sets}
+            data["source"]["vae"] = {name: section[name] for name in section if name in told}
+            origins = {old: origin for old, origin in origins.items() if not old.startswith("source.vae.")}
+            origins |= {f"source.vae.{name}": "--set" for name in told}
         origins = {old: origin for old, origin in origins.items() if not old.startswith(f"{key}.")}
         origins |= {leaf: "--set" for leaf, _ in flatten(value, key)}
     try:

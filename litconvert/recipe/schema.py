@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 # The number of the table of defaults, which is in every digest of inputs. Another default for any key needs another
 # number, a key that comes or goes needs none: tests/helpers/defaults.json is the table, which a test holds to it.
-DEFAULTS = 1
+DEFAULTS = 2
 
 PROJECTIONS = ("q", "k", "v", "o")
 STAGES = ("hybrid", "flow_matching")
@@ -42,8 +42,10 @@ class Vae(Section):
     """Folder or Hub id of a diffusers AutoencoderKL."""
     subfolder: str | None = None
     """Folder inside it."""
-    scaling_factor: Annotated[float, Field(gt=0)] = 0.18215
-    """Latents are divided by it before decoding. 0.18215 is Stable Diffusion's."""
+    scaling_factor: Annotated[float, Field(gt=0)] | None = None
+    """Latents are divided by it before decoding. None: what the VAE's config.json says, which it may not contradict."""
+    shift_factor: float | None = None
+    """Added to the divided latents before decoding. None: what the VAE's config.json says, or 0."""
 
 
 class TextEncoder(Section):

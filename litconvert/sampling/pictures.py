@@ -24,14 +24,15 @@ NUM_IMAGES = 40
 
 
 def load_vae(vae: Vae) -> Any:
-    """The image decoder of a recipe, in eval mode.
+    """The image decoder of a recipe, in eval mode; scaling and shift of its latents stand in its config.
 
-    Raises LitconvertError when it is not an AutoencoderKL, whole.
+    Raises LitconvertError when it is not an AutoencoderKL, whole, and UsageError where the recipe contradicts it.
     """
     from diffusers import AutoencoderKL
 
     try:
         with hub_errors(vae.path):
+            told = AutoencoderKL.load_config(vae.path, subfolder=vae.subfolder)
             model, loaded = AutoencoderKL.from_pretrained(vae.path, subfolder=vae.subfolder, output_loading_info=True)
     except (ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -45,15 +46,36 @@ def load_vae(vae: Vae) -> Any:
             f"{vae.path}: not a complete AutoencoderKL ({wrong[0]}, and {len(wrong) - 1} more, do not fit); "
             "set source.vae.path to one"
         )
+    if any(told.get(key) is not None for key in ("latents_mean", "latents_std")):
+        raise LitconvertError(
+            f"{vae.path}: normalises each channel of its latents (latents_mean, latents_std), which litconvert does "
+            "not; use the VAE that the model was trained with"
+        )
+    for key in ("scaling_factor", "shift_factor"):
+        asked, own = getattr(vae, key), told.get(key)
+        if asked is None:
+            continue
+        if own is not None and own != asked:
+            raise UsageError(
+                f"source.vae.{key} is {asked:g}, but the VAE {vae.path} says {own:g} itself: leave it out "
+                f"(source.vae.{key}=null), or name the VAE that the model was trained with"
+            )
+        model.register_to_config(**{key: asked})
     return model.eval().requires_grad_(False)
 
 
+def scaling_of(vae: Any) -> tuple[float, float]:
+    """What a VAE's latents are scaled by once they are shifted, and that shift: z = scaling * (sample - shift)."""
+    return float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
+
+
 @torch.inference_mode()
-def to_images(latents: Tensor, vae: Any | None, scaling_factor: float = 1.0) -> NDArray[np.uint8]:
+def to_images(latents: Tensor, vae: Any | None) -> NDArray[np.uint8]:
     """Latents or pixels (N, C, H, W) in [-1, 1] to images (N, H, W, C), uint8; C is 1 or 3."""
     if vae is not None:
+        scaling, shift = scaling_of(vae)
         latents = torch.cat(
-            [vae.decode(one.to(vae.device, vae.dtype) / scaling_factor).sample for one in latents.split(8)]
+            [vae.decode(one.to(vae.device, vae.dtype) / scaling + shift).sample for one in latents.split(8)]
         )
     if not is_pixel_space(latents.shape[1]):
         raise UsageError(
@@ -109,8 +131,7 @@ class SampleSheet:
         settings = self.recipe.sample
         sampler = SamplerSettings(settings, self.recipe.diffusion.num_timesteps, settings.seed, settings.batch_size)
         batches = draw(model, self.conditions, sampler, task=task)
-        factor = self.recipe.source.vae.scaling_factor if self.recipe.source.vae else 1.0
-        return to_images(torch.cat(list(batches)), self.vae, factor)
+        return to_images(torch.cat(list(batches)), self.vae)
 
     def draw(self, model: LiTTransformer2DModel, name: str, listener: Listener = SILENT) -> None:
         """Write NAME.png, where there is a picture to be drawn, under a title that says of whom it is."""

@@ -113,9 +113,8 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
         if request.latents is not None:
             latents = torch.cat(list(draw(models[-1], conditions, sampler, task=task)))
             return _write_latents(request.latents, latents, conditions)
-        factor = settings.source.vae.scaling_factor if settings.source.vae else 1.0
         images = [
-            np.concatenate([to_images(batch, vae, factor) for batch in draw(model, conditions, sampler, task=task)])
+            np.concatenate([to_images(batch, vae) for batch in draw(model, conditions, sampler, task=task)])
             for model in models
         ]
     titles = [f"{request.model}; {described(chosen)}"]

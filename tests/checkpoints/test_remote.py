@@ -1,6 +1,7 @@
 """Sources on the Hub: what is asked of it before a value is read, and what happens when its answers are wrong."""
 
 import io
+import json
 import zipfile
 
 import pytest
@@ -10,6 +11,8 @@ from safetensors.torch import save
 from litconvert.checkpoints.opening import open_checkpoint
 from litconvert.common.tensors import TensorInfo
 from litconvert.errors import LitconvertError, UsageError
+from tests.helpers.checkpoint_files import dit_state
+from tests.helpers.command import command
 from tests.helpers.hub_server import Blob, HubServer, Repository
 
 STATE = {f"module.blocks.{index}.weight": torch.randn(100, 100) for index in range(60)}
@@ -75,3 +78,14 @@ def test_a_refusal_while_headers_are_fetched_is_a_sentence(hub: HubServer, name:
     with pytest.raises(LitconvertError, match="tester/model: the Hub refused: "):
         open_checkpoint("tester/model")
     assert open_checkpoint("tester/model").tensors == HEADERS
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_inspect_of_a_hub_id_reads_headers_alone(hub: HubServer, name: str) -> None:
+    state = dit_state(width=192)
+    content = save(state) if name.endswith(".safetensors") else saved({"ema": state, "model": state})
+    publish_file(hub, name, content)
+    facts = json.loads(command("inspect", "tester/model", "--num-attention-heads", 2, "--json").out)
+    assert (facts["family"], facts["download_bytes"]) == ("dit", len(content))
+    assert hub.bytes_served < len(content) / 10
+    assert 200 not in fetched(hub, 0)

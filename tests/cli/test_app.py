@@ -354,9 +354,27 @@ def test_a_missing_package_is_named(
     assert command(*arguments).code == 0
 
 
-def test_env_names_versions() -> None:
-    facts = json.loads(command("env", "--json").out)
+def test_env_has_what_a_bug_report_needs_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    outcome = command("env", "--json")
+    facts = json.loads(outcome.out)
     assert facts["torch"].startswith("2.")
+    needed = {
+        "litconvert",
+        "python",
+        "diffusers",
+        "system",
+        "processor",
+        "cores",
+        "memory",
+        "CUDA of PyTorch",
+        "devices",
+    }
+    assert {*needed, "device used", "bf16 in hardware", "transformers", "HF_ENDPOINT"} <= facts.keys()
+    assert "hf_secret" not in outcome.out
+    plain = command("env").out
+    assert all(str(name) in plain for name in facts)
 
 
 @pytest.mark.slow

@@ -233,7 +233,7 @@ def text_recipe(tmp_path: Path, pretrained: Pretrained) -> Path:
     path = tmp_path / "text.yaml"
     path.write_text(
         f"source: {{path: {pretrained.folder / 'sigma'}, text_encoder: {{path: {pretrained.folder}}}, "
-        f"vae: {{path: {pretrained.folder}, subfolder: vae, scaling_factor: 0.5}}}}\n"
+        f"vae: {{path: {pretrained.folder}, subfolder: vae}}}}\n"
         f"data: {{synthesize: {{prompts: {tmp_path / 'prompts.txt'}, num_samples: 5, batch_size: 2, shard_size: 3, "
         "steps: 2, guidance: 2.0}}\n"
     )
@@ -351,7 +351,7 @@ def latent_recipe(tmp_path: Path, pretrained: Pretrained) -> Path:
     path = tmp_path / "latent.yaml"
     path.write_text(
         f"source: {{path: {tmp_path / 'latent.pt'}, num_attention_heads: 2, "
-        f"vae: {{path: {pretrained.folder}, subfolder: vae, scaling_factor: 0.5}}}}\n"
+        f"vae: {{path: {pretrained.folder}, subfolder: vae}}}}\n"
         "data: {encode: {batch_size: 2, shard_size: 2}}\n"
     )
     return path

@@ -35,7 +35,7 @@ class Pretrained:
 
     def recipe(self, path: Path, more: str = "") -> Path:
         """A recipe that names this decoder and this T5."""
-        vae = f"vae: {{path: {self.folder}, subfolder: vae, scaling_factor: 0.5}}"
+        vae = f"vae: {{path: {self.folder}, subfolder: vae}}"
         path.write_text(
             f"source: {{{vae}, text_encoder: {{path: {self.folder}}}}}\n"
             "student: {num_attention_heads: 2, conv_size: 3}\n"

@@ -101,9 +101,10 @@ def picos(tmp_path_factory: pytest.TempPathFactory) -> Picos:
     folder = tmp_path_factory.mktemp("private-place")
     torch.manual_seed(0)
     decoder = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
+    decoder.register_to_config(scaling_factor=0.5)
     decoder.save_pretrained(folder / "decoder")
     (folder / "pixels.yaml").write_text(RECIPE)
-    vae = f"vae: {{path: {folder / 'decoder'}, scaling_factor: 0.5}}"
+    vae = f"vae: {{path: {folder / 'decoder'}}}"
     (folder / "latents.yaml").write_text(RECIPE.replace("license:", f"{vae}, license:"))
     flow = (folder / "latents.yaml").read_text().replace("scheduler: ddim", "scheduler: flow-euler")
     (folder / "flow.yaml").write_text(flow.replace("source: {", "source: {family: sit, "))
@@ -556,7 +557,7 @@ def test_a_pipeline_of_latents_needs_a_decoder_that_fits(
         litconvert.push(model, "tester/m", pipeline=True, vae="someone/decoder", dry_run=True)
     assert hub.requests == []
     litconvert.push(model, "tester/m", pipeline=True, vae=str(picos.folder / "decoder"))
-    assert json.loads(sent(hub, "tester/m")["vae/config.json"])["scaling_factor"] == 0.18215
+    assert json.loads(sent(hub, "tester/m")["vae/config.json"])["scaling_factor"] == 0.5
 
 
 @pytest.mark.parametrize("pipeline", [False, True], ids=["plain", "pipeline"])

@@ -12,7 +12,7 @@ import litconvert
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.recipe.packaged import packaged_recipes, summary
 from litconvert.recipe.resolve import find_recipe, json_schema, read_recorded, resolve, resolve_data
-from litconvert.recipe.schema import Hybrid, Recipe, Source
+from litconvert.recipe.schema import Hybrid, Recipe, Source, Vae
 from tests.helpers.checkpoint_files import dit_shapes, pixart_shapes, write_hollow
 from tests.helpers.command import command
 
@@ -129,8 +129,8 @@ def test_the_paper_s_recipes_have_the_paper_s_numbers(
     assert (sample.scheduler, sample.steps, sample.guidance_channels) == ("ddpm", 250, 3)
     assert sample.guidance == guidance
     assert recipe.source.sample_size == sample_size
-    assert recipe.source.vae is not None
-    assert recipe.source.vae.scaling_factor == 0.18215
+    # Its config.json says nothing of a scaling, so it is Stable Diffusion's 0.18215, diffusers' default.
+    assert recipe.source.vae == Vae(path="stabilityai/sd-vae-ft-ema")
     size = "-".join(name.split("-")[1:3])
     if size == "xl-2":
         assert recipe.source.path == f"facebook/DiT-XL-2-{8 * sample_size}"

@@ -470,7 +470,7 @@ def test_the_pipeline_decodes_latents_as_sampling_does(latent_model: LiTTransfor
         decoded = decoder.decode(latents / 0.18215).sample
     assert decoded.shape == (2, 3, 16, 16)
     torch.testing.assert_close(drawn, (decoded / 2 + 0.5).clamp(0, 1))
-    images = to_images(latents, decoder, 0.18215)
+    images = to_images(latents, decoder)
     assert (images == (decoded * 127.5 + 128).clamp(0, 255).permute(0, 2, 3, 1).byte().numpy()).all()
 
 

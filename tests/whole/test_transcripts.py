@@ -1,10 +1,15 @@
 """What the main commands write through a pipe: whole lines, ours alone, the result first."""
 
+import json
 import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.transcripts import COMMANDS, Written, piped
+from benchmarks.transcripts import COMMANDS, Written, environment, piped
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes"), pytest.mark.timeout(1200)]
 
@@ -26,9 +31,25 @@ FIRST = {
 NEXT = {"convert": "distill", "distill": "push", "evaluate": "push", "run": "push", "latents-synthesize": "distill"}
 
 
+# What a command is to take, said before it begins.
+COSTS = {
+    "convert": r"about \d+:\d+:\d+ and [\d.]+ [MG]B of memory",
+    "latents-synthesize": r"about [^,]+, [\d.]+ [MG]B of memory for its weights, [\d.]+ [kMG]B of disk",
+    "distill": r"stage 0, hybrid: about [\d.]+ [MG]B and .+ s",
+    "run": r"checkpoints and the model take up to [\d.]+ [MG]B of disk",
+}
+# What is done already, asked for once more as a program asks.
+AGAIN = ("convert", "latents-synthesize", "distill", "sample", "evaluate", "run")
+
+
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
-    return dict(piped(tmp_path_factory.mktemp("user")))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("user")
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path) -> dict[str, Written]:
+    return dict(piped(folder))
 
 
 def test_every_command_ends_as_it_should(written: dict[str, Written]) -> None:
@@ -62,3 +83,20 @@ def test_the_result_comes_first_and_the_next_command_last(written: dict[str, Wri
     for name, command in NEXT.items():
         assert written[name].err.splitlines()[-1].startswith(f"next: litconvert {command} "), name
     assert "already done: lit-digits" in written["convert-again"].err.splitlines()
+
+
+def test_what_a_step_takes_is_said_before_it_begins(written: dict[str, Written]) -> None:
+    for name, cost in COSTS.items():
+        said = [re.search(cost, line) is not None for line in written[name].err.splitlines()]
+        begins = [": 1/" in line or line.startswith("distil: ") for line in written[name].err.splitlines()]
+        assert True in said, name
+        assert name == "run" or said.index(True) < begins.index(True), name
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_program_gets_json_alone_and_silence(written: dict[str, Written], folder: Path, name: str) -> None:
+    assert written[name].code == 0
+    arguments = [sys.executable, "-m", *shlex.split(COMMANDS[name]), "--json", "-q"]
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, env=environment(), timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert isinstance(json.loads(done.stdout), dict)

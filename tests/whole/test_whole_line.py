@@ -131,7 +131,7 @@ def test_a_sit_with_its_vae(pretrained: Pretrained, tmp_path: Path, data_timeste
     recipe, student, data, run = (tmp_path / name for name in ("recipe.yaml", "student", "data", "run"))
     recipe.write_text(
         f"source: {{family: sit, num_attention_heads: 4, sample_size: 8, data_timestep: {data_timestep},"
-        f" vae: {{path: {pretrained.folder}, subfolder: vae, scaling_factor: 0.5}}}}\n"
+        f" vae: {{path: {pretrained.folder}, subfolder: vae}}}}\n"
         "student: {num_attention_heads: 2, conv_size: 3}\n"
         "sample: {scheduler: flow-euler, steps: 3, num_images: 5}\n"
         f"distill: {{stages: {FLOW}}}\n"
