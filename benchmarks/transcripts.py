@@ -73,9 +73,10 @@ def environment() -> dict[str, str]:
 
 def on_terminal(folder: Path, width: int) -> Iterator[tuple[str, str]]:
     """Each command in a folder, on a terminal of so many columns."""
-    tmux = ["tmux", "-L", f"litconvert-{os.getpid()}"]
     variables = [part for key in ("PYTHONPATH", "LITCONVERT_DEVICE") for part in ("-e", f"{key}={environment()[key]}")]
     for name, command in COMMANDS.items():
+        # A server for each: one that is about to end takes no new session.
+        tmux = ["tmux", "-L", f"litconvert-{os.getpid()}-{width}-{name}"]
         ended = folder / ".ended"
         ended.unlink(missing_ok=True)
         shell = f"{shlex.quote(sys.executable)} -m {command}; touch {ended}; sleep {SECONDS}"
