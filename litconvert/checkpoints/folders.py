@@ -1,5 +1,6 @@
 """Which file of a folder, or of a repository on the Hub, holds the transformer, told by the names in it."""
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
@@ -11,6 +12,7 @@ from litconvert.errors import LitconvertError, UsageError, did_you_mean
 # As diffusers and transformers name them, a variant (`fp16`) before or behind the number.
 SHARD = re.compile(r"-\d{5}-of-\d{5}(\.\w+)+$")
 INDEX = re.compile(r"\.index(\.\w+)?\.json$")
+LONGEST_NAME = 255  # bytes, of every usual file system
 STEM = "diffusion_pytorch_model"
 
 
@@ -77,4 +79,6 @@ def shards_of_index(index: Path) -> list[str]:
         # A shard index comes from outside: it may not make us read anything beside it.
         if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
             raise LitconvertError(f"{index}: names {name[:80]!r}, which is outside its folder; refused")
+        if len(os.fsencode(name)) > LONGEST_NAME:
+            raise LitconvertError(f"{index}: names a file {name[:40]!r}..., longer than a file's name can be")
     return names

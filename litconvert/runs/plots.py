@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Longer curves are drawn smoothed, over the values as they are.
-SMOOTHED_FROM = 100
+SMOOTHED_FROM = 50
 # No screen shows more points side by side; a longer curve is drawn at every so many steps.
 POINTS = 2000
 MEASUREMENTS = 30
