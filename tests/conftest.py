@@ -102,3 +102,17 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> "Pretrained":
     from tests.helpers.pretrained import write_pretrained
 
     return write_pretrained(tmp_path_factory.mktemp("pretrained"))
+
+
+@pytest.fixture
+def text_recipe(tmp_path: Path, pretrained: "Pretrained") -> Path:
+    """A recipe for the tiny PixArt-Sigma, whose data it draws for a list of prompts."""
+    (tmp_path / "prompts.txt").write_text("a red fox\n\n  two birds by the sea \na cat\n")
+    path = tmp_path / "text.yaml"
+    path.write_text(
+        f"source: {{path: {pretrained.folder / 'sigma'}, text_encoder: {{path: {pretrained.folder}}}, "
+        f"vae: {{path: {pretrained.folder}, subfolder: vae}}}}\n"
+        f"data: {{synthesize: {{prompts: {tmp_path / 'prompts.txt'}, num_samples: 5, batch_size: 2, shard_size: 3, "
+        "steps: 2, guidance: 2.0}}\n"
+    )
+    return path

@@ -22,7 +22,7 @@ LAYERS = (
     "families",
     "conversion | sampling",
     "data",
-    "publishing",
+    "publishing | encoding",
     "training",
     "solving | distillation",
     "objectives | estimates | evaluation",

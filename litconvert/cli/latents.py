@@ -128,7 +128,7 @@ def latents_encode(
     path_of(images)
     from litconvert.cli.live import screen
     from litconvert.conversion.plan import resolve_for
-    from litconvert.data.encode import encode_images
+    from litconvert.encoding.encode import encode_images
 
     console.be_quiet(quiet or not is_first())
     use_device(device)

@@ -190,7 +190,9 @@ def show_data(facts: Mapping[str, Any]) -> None:
         rows.append(("classes", f"{len(counts)}, labels {min(facts['classes'])} to {max(facts['classes'])}"))
         rows.append(("samples a class", f"{counts[0]:,} to {counts[-1]:,}, median {counts[len(counts) // 2]:,}"))
     if names := facts.get("class_names"):
-        rows.append(("class names", ", ".join(names[:5]) + (f", ... ({len(names):,} in all)" if names[5:] else "")))
+        order = f", ordered by {facts['class_order']}" if "class_order" in facts else ""
+        more = f", ... ({len(names):,} in all)" if names[5:] else ""
+        rows.append(("class names", ", ".join(names[:5]) + more + order))
     if remark := classes_remark(facts):
         rows.append(("note", remark))
     for key, unit in (("caption_tokens", "tokens"), ("caption_characters", "characters, encoded on the fly")):

@@ -35,7 +35,7 @@ def describe_data(path: str | Path) -> dict[str, Any]:
         facts |= {"scaling_factor": data.scaling_factor, "shift_factor": data.shift_factor}
     if data.condition == "class":
         facts["classes"] = _classes(data)
-        facts |= {name: record[name] for name in ("class_names", "num_classes") if name in record}
+        facts |= {name: record[name] for name in ("class_names", "class_order", "num_classes") if name in record}
     elif data.condition == "caption":
         lengths = np.concatenate([_column(bucket, "caption_tokens") for bucket in data.buckets])
         facts["caption_tokens"] = _spread(lengths)

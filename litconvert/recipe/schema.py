@@ -241,17 +241,25 @@ class Synthesize(Guidance):
     """Of a model of captions: a text file, one prompt a line, cycled; None: the list that ships with litconvert."""
 
 
+ClassOrder = Literal["name", "number"]
+
+
 class Encode(Section):
     """The training set that `litconvert latents encode` makes of images."""
 
     split: str = "train"
-    """Of a Hub data set."""
+    """Of a data set that has several."""
     image_column: str = "image"
-    """Of a Hub data set."""
+    """Images of a table or a Hub data set, and the file extension of webdataset shards."""
     label_column: str = "label"
-    """Class labels of a Hub data set."""
+    """Class labels, likewise (`cls` where this is not found in shards)."""
     caption_column: str = "caption"
-    """Captions of a Hub data set, and the file extension (`txt` where this is not found) of webdataset shards."""
+    """Captions, likewise (`txt` where this is not found in shards)."""
+    class_order: ClassOrder | None = None
+    """How folders called by numbers are sorted, which gives their labels: `name` as text (0, 1, 10, 2), as torchvision
+    and so DiT's own training does, `number` by the numbers. None: either, where both are the same, or else refused."""
+    max_pixels: Positive = 178_956_970
+    """An image of more, which may take gigabytes of memory to read, counts as broken."""
     sizes: tuple[tuple[Positive, Positive], ...] = ()
     """Heights and widths in pixels; each image goes to the nearest aspect ratio. Empty: the model's own square."""
     captions: Literal["embeddings", "text"] = "embeddings"

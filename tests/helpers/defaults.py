@@ -23,9 +23,16 @@ def current_defaults() -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
+def changed(kept: Any, now: Any) -> bool:
+    """Whether a default is another one now; a section that has more keys is not."""
+    if isinstance(kept, dict) and isinstance(now, dict):
+        return any(key in now and changed(value, now[key]) for key, value in kept.items())
+    return bool(kept != now)
+
+
 if __name__ == "__main__":
     kept, now = json.loads(TABLE.read_text()), current_defaults()
-    changed = [key for key, value in kept["defaults"].items() if now.get(key, value) != value]
-    if changed and kept["number"] == recipe.DEFAULTS:
-        raise SystemExit(f"raise litconvert.recipe.schema.DEFAULTS first: other defaults for {', '.join(changed)}")
+    others = [key for key, value in kept["defaults"].items() if changed(value, now.get(key, value))]
+    if others and kept["number"] == recipe.DEFAULTS:
+        raise SystemExit(f"raise litconvert.recipe.schema.DEFAULTS first: other defaults for {', '.join(others)}")
     TABLE.write_text(json.dumps({"number": recipe.DEFAULTS, "defaults": now}, indent=1) + "\n")

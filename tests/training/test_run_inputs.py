@@ -24,7 +24,7 @@ from litconvert.recipe import schema as recipes
 from litconvert.recipe.inputs import Inputs, differences, given
 from litconvert.recipe.schema import Hybrid, Recipe
 from litconvert.runs.directory import RunDirectory
-from tests.helpers.defaults import TABLE, current_defaults
+from tests.helpers.defaults import TABLE, changed, current_defaults
 from tests.helpers.listener import Hearing
 from tests.helpers.processes import Forker, patience
 
@@ -78,10 +78,10 @@ def assert_same(one: Path, other: Path) -> None:
 def test_another_default_has_another_number() -> None:
     kept = json.loads(TABLE.read_text())
     now = json.loads(json.dumps(current_defaults()))
-    changed = {key: (value, now[key]) for key, value in kept["defaults"].items() if now.get(key, value) != value}
-    assert not changed or kept["number"] != recipes.DEFAULTS, (
+    others = {key: (value, now[key]) for key, value in kept["defaults"].items() if changed(value, now.get(key, value))}
+    assert not others or kept["number"] != recipes.DEFAULTS, (
         f"raise DEFAULTS in litconvert/recipe/schema.py, since these defaults changed: "
-        f"{changed}; then `python -m tests.helpers.defaults`"
+        f"{others}; then `python -m tests.helpers.defaults`"
     )
     assert now == kept["defaults"], "keys came or went: write the table anew with `python -m tests.helpers.defaults`"
     assert kept["number"] == recipes.DEFAULTS

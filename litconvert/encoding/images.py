@@ -1,17 +1,23 @@
 """An image to encode: where it is stored, and as a model is trained on it: whole, of the right mode, cropped."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from litconvert.common.hub import hub_errors
 from litconvert.errors import LitconvertError
+
+# Pillow reads far more, and starts other programs for some of it (Ghostscript, for EPS under any name).
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
 class BrokenSample(LitconvertError):
@@ -26,11 +32,42 @@ class ImageSample:
         name: for messages.
         data: a file, its content, or an address (owner's file on the Hub, member of a zip) that `content` reads.
         condition: class label or caption; -1 or nothing where there is none.
+        fault: what is wrong with it, where that is known.
     """
 
     name: str
     data: Path | str | bytes
     condition: int | str
+    fault: str | None = None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Of FORMATS those that Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    formats = _formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is called as an image is that can be read."""
+    return os.path.splitext(name)[1].lower() in _suffixes()
+
+
+@contextmanager
+def pillow_unbounded() -> Iterator[None]:
+    """Let `read_image` alone decide what is too large, not Pillow, whose own limit is one for the whole process."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def content(sample: ImageSample) -> Path | bytes:
@@ -83,14 +120,22 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
 
 
-def read_image(sample: ImageSample, mode: str, sizes: Sequence[tuple[int, int]]) -> NDArray[np.uint8]:
+def read_image(
+    sample: ImageSample, mode: str, sizes: Sequence[tuple[int, int]], max_pixels: int | None = None
+) -> NDArray[np.uint8]:
     """An image as its viewer shows it, on white where it is transparent, cropped to the nearest size: (C, H, W).
 
-    Raises BrokenSample for an image that cannot be read whole.
+    Raises BrokenSample for an image that cannot be read whole, or has more than `max_pixels`.
     """
     data = content(sample)
     try:
-        with Image.open(BytesIO(data) if isinstance(data, bytes) else data) as opened:
+        with Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()) as opened:
+            if max_pixels is not None and opened.width * opened.height > max_pixels:
+                raise BrokenSample(
+                    f"{sample.name}: has {opened.width:,} x {opened.height:,} pixels, more than "
+                    f"data.encode.max_pixels={max_pixels}: raise that, make the image smaller, or leave such out with "
+                    "--skip-broken"
+                )
             image = _eight_bits(ImageOps.exif_transpose(opened))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -98,10 +143,12 @@ def read_image(sample: ImageSample, mode: str, sizes: Sequence[tuple[int, int]])
             image = image.convert(mode)
             height, width = nearest_size((image.height, image.width), sizes)
             cropped = np.asarray(center_crop(image, height, width))
-    except MemoryError:
+    except (MemoryError, BrokenSample):
         raise
     except Exception as error:  # Pillow's decoders raise many kinds for a broken file
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is of none of the formats that are read: " + ", ".join(_formats())
         raise BrokenSample(
             f"{sample.name}: not a whole image ({reason}); replace or remove it, or leave broken ones out with "
             "--skip-broken"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from litconvert.data.dataset import ConditionKind
-from litconvert.data.images import BrokenSample, ImageSample, read_image
+from litconvert.encoding.images import BrokenSample, ImageSample, read_image
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.sources import open_source_of
 from litconvert.recipe.schema import Recipe
@@ -129,7 +129,9 @@ class Encoders:
         return columns
 
     def check(self, sample: ImageSample) -> None:
-        """Refuse a sample without a condition, with BrokenSample, and a class that the model does not have."""
+        """Refuse with BrokenSample what has a fault or no condition, with UsageError a class that the model has not."""
+        if sample.fault is not None:
+            raise BrokenSample(f"{sample.name}: {sample.fault}; repair it, or leave such out with --skip-broken")
         if isinstance(sample.condition, str):
             if not sample.condition.strip():
                 raise BrokenSample(f"{sample.name}: has no caption; add it, or leave such out with --skip-broken")
@@ -141,7 +143,7 @@ class Encoders:
     def prepare(self, sample: ImageSample) -> NDArray[np.uint8]:
         """A sample's image, checked, read and cropped: (C, H, W)."""
         self.check(sample)
-        return read_image(sample, self.mode, self.sizes)
+        return read_image(sample, self.mode, self.sizes, self.recipe.data.encode.max_pixels)
 
     def drop(self) -> None:
         """Let go of both."""

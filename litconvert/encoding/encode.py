@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from litconvert.common.files import digest_of, read_json
+from litconvert.common.files import digest_of, read_json, refuse_source
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.quantities import size
 from litconvert.data.dataset import NULL_CAPTION, ConditionKind
-from litconvert.data.encoders import Encoders, Target
-from litconvert.data.image_sources import ImageSource, open_images
-from litconvert.data.images import BrokenSample, ImageSample
 from litconvert.data.shards import Assembly, is_finished, launched_group, shard_writer, written
+from litconvert.encoding.encoders import Encoders, Target
+from litconvert.encoding.image_sources import ImageSource, open_images
+from litconvert.encoding.images import BrokenSample, ImageSample, pillow_unbounded
 from litconvert.errors import UsageError
 from litconvert.model.config import is_pixel_space
 from litconvert.recipe.inputs import Inputs, given
@@ -30,6 +30,8 @@ from litconvert.sampling.captions import read_embeddings, write_embeddings
 from litconvert.sampling.pictures import scaling_of
 
 SKIPPED = "skipped.json"
+# Keys of `data.encode` that the first data sets had not, and so had not in their digests.
+SINCE_FORMAT_1 = ("class_order", "max_pixels")
 
 
 def encode_images(
@@ -58,18 +60,22 @@ def encode_images(
     Raises UsageError for images and a model that do not fit, LitconvertError for a broken image.
     """
     out, recipe = Path(out), resolved.recipe
-    encoding = Encoding.of(str(images), recipe, skip_broken=skip_broken)
+    refuse_source(out, [Path(images)])
+    encoding = Encoding.of(str(images), recipe, skip_broken=skip_broken, out=out)
     inputs = encoding.inputs()
     if is_finished(out, inputs, force=force, remake=force):
         if launched_group().process == 0:
             listener.note(f"already done: {out}")
         return out
     assembly = Assembly(out, inputs, encoding.images.parts, launched_group(), listener)
-    if listener.wants_estimates and assembly.group.process == 0:
-        listener.note(encoding.cost())
+    if assembly.group.process == 0:
+        for remark in encoding.images.remarks:
+            listener.note(remark)
+        if listener.wants_estimates:
+            listener.note(encoding.cost())
     with written(out):
         encoders = Encoders(recipe, encoding.target, encoding.condition, assembly.group.device)
-    with written(out), assembly.begun():
+    with written(out), assembly.begun(), pillow_unbounded():
         null = assembly.folder / NULL_CAPTION
         if encoding.condition == "caption":
             assembly.once(null, lambda: encoders.write_null(null))
@@ -101,7 +107,7 @@ class Encoding:
     skip_broken: bool
 
     @classmethod
-    def of(cls, images: str, recipe: Recipe, *, skip_broken: bool) -> "Encoding":
+    def of(cls, images: str, recipe: Recipe, *, skip_broken: bool, out: Path | None = None) -> "Encoding":
         """Of images that `open_images` finds. Raises UsageError where they, the recipe and the model do not fit."""
         target = Target.of(recipe)
         condition = _condition(recipe, target)
@@ -110,7 +116,7 @@ class Encoding:
                 f"the model sees latents of {target.in_channels} channels, and no VAE is named to encode images with: "
                 "give one (--vae stabilityai/sd-vae-ft-ema)"
             )
-        found = open_images(images, recipe.data.encode, captions=condition != "class")
+        found = open_images(images, recipe.data.encode, captions=condition != "class", out=out)
         if condition == "class" and found.classes is not None and len(found.classes) > (target.num_classes or 0):
             raise UsageError(f"{images}: has {len(found.classes)} classes, the model has {target.num_classes}")
         return cls(recipe, target, found, condition, skip_broken)
@@ -131,7 +137,7 @@ class Encoding:
         }
         first = {
             "images": self.images.listing,
-            "encode": recipe.data.encode.model_dump(exclude={"batch_size"}),
+            "encode": recipe.data.encode.model_dump(exclude={"batch_size", *SINCE_FORMAT_1}),
             "target": vars(self.target),
             "vae": vae.model_dump() if vae else None,
             "flip": recipe.data.flip and vae is not None,
@@ -163,6 +169,8 @@ class Encoding:
             facts["num_classes"] = self.target.num_classes
             if self.images.classes is not None:
                 facts["class_names"] = list(self.images.classes)
+            if self.recipe.data.encode.class_order is not None:
+                facts["class_order"] = self.recipe.data.encode.class_order
         return facts
 
 
