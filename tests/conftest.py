@@ -116,3 +116,16 @@ def text_recipe(tmp_path: Path, pretrained: "Pretrained") -> Path:
         "steps: 2, guidance: 2.0}}\n"
     )
     return path
+
+
+@pytest.fixture
+def latent_recipe(tmp_path: Path, pretrained: "Pretrained") -> Path:
+    """A recipe for a model of four classes that sees the tiny VAE's latents of 64 pixels."""
+    torch.save(dit_state(channels=4), tmp_path / "latent.pt")
+    path = tmp_path / "latent.yaml"
+    path.write_text(
+        f"source: {{path: {tmp_path / 'latent.pt'}, num_attention_heads: 2, "
+        f"vae: {{path: {pretrained.folder}, subfolder: vae}}}}\n"
+        "data: {encode: {batch_size: 2, shard_size: 2}}\n"
+    )
+    return path

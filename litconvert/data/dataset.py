@@ -124,6 +124,7 @@ class LatentDataset:
         caption_channels: width of the text features.
         caption_tokens: the longest stored caption.
         null_caption: features (L, C) and mask (L,) of the empty prompt, where they are stored.
+        vae, text_encoder: what made the latents and the text features, as the recipe's sections; None: not known.
     """
 
     buckets: tuple[Bucket, ...]
@@ -138,6 +139,8 @@ class LatentDataset:
     caption_channels: int | None = None
     caption_tokens: int | None = None
     null_caption: tuple[Tensor, Tensor] | None = None
+    vae: Mapping[str, Any] | None = None
+    text_encoder: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self.buckets))
@@ -225,6 +228,8 @@ def open_latents(path: str | Path) -> LatentDataset:
         caption_channels=channels,
         caption_tokens=tokens,
         null_caption=null_caption,
+        vae=record.get("vae"),
+        text_encoder=record.get("text_encoder"),
     )
 
 

@@ -150,12 +150,13 @@ def _prompts(recipe: Recipe) -> list[str]:
 
 def _facts(recipe: Recipe, in_channels: int, condition: ConditionKind) -> dict[str, Any]:
     """What the record says of the data."""
-    vae = recipe.source.vae
+    vae, encoder = recipe.source.vae, recipe.source.text_encoder
     return {
         "kind": "latents",
         "condition": condition,
         "pixels": vae is None and is_pixel_space(in_channels),
         "vae": vae.model_dump() if vae else None,
+        "text_encoder": encoder.model_dump() if encoder and condition == "caption" else None,
     }
 
 

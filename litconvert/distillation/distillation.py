@@ -32,6 +32,7 @@ from litconvert.training.fitting import fit as fit_and_write
 from litconvert.training.objective import TrainingRun
 from litconvert.training.optimization import trained_names
 from litconvert.training.run_inputs import File, RunInputs, goes_on, is_finished
+from litconvert.training.same_encoders import check_same_encoders
 
 # Of a student's source: where its files are now, and what decodes and encodes beside it.
 MOVABLE = ("path", "vae", "text_encoder", "license")
@@ -187,6 +188,7 @@ def _open_data(
         synthesize_resolved(resolved, Path(folder), listener, force=asked.force)
     data = open_latents(folder)
     check_data(lineage.config, data, recipe)
+    check_same_encoders(data, recipe)
     return data
 
 

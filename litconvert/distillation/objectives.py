@@ -28,7 +28,8 @@ def distillation_terms(
 
     Args:
         student, teacher: outputs for the same x_t, timestep and condition, (N, 2C, H, W), or (N, C, H, W) of
-            velocities; no teacher when its weights are 0.
+            velocities and of models without a learned variance, whose terms of it there are not; no teacher when its
+            weights are 0.
     """
     terms = {name: value.mean() for name, value in diffusion.terms(student, clean, noise, timestep).items()}
     if isinstance(stage, FlowMatchingStage):
@@ -36,14 +37,15 @@ def distillation_terms(
             terms["teacher_velocity"] = stage.velocity_weight * F.mse_loss(student.float(), teacher.float())
         return terms
     if not stage.variational_bound:
-        del terms["variational_bound"]
+        terms.pop("variational_bound", None)
     if teacher is None:
         return terms
-    student_noise, student_variance = student.float().chunk(2, dim=1)
-    teacher_noise, teacher_variance = teacher.float().chunk(2, dim=1)
+    parts = [clean.shape[1], student.shape[1] - clean.shape[1]]
+    student_noise, student_variance = student.float().split(parts, dim=1)
+    teacher_noise, teacher_variance = teacher.float().split(parts, dim=1)
     if stage.noise_weight:
         terms["teacher_noise"] = stage.noise_weight * F.mse_loss(student_noise, teacher_noise)
-    if stage.variance_weight:
+    if stage.variance_weight and student_variance.shape[1]:
         terms["teacher_variance"] = stage.variance_weight * F.mse_loss(student_variance, teacher_variance)
     return terms
 

@@ -21,6 +21,7 @@ from litconvert.training.fitting import begin, fit, refuse_inputs_in, trained_re
 from litconvert.training.objective import TrainingRun
 from litconvert.training.optimization import trained_names
 from litconvert.training.run_inputs import RunInputs
+from litconvert.training.same_encoders import check_same_encoders
 
 
 def scratch_config(scratch: Scratch) -> ModelConfig:
@@ -73,6 +74,7 @@ def train(
     engine = Engine(settings.distill.mixed_precision)
     dataset = open_latents(folder)
     check_data(config, dataset, settings)
+    check_same_encoders(dataset, settings)
     run = RunDirectory(out)
     wanted = RunInputs({"scratch": config.values}, {}, dataset.digest, dataset.condition == "text", settings)
     if begin(engine, run, wanted, {}, force=force, listener=listener):

@@ -165,6 +165,8 @@ class Encoding:
             assert scaling is not None
             numbers = {"scaling_factor": scaling[0], "shift_factor": scaling[1]}
             facts |= {"kind": "moments", "pixels": False, **numbers, "vae": {**vae.model_dump(), **numbers}}
+        if self.condition == "caption" and (encoder := self.recipe.source.text_encoder) is not None:
+            facts["text_encoder"] = encoder.model_dump()
         if self.condition == "class":
             facts["num_classes"] = self.target.num_classes
             if self.images.classes is not None:

@@ -32,6 +32,7 @@ from litconvert.solving.calibration import StateMaker
 from litconvert.solving.layer import LayerSolver
 from litconvert.solving.streams import Passes
 from litconvert.training.checks import check_data
+from litconvert.training.same_encoders import check_same_encoders
 
 # The number of its states' noise: no walk has it.
 PROBE = 2_000_000
@@ -223,6 +224,7 @@ def _batches(folder: Path, pair: Pair, asked: ProbeRequest) -> list[ModelInputs]
     """What both models see, made before they are read: the T5 of captions that are kept as text is gone by then."""
     data = open_latents(_place(pair.recipe, asked))
     check_data(pair.config, data, pair.recipe)
+    check_same_encoders(data, pair.recipe)
     return probe_inputs(data, pair.config, pair.recipe, asked.num_samples, default_device())
 
 

@@ -78,17 +78,20 @@ class DDPM:
         """The terms of DiT's loss for each sample, before weighting.
 
         Args:
-            model_output: (N, 2C, H, W), noise then raw variance.
+            model_output: (N, 2C, H, W), noise then raw variance, or the noise alone (N, C, H, W).
             clean: x_0 (N, C, H, W), in [-1, 1] for the likelihood at t = 0 to be that of 8-bit values.
             noise: eps (N, C, H, W).
             timestep: (N,) int64.
 
         Returns: `noise` (N,), the mean squared error of eps; `variational_bound` (N,), in bits per dimension, with eps
         detached so that it trains the variance alone: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and at t = 0 the
-        negative log-likelihood of x_0 under the discretised Gaussian with 255 bins on [-1, 1].
+        negative log-likelihood of x_0 under the discretised Gaussian with 255 bins on [-1, 1]. There is none without a
+        variance.
         """
-        predicted_noise, variance = model_output.float().chunk(2, dim=1)
-        clean, noise = clean.float(), noise.float()
+        clean, noise, channels = clean.float(), noise.float(), clean.shape[1]
+        predicted_noise, variance = model_output.float().split([channels, model_output.shape[1] - channels], dim=1)
+        if variance.shape[1] == 0:
+            return {"noise": sample_means((predicted_noise - noise) ** 2)}
         noisy = self.add_noise(clean, noise, timestep)
         frozen = predicted_noise.detach()
         predicted_clean = (

@@ -24,6 +24,7 @@ from litconvert.sampling.captions import Captions, read_embeddings
 from litconvert.sampling.draw import SamplerSettings, cycled, draw
 from litconvert.solving.streams import Streams
 from litconvert.training.checks import check_data
+from litconvert.training.same_encoders import check_same_encoders
 
 CONDITION_DROPOUT = 0.1
 # States at a time, of one grid each; a number of its own, so that no setting changes what is drawn.
@@ -57,6 +58,7 @@ def open_images(plan: SolvePlan, config: ModelConfig, recipe: Recipe, drawn: Pat
     """
     data = open_latents(plan.settings.data or drawn)
     check_data(config, data, recipe.model_copy(update={"data": recipe.data.model_copy(update={"flip": False})}))
+    check_same_encoders(data, recipe)
     return CalibrationImages.of(data, -(-plan.held_out * plan.images // (plan.states + plan.held_out)))
 
 

@@ -7,7 +7,7 @@ from litconvert.data.dataset import LatentDataset
 from litconvert.errors import UsageError
 from litconvert.model.config import ModelConfig
 from litconvert.recipe.batch_split import micro_batch_of
-from litconvert.recipe.schema import FlowMatchingStage, Recipe, teacher_weights
+from litconvert.recipe.schema import FlowMatchingStage, Hybrid, Recipe, teacher_weights
 from litconvert.runs.trackers import tracker_packages
 from litconvert.training.optimization import optimizer_package
 
@@ -51,12 +51,20 @@ def check_model(config: ModelConfig, recipe: Recipe) -> None:
                 f"{where}.objective={stage.objective}: this model predicts {config.prediction}, whose objective is "
                 f"{right}"
             )
-        if not velocity and not config.learns_variance:
-            raise UsageError(
-                f"{where}: the hybrid loss is DiT's, for models with a learned variance, which this one has not"
-            )
         if stage.feature_weight and "linear" not in config.attention:
             raise UsageError(f"{where}.feature_weight is of linear layers, and the student has none; set 0")
+
+
+def stage_remarks(config: ModelConfig, recipe: Recipe) -> list[str]:
+    """What of a recipe's stages does nothing for a model."""
+    stages = [one for one in recipe.distill.stages if isinstance(one, Hybrid)]
+    asks = any(one.variational_bound or one.variance_weight for one in stages)
+    if config.predicts_velocity or config.learns_variance or not asks:
+        return []
+    return [
+        "the model has no learned variance: it learns the noise alone, and variational_bound and variance_weight of "
+        "the stages do nothing"
+    ]
 
 
 def check_packages(recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ from litconvert.errors import LitconvertError, UsageError
 from litconvert.recipe.schema import Recipe
 from litconvert.runs.directory import RECORD, Progress, RunDirectory
 from litconvert.runs.plots import compare
+from litconvert.training.checks import stage_remarks
 from litconvert.training.engine import Engine
 from litconvert.training.objective import TrainingRun
 from litconvert.training.observer import Observer
@@ -142,6 +143,7 @@ def _notes(training: TrainingRun) -> Iterator[str]:
             f"the data set's images are of {sizes[0]:,} tokens, the model was made for {tokens:,}; was it encoded "
             "for another size?"
         )
+    yield from stage_remarks(training.config, training.recipe)
     if training.splits_teacher:
         yield "the teacher is split over the processes: it is not drawn, nor is the error by timestep measured"
 

@@ -1,5 +1,6 @@
 """Distillation: what the two networks see, what a run leaves behind, and that it resumes exactly."""
 
+import csv
 import errno
 import os
 import random
@@ -556,3 +557,21 @@ def test_a_file_system_without_locks_is_named(
     notes.clear()
     synthesize(pairs[1], pairs[0], str(pairs[2]), listener=Hearing(note=notes.append))
     assert any("without locks" in note for note in notes)
+
+
+def test_a_model_without_learned_variance_is_taught_its_noise_alone(tmp_path: Path, pico_recipe: Path) -> None:
+    state = dit_state()
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[name] = state[name][: len(state[name]) // 2].clone()
+    torch.save(state, tmp_path / "source.pt")
+    student = litconvert.convert(tmp_path / "source.pt", tmp_path / "student", str(pico_recipe))
+    notes: list[str] = []
+    run = litconvert.distill(student, tmp_path / "run", listener=Hearing(note=notes.append))
+    assert any("no learned variance: it learns the noise alone" in note for note in notes)
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row["noise"]) > 0 and float(row["teacher_noise"]) > 0 for row in rows)
+    assert not any(row["teacher_variance"] or row["variational_bound"] for row in rows)
+    before, after = (litconvert.load(one).state_dict() for one in (student, run))
+    assert after["final_layer.linear.bias"].shape == (4,)
+    assert not torch.equal(before["final_layer.linear.bias"], after["final_layer.linear.bias"])

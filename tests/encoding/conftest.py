@@ -3,12 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from tests.helpers.checkpoint_files import dit_state
 from tests.helpers.images import CAPTIONS, COLOURS, png, write_tar
-from tests.helpers.pretrained import Pretrained
 
 
 @pytest.fixture
@@ -23,19 +20,6 @@ def photos(tmp_path: Path) -> Path:
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "thumb.png").write_bytes(b"no image")
     return folder
-
-
-@pytest.fixture
-def latent_recipe(tmp_path: Path, pretrained: Pretrained) -> Path:
-    """A recipe for a model of four classes that sees the tiny VAE's latents of 64 pixels."""
-    torch.save(dit_state(channels=4), tmp_path / "latent.pt")
-    path = tmp_path / "latent.yaml"
-    path.write_text(
-        f"source: {{path: {tmp_path / 'latent.pt'}, num_attention_heads: 2, "
-        f"vae: {{path: {pretrained.folder}, subfolder: vae}}}}\n"
-        "data: {encode: {batch_size: 2, shard_size: 2}}\n"
-    )
-    return path
 
 
 @pytest.fixture

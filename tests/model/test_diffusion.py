@@ -376,3 +376,12 @@ def test_losses_do_not_depend_on_how_a_batch_is_split() -> None:
     whole = attention_error([mine], [theirs])
     halves = [attention_error([mine[half]], [theirs[half]]) for half in (slice(2), slice(2, 4))]
     torch.testing.assert_close(torch.stack(halves).mean(), whole)
+
+
+def test_without_a_variance_the_noise_alone_is_learnt() -> None:
+    generator = torch.Generator().manual_seed(0)
+    output, clean, noise = (torch.randn(4, channels, 3, 3, generator=generator) for channels in (4, 2, 2))
+    timestep = torch.tensor([0, 1, 500, 999])
+    whole, alone = (DDPM(1000).terms(part, clean, noise, timestep) for part in (output, output[:, :2]))
+    assert set(alone) == {"noise"}
+    assert torch.equal(whole["noise"], alone["noise"])
