@@ -4,8 +4,10 @@ Read with tarfile rather than by `datasets`, which takes an archive that was cut
 whole archive for one bad label.
 """
 
+import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -22,6 +24,8 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 FIELDS = {"label_column": "cls", "caption_column": "txt"}
 NO_TEXTS = ("cls", "cls2", "index", "inx", "id", "json", "jsn")
 ARCHIVES = ("tar", "tgz", "gz", "bz2", "xz", "zst", "zip")
+# What tarfile raises for a damaged archive, numbers beyond all files among it.
+DAMAGE = (OSError, EOFError, OverflowError, ValueError, MemoryError, zlib.error, lzma.LZMAError, tarfile.TarError)
 BLOCK = 512
 CHUNK = 1 << 20
 Sample = dict[str, tarfile.TarInfo]
@@ -73,7 +77,7 @@ class Archives:
         try:
             with opened(path) as tar:
                 members = [member.name for member in tar if member.isfile()]
-        except (OSError, EOFError, tarfile.TarError) as error:
+        except DAMAGE as error:
             raise _not_whole(path, str(error)) from error
         pairs = [match.groups() for match in map(MEMBER.fullmatch, members) if match]
         fields = sorted({field for _, field in pairs})
@@ -134,7 +138,7 @@ def opened(path: Path) -> tarfile.TarFile:
     """A tar file. Raises UsageError for what is none."""
     try:
         return tarfile.open(path)
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except DAMAGE as error:
         raise _not_whole(path, str(error)) from error
 
 
@@ -149,10 +153,11 @@ def samples(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, Sample]]:
             match = MEMBER.fullmatch(member.name)
             if match is None or not (member.isfile() or member.islnk() or member.issym()):
                 continue
-            if not member.isfile():
+            if not member.isfile() or member.issparse():
+                what = "is stored with holes" if member.isfile() else "is a link to another file"
                 raise UsageError(
-                    f"{path}: {member.name} is a link to another file of it; write the archive anew with the files "
-                    "themselves (tar --hard-dereference -h)"
+                    f"{path}: {member.name[:80]!r} {what}; write the archive anew with the files themselves "
+                    "(tar --hard-dereference -h, without -S)"
                 )
             if match[1] != key:
                 if sample:
@@ -160,15 +165,15 @@ def samples(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, Sample]]:
                 key, sample = match[1], {}
                 if key in seen:
                     raise UsageError(
-                        f"{path}: is not sorted: more files of the sample {key!r} come after those of others; write "
+                        f"{path}: is not sorted: more files of sample {key[:80]!r} come after those of others; write "
                         "it anew with each sample's files beside each other (tar --sort=name)"
                     )
                 seen.add(key)
             if match[2] in sample:
-                raise UsageError(f"{path}: holds {member.name} twice; write it anew with each sample once")
+                raise UsageError(f"{path}: holds {member.name[:80]!r} twice; write it anew with each sample once")
             sample[match[2]] = member
         _check_end(path, tar)
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except DAMAGE as error:
         raise _not_whole(path, str(error)) from error
     if sample:
         yield key, sample
@@ -192,9 +197,10 @@ def _bytes_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     try:
         file = tar.extractfile(member)
         return b"" if file is None else file.read()
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except DAMAGE as error:
         raise _not_whole(Path(str(tar.name)), str(error)) from error
 
 
 def _not_whole(path: Path, reason: str) -> LitconvertError:
+    reason = reason.splitlines()[0] if reason else "it is damaged"
     return UsageError(f"{path}: not a whole tar file ({reason}); download it again, or remove it")

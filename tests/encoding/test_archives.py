@@ -116,7 +116,7 @@ def test_archives_in_an_archive_and_links_are_told(tmp_path: Path) -> None:
         link = tarfile.TarInfo("1.png")
         link.type, link.linkname = tarfile.LNKTYPE, "0.png"
         tar.addfile(link)
-    with pytest.raises(UsageError, match=r"1\.png is a link"):
+    with pytest.raises(UsageError, match=r"'1\.png' is a link"):
         read(tmp_path / "links")
 
 

@@ -7,13 +7,14 @@ import pickle
 import random
 import struct
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 import litconvert
 from litconvert.conversion.relayout import write_layout
@@ -40,15 +41,17 @@ class Form:
         entry: the file to open; empty for their folder.
         damaged: the file that is damaged.
         heads: the hint that it needs.
+        one_set: it holds one set of weights, or its moving average under `ema`.
     """
 
     files: dict[str, bytes]
     entry: str
     damaged: str
     heads: int | None = 2
+    one_set: bool = True
 
     def with_content(self, content: bytes, name: str | None = None) -> "Form":
-        return Form({**self.files, name or self.damaged: content}, self.entry, self.damaged, self.heads)
+        return replace(self, files={**self.files, name or self.damaged: content})
 
     @property
     def content(self) -> bytes:
@@ -82,15 +85,59 @@ def sound_forms(folder: Path) -> dict[str, Form]:
     litconvert.convert(plain, folder / "student", None, hints)
     training = {"model": state, "ema": state, "opt": {"step": 3}, "args": argparse.Namespace(model="DiT", lr=1e-4)}
     shards, name = files_of(folder / "shards"), "a.safetensors"
+    wrapped = {f"net._orig_mod.module.{key}": value for key, value in state.items()}
     return {
         "safetensors": Form({name: (folder / "original.safetensors").read_bytes()}, name, name),
         "zip": Form({"a.pt": plain.read_bytes()}, "a.pt", "a.pt"),
         "training": Form({"a.pt": saved(training)}, "a.pt", "a.pt"),
         "legacy": Form({"a.pt": saved(state, legacy=True)}, "a.pt", "a.pt"),
+        "wrapped, of another kind than its name": Form({"a.bin": save(wrapped)}, "a.bin", "a.bin"),
+        "averages": Form({"a.ckpt": saved(averages(state))}, "a.ckpt", "a.ckpt"),
         "diffusers": Form(files_of(folder / "diffusers"), "", f"{STEM}.safetensors", None),
         "shards": Form(shards, "", min(name for name in shards if name.endswith(".safetensors")), None),
         "student": Form(files_of(folder / "student"), "", f"{STEM}.safetensors", None),
     }
+
+
+def averages(state: Mapping[str, torch.Tensor], shadow: object = None) -> dict[str, Any]:
+    """A training checkpoint as an EMA object leaves it: the parameters in a list, the buffers in the model alone."""
+    parameters = [value for key, value in state.items() if key != "pos_embed"]
+    ema = {"decay": 0.999, "num_updates": 7, "shadow_params": parameters if shadow is None else shadow}
+    return {"state_dict": {f"model.diffusion_model.{key}": value for key, value in state.items()}, "ema_state": ema}
+
+
+def rewritten_sets(form: Form) -> Cases:
+    """Sets of weights beside, within and instead of one another."""
+    state, form = torch.load(io.BytesIO(form.content), weights_only=True), replace(form, one_set=False)
+    values = list(state.values())[1:]
+    shadows: dict[str, object] = {
+        "short": values[:-1],
+        "long": [*values, values[0]],
+        "backwards": values[::-1],
+        "empty": [],
+        "a name": "ema",
+        "of numbers": list(range(len(values))),
+        "nested": [values],
+        "one tensor": values[0],
+        "by name": dict(zip(state, values, strict=False)),
+    }
+    for what, shadow in shadows.items():
+        yield f"averages {what}", form.with_content(saved(averages(state, shadow)))
+    for value in NASTY:
+        yield f"averages of {value!r:.40}", form.with_content(saved(averages(state, [value] * len(values))))
+        yield f"ema {value!r:.40}", form.with_content(saved({"model": state, "ema": value}))
+    for prefix in ("module.", "a" * 10_000 + ".", ".", "..", "0.", "ema.", "\0.", "blocks.0.", "x_embedder.", "é."):
+        renamed = {prefix + key: value for key, value in state.items()}
+        yield f"behind {prefix[:20]!r}", form.with_content(saved(renamed))
+        yield f"behind {prefix[:20]!r} and beside it", form.with_content(saved({**renamed, **state}))
+        half = dict([*list(renamed.items())[:9], *state.items()])
+        yield f"half behind {prefix[:20]!r}", form.with_content(saved(half))
+    deep: Any = state
+    for _ in range(40):
+        deep = {"model": deep}
+    yield "far inside", form.with_content(saved(deep))
+    yield "many sets", form.with_content(saved({f"run{number}": state for number in range(200)}))
+    yield "lists of lists", form.with_content(saved({"ema": [[[[value]]] for value in values], "model": state}))
 
 
 def truncated(form: Form) -> Cases:
@@ -298,6 +345,27 @@ def rewritten_zip(form: Form, draw: random.Random) -> Cases:
         yield f"legacy pickle {name} behind its magic", form.with_content(legacy_start() + data)
 
 
+def rewritten_tar(form: Form, draw: random.Random) -> Cases:
+    """Headers of tar files that say something else, their checksums right."""
+    content = form.content
+    fields = {"name": (0, 100), "mode": (100, 8), "size": (124, 12), "type": (156, 1), "link": (157, 100)}
+    fields |= {"magic": (257, 8), "prefix": (345, 155)}
+    values = (b"", b"\0" * 12, b"7" * 12, b"\x80" + b"\xff" * 11, b"-1", b"../../a.png", b"\xff\xfe", b"x" * 155)
+    kinds = b"01234567gxLKSDVM"
+    starts = [start for start in range(0, len(content), 512) if content[start + 257 : start + 262] == b"ustar"]
+    for field, (offset, width) in fields.items():
+        for value in [bytes([kind]) for kind in kinds] if field == "type" else values:
+            start = draw.choice(starts)
+            changed = bytearray(content)
+            changed[start + offset : start + offset + width] = value[:width].ljust(width, b"\0")
+            changed[start + 148 : start + 156] = b" " * 8
+            changed[start + 148 : start + 156] = b"%06o\0 " % sum(changed[start : start + 512])
+            yield f"{field} {value!r:.30} at {start}", form.with_content(bytes(changed))
+    yield "twice", form.with_content(content + content)
+    yield "backwards", form.with_content(content[::-1])
+    yield "zeros", form.with_content(b"\0" * len(content))
+
+
 def legacy_start() -> bytes:
     """What comes before the pickle of the state dict in torch's old format: magic number, version, system."""
     magic, version = 0x1950A86A20F9469CFC6C, 1001
@@ -401,6 +469,7 @@ def all_cases(forms: dict[str, Form], draw: random.Random) -> Cases:
     yield from named("diffusers", rewritten_config(forms["diffusers"]))
     yield from named("student", rewritten_config(forms["student"]))
     yield from named("zip", rewritten_zip(forms["zip"], draw))
+    yield from named("zip", rewritten_sets(forms["zip"]))
 
 
 NASTY: tuple[Any, ...] = (
