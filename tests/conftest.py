@@ -31,6 +31,7 @@ distill:
   stages:
     - {objective: hybrid, steps: 3, batch_size: 4, learning_rate: 1.0e-3, schedule: cosine, feature_weight: 0.5}
     - {objective: hybrid, steps: 5, batch_size: 4, learning_rate: 1.0e-3, warmup_steps: 2, ema_decay: 0.9}
+sampling: {mixed_precision: "no"}
 sample: {scheduler: ddim, steps: 2, num_images: 4}
 """
 
@@ -112,6 +113,7 @@ def text_recipe(tmp_path: Path, pretrained: "Pretrained") -> Path:
     path.write_text(
         f"source: {{path: {pretrained.folder / 'sigma'}, text_encoder: {{path: {pretrained.folder}}}, "
         f"vae: {{path: {pretrained.folder}, subfolder: vae}}}}\n"
+        "sampling: {mixed_precision: 'no'}\n"
         f"data: {{synthesize: {{prompts: {tmp_path / 'prompts.txt'}, num_samples: 5, batch_size: 2, shard_size: 3, "
         "steps: 2, guidance: 2.0}}\n"
     )

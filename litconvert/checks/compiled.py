@@ -16,9 +16,9 @@ from torch.utils._triton import has_triton
 
 from litconvert.checks.check import Context, Error, Finding, Skipped, judge
 from litconvert.estimates.activations import random_inputs
+from litconvert.model.compilation import compile_blocks
 from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.training.student import compile_blocks
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ LONG, LONG_BYTES = 16384, 16e9
 
 
 def check_compiled(context: Context, cases: Sequence[Case] | None = None) -> Finding:
-    """Outputs and gradients of `training.student.compile_blocks` against the same model's without it."""
+    """Outputs and gradients of `model.compilation.compile_blocks` against the same model's without it."""
     if reason := why_not(context.device):
         raise Skipped(reason)
     errors, rows, left_out = [], [], []

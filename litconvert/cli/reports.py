@@ -183,6 +183,8 @@ def show_data(facts: Mapping[str, Any]) -> None:
         ("shapes", shapes),
         ("kind", kinds[facts["kind"]] + mirrored),
     ]
+    if "precision" in facts:
+        rows.append(("drawn in", facts["precision"]))
     if "scaling_factor" in facts:
         rows.append(("scaling factor", f"{facts['scaling_factor']:g}"))
     if "classes" in facts:

@@ -31,6 +31,8 @@ def describe_data(path: str | Path) -> dict[str, Any]:
         "digest": data.digest,
         "skipped": record.get("skipped", 0),
     }
+    if "precision" in record:
+        facts["precision"] = record["precision"]
     if data.kind == "moments":
         facts |= {"scaling_factor": data.scaling_factor, "shift_factor": data.shift_factor}
     if data.condition == "class":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litconvert.common.device import default_device
+from litconvert.common.device import default_device, uses_bf16
 from litconvert.common.files import digest_of, require_space
 from litconvert.common.listener import SILENT, Listener, Task
 from litconvert.common.quantities import size, span
@@ -151,10 +151,12 @@ def _prompts(recipe: Recipe) -> list[str]:
 def _facts(recipe: Recipe, in_channels: int, condition: ConditionKind) -> dict[str, Any]:
     """What the record says of the data."""
     vae, encoder = recipe.source.vae, recipe.source.text_encoder
+    bf16 = uses_bf16(recipe.sampling.mixed_precision)
     return {
         "kind": "latents",
         "condition": condition,
         "pixels": vae is None and is_pixel_space(in_channels),
+        "precision": "bf16" if bf16 else "float32",
         "vae": vae.model_dump() if vae else None,
         "text_encoder": encoder.model_dump() if encoder and condition == "caption" else None,
     }
@@ -186,7 +188,7 @@ class Drawing:
     def _draw(self, conditions: Tensor | Captions, first: int) -> Tensor:
         """One batch (N, C, H, W), each sample from the noise of its index in the whole set."""
         settings = self.recipe.data.synthesize
-        sampler = SamplerSettings(settings, self.recipe.diffusion.num_timesteps, settings.seed, settings.batch_size)
+        sampler = SamplerSettings.of(self.recipe, settings, seed=settings.seed, batch_size=settings.batch_size)
         batches = draw(self.model, conditions, sampler, first=first)
         latents = torch.cat(list(batches))
         if not torch.isfinite(latents).all():

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from litconvert.distillation.objectives import attention_error, distillation_terms
 from litconvert.distillation.teacher_outputs import TeacherOutputs
 from litconvert.model.attention_layers import recorded_attention
+from litconvert.model.compilation import compile_blocks, compiles
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.schema import AnyStage, Distill, teacher_weights
 from litconvert.training.engine import Engine
 from litconvert.training.objective import StepInputs
-from litconvert.training.student import compile_blocks, compiles
 
 
 class Teacher:

@@ -25,7 +25,7 @@ def _samples(model: LiTTransformer2DModel, recipe: Recipe, seed: int, task: Task
     """As many as the recipe asks for, of every class as many, and their classes."""
     settings = recipe.evaluate
     labels = balanced_labels(settings.num_samples, model.config.num_classes)
-    sampler = SamplerSettings(settings, recipe.diffusion.num_timesteps, seed, settings.batch_size)
+    sampler = SamplerSettings.of(recipe, settings, seed=seed, batch_size=settings.batch_size)
     return torch.cat(list(draw(model, labels, sampler, task=task))), labels
 
 

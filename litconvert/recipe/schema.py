@@ -417,6 +417,18 @@ class Sample(Guidance):
     """Samples at a time; it changes rounding alone."""
 
 
+class Sampling(Section):
+    """How whatever draws computes: `sample`, `latents synthesize`, `evaluate`, and the pictures of a run."""
+
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Of the model's forward passes; auto: bf16 where the device computes it in hardware, and float32 elsewhere. The
+    sampler's own arithmetic is float32."""
+    compile: Literal["auto", "no", "blocks"] = "auto"
+    """torch.compile of the model's blocks; auto: on a GPU, where 1,000 forward passes or more are to be made."""
+    shard_size: Positive = 500
+    """Pictures that are drawn before they are kept; an interrupted command loses at most one such part."""
+
+
 class Evaluate(Guidance):
     """The metrics, against the teacher's own samples."""
 
@@ -485,6 +497,8 @@ class Recipe(Section):
     """The training set."""
     distill: Distill = Distill()
     """The training."""
+    sampling: Sampling = Sampling()
+    """How whatever draws computes."""
     sample: Sample = Sample()
     """The pictures that `sample` and a run draw."""
     evaluate: Evaluate = Evaluate()

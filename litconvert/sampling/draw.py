@@ -1,6 +1,7 @@
 """Drawing samples from noise: for classes or captions, with a scheduler of diffusers, batch by batch."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -13,13 +14,14 @@ from diffusers import (
 )
 from torch import Tensor
 
+from litconvert.common.device import uses_bf16
 from litconvert.common.listener import UNSEEN, Task
 from litconvert.common.seeds import generator_of
 from litconvert.errors import UsageError
 from litconvert.model.diffusion import linear_betas
 from litconvert.model.modeling_lit import CaptionConditioning, LiTTransformer2DModel
 from litconvert.model.pipeline_lit import Condition, Scheduler, denoise, set_timesteps, unfit_scheduler
-from litconvert.recipe.schema import Guidance
+from litconvert.recipe.schema import Guidance, Recipe
 from litconvert.sampling.captions import Captions
 
 LabelsOrCaptions = TypeVar("LabelsOrCaptions", Tensor, Captions)
@@ -201,12 +203,20 @@ class SamplerSettings:
         num_timesteps: of the forward process the model was trained with.
         seed: of the noise.
         batch_size: samples at a time; it changes rounding alone.
+        bf16: the model's forward passes are in bf16 autocast.
     """
 
     guidance: Guidance
     num_timesteps: int
     seed: int
     batch_size: int
+    bf16: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe, guidance: Guidance, *, seed: int, batch_size: int) -> "SamplerSettings":
+        """As a recipe draws on this device."""
+        bf16 = uses_bf16(recipe.sampling.mixed_precision)
+        return cls(guidance, recipe.diffusion.num_timesteps, seed, batch_size, bf16)
 
     def steps_of(self, count: int) -> int:
         """How many steps so many samples take, batch by batch."""
@@ -231,20 +241,22 @@ def draw(
     for start in range(0, len(conditions), batch_size):
         some = conditions[start : start + batch_size]
         noise = torch.stack([noise_of(seed, first + start + i, shape) for i in range(len(some))])
-        yield sample(
-            model,
-            noise=noise,
-            class_labels=None if isinstance(some, Captions) else some,
-            captions=some if isinstance(some, Captions) else None,
-            scheduler=guidance.scheduler,
-            steps=guidance.steps,
-            guidance=guidance.guidance,
-            guidance_channels=guidance.guidance_channels,
-            seed=seed,
-            first=first + start,
-            num_timesteps=sampler.num_timesteps,
-            task=task,
-        ).cpu()
+        with torch.autocast(model.device.type, torch.bfloat16) if sampler.bf16 else nullcontext():
+            drawn = sample(
+                model,
+                noise=noise,
+                class_labels=None if isinstance(some, Captions) else some,
+                captions=some if isinstance(some, Captions) else None,
+                scheduler=guidance.scheduler,
+                steps=guidance.steps,
+                guidance=guidance.guidance,
+                guidance_channels=guidance.guidance_channels,
+                seed=seed,
+                first=first + start,
+                num_timesteps=sampler.num_timesteps,
+                task=task,
+            )
+        yield drawn.cpu()
 
 
 def cycled(conditions: LabelsOrCaptions, count: int) -> LabelsOrCaptions:

@@ -129,7 +129,7 @@ class SampleSheet:
     def images(self, model: LiTTransformer2DModel, task: Task = UNSEEN) -> NDArray[np.uint8]:
         """The sheet's images (N, H, W, C); `task` is advanced after each step of each batch."""
         settings = self.recipe.sample
-        sampler = SamplerSettings(settings, self.recipe.diffusion.num_timesteps, settings.seed, settings.batch_size)
+        sampler = SamplerSettings.of(self.recipe, settings, seed=settings.seed, batch_size=settings.batch_size)
         batches = draw(model, self.conditions, sampler, task=task)
         return to_images(torch.cat(list(batches)), self.vae)
 

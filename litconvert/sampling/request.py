@@ -105,7 +105,7 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
     read = sources[-1:] if request.latents else sources
     listener.note(f"reading {' and '.join(source.checkpoint.source for source in read)}")
     models = [read_model(source, torch.float32).to(device) for source in read]
-    sampler = SamplerSettings(chosen, settings.diffusion.num_timesteps, chosen.seed, chosen.batch_size)
+    sampler = SamplerSettings.of(settings, chosen, seed=chosen.seed, batch_size=chosen.batch_size)
     for written in (request.latents, request.npz, None if request.latents else request.out):
         if written is not None:
             written.parent.mkdir(parents=True, exist_ok=True)

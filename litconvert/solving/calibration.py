@@ -92,7 +92,7 @@ def draw_caption_images(
     guidance = sampler_of(plan, recipe)
     if captions.null_features is None and not model.config.null_caption:
         guidance = guidance.model_copy(update={"guidance": 1.0})
-    sampler = SamplerSettings(guidance, recipe.diffusion.num_timesteps, recipe.data.synthesize.seed, 8)
+    sampler = SamplerSettings.of(recipe, guidance, seed=recipe.data.synthesize.seed, batch_size=8)
     some = cycled(captions, plan.images)
     with listener.task("teacher draws for calibration", sampler.steps_of(plan.images)) as task:
         latents = torch.cat(list(draw(model, some, sampler, task=task)))

@@ -4,39 +4,13 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor
-from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 from litconvert.model.attention_layers import linear_layers, recorded_attention
+from litconvert.model.compilation import compile_blocks, compiles
 from litconvert.model.modeling_lit import Block, LiTTransformer2DModel
 from litconvert.recipe.schema import AnyStage, Distill
-
-
-def compiles(setting: str, device: torch.device) -> bool:
-    """What distill.compile comes to on this device."""
-    return setting == "blocks" or (setting == "auto" and device.type == "cuda" and has_triton())
-
-
-def compile_blocks(model: LiTTransformer2DModel, *, recorded: bool) -> None:
-    """torch.compile, block by block: one compilation serves them all.
-
-    With `recorded` attention outputs, attention and feed-forward are compiled each by itself: a hook inside a compiled
-    block would not be called.
-    """
-    # Inductor's mix-order reduction gives silently wrong gradients for the scales and shifts of modulated LayerNorms
-    # (torch 2.10 and later; pytorch/pytorch issue 193061).
-    if hasattr(inductor.triton, "mix_order_reduction"):
-        inductor.triton.mix_order_reduction = False
-    # Data parallelism would cut each block in pieces, for communication to begin in the middle of one.
-    torch._dynamo.config.optimize_ddp = False
-    for block in cast(Iterator[Block], model.blocks):
-        # One code object serves every kind of layer, mode, size and precision: more than the eight there may be of it.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for module in (block.attn, block.ff) if recorded else (block,):
-            module.forward = torch.compile(type(module).forward).__get__(module)  # type: ignore[method-assign]
 
 
 class Student(nn.Module):

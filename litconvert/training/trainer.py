@@ -18,6 +18,7 @@ from litconvert.common.memory import is_out_of_memory, measured_peak, reset_peak
 from litconvert.data.batches import Batch, MicroBatches
 from litconvert.data.conditions import Conditioner
 from litconvert.errors import LitconvertError
+from litconvert.model.compilation import compiles
 from litconvert.model.config import ModelConfig
 from litconvert.model.diffusion import DDPM, make_diffusion
 from litconvert.model.modeling_lit import LiTTransformer2DModel
@@ -35,7 +36,7 @@ from litconvert.training.optimization import (
     trained_names,
     training_state,
 )
-from litconvert.training.student import Student, compiles
+from litconvert.training.student import Student
 
 SAME_SIGNAL_SECONDS = 2.0
 

@@ -18,7 +18,7 @@ import litconvert
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.model.pipeline_lit import LiTPipeline, predict
-from litconvert.recipe.schema import Guidance, Vae
+from litconvert.recipe.schema import Guidance, Recipe, Vae
 from litconvert.sampling.draw import SamplerSettings, draw, make_scheduler, noise_of, sample
 from litconvert.sampling.pictures import load_vae, save_npz, to_images
 from litconvert.sampling.request import parse_classes
@@ -541,3 +541,23 @@ def test_a_fused_model_saves_the_same_tensors(tmp_path: Path, pico_student: Path
     names = list(model.state_dict())
     model.fuse_qkv_projections()
     assert list(model.state_dict()) == names
+
+
+def test_one_setting_says_in_what_precision_everything_draws(
+    model: LiTTransformer2DModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sampler(setting: str, hardware: str) -> SamplerSettings:
+        monkeypatch.setenv("LITCONVERT_BF16", hardware)
+        recipe = Recipe.model_validate({"sampling": {"mixed_precision": setting}})
+        return SamplerSettings.of(recipe, Guidance(steps=2), seed=5, batch_size=2)
+
+    asked = {(setting, hardware): sampler(setting, hardware) for setting in ("auto", "no", "bf16") for hardware in "01"}
+    assert [one.bf16 for one in asked.values()] == [False, True, False, False, True, True]
+    labels, seen = torch.tensor([0, 1, 2]), list[torch.dtype]()
+    model.blocks[0].attn.to_out.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    drawn = {setting: torch.cat(list(draw(model, labels, asked[setting, "1"]))) for setting in ("no", "bf16")}
+    assert set(seen[: len(seen) // 2]) == {torch.float32}
+    assert set(seen[len(seen) // 2 :]) == {torch.bfloat16}
+    assert drawn["bf16"].dtype == torch.float32  # the sampler's own arithmetic
+    difference = ((drawn["bf16"] - drawn["no"]) ** 2).mean() / (drawn["no"] ** 2).mean()
+    assert 0 < difference < 1e-3
