@@ -64,7 +64,7 @@ def encode_images(
         if launched_group().process == 0:
             listener.note(f"already done: {out}")
         return out
-    assembly = Assembly(out, inputs, encoding.images.parts, launched_group(), listener)
+    assembly = Assembly(out, inputs, encoding.images.parts, launched_group(), listener, force)
     if listener.wants_estimates and assembly.group.process == 0:
         listener.note(encoding.cost())
     with written(out):

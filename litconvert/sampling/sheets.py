@@ -45,7 +45,6 @@ def save_sheet(path: Path, parts: Sequence[Part], *, columns: int = 10, scale: i
     for one in drawn:
         sheet.paste(one, (0, top))
         top += one.height
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         sheet.save(temporary, format=form)
 
