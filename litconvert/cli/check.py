@@ -82,6 +82,7 @@ def show(report: Mapping[str, Any]) -> None:
 def main() -> None:
     """`python -m litconvert.gpu_check`; exits as `litconvert` does."""
     console.hush_libraries()
+    console.take_any_text()
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
     app.command()(check_machine)
     try:

@@ -89,6 +89,20 @@ def refuse_existing(*paths: Path | None, force: bool) -> None:
         raise LitconvertError(f"{' and '.join(there)} {verb}; choose another name, or replace {them} with --force")
 
 
+def printable(text: str) -> str:
+    """Text as UTF-8 can hold it: bytes of a name that are none are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def require_utf8(path: Path) -> None:
+    """Raise UsageError for a path whose name is not UTF-8, which safetensors, PyTorch and Arrow cannot open."""
+    if printable(str(path)) != str(path):
+        raise UsageError(
+            f"{printable(str(path))}: a name in this path is not UTF-8, and the libraries that read weights and data "
+            "cannot open it; rename the file or folder (`convmv` does many)"
+        )
+
+
 def free_name(path: Path) -> Path:
     """The path where nothing is there, or else NAME-2, NAME-3, ..., the first that is free."""
     number, free = 1, path

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from litconvert.common.files import held, is_alive
+from litconvert.common.files import held, is_alive, require_utf8
 from litconvert.common.listener import SILENT, Listener
 from litconvert.errors import LitconvertError, UsageError, system_cause
 
@@ -196,8 +196,10 @@ def _folder(pattern: str) -> str:
     return pattern[: pattern.rfind("/") + 1]
 
 
-def refuse_inside(out: Path) -> None:
-    """Raise UsageError for an output inside another one of ours, which would be replaced with all that is in it."""
+def refuse_place(out: Path) -> None:
+    """Raise UsageError for an output inside another one of ours, which would be replaced with all that is in it, and
+    for one whose name no library could open."""
+    require_utf8(out)
     for folder in place_of(out).parents:
         for kind in (MODEL, DATA_SET):
             if (folder / kind.record).is_file():
@@ -211,9 +213,9 @@ def refuse_inside(out: Path) -> None:
 def at_work(out: Path, listener: Listener = SILENT) -> Iterator[None]:
     """Keep an output to this command while the block runs; the system lets go of it however the process ends.
 
-    Raises LitconvertError when another command is writing it, UsageError for an output inside another one of ours.
+    Raises LitconvertError when another command is writing it, UsageError for a place that `refuse_place` refuses.
     """
-    refuse_inside(out)
+    refuse_place(out)
     place = place_of(out)
     missing = [folder for folder in place.parents if not folder.exists()]
     try:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from litconvert.common.files import read_json, write_whole
+from litconvert.common.files import read_json, require_utf8, write_whole
 from litconvert.common.outputs import DATA_SET, refuse_unfinished, whole_directory
 from litconvert.errors import UsageError
 from litconvert.model.config import is_pixel_space
@@ -198,6 +198,7 @@ def open_latents(path: str | Path) -> LatentDataset:
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data set; {ADVICE}")
+    require_utf8(folder)
     refuse_unfinished(folder)
     record = read_record(folder)
     if record.get("format", 1) > FORMAT_VERSION:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from litconvert.common.files import require_space, write_whole
+from litconvert.common.files import require_space, require_utf8, write_whole
 from litconvert.common.listener import SILENT, Listener, Task
 from litconvert.common.outputs import (
     DATA_SET,
     at_work,
     contents,
     is_unfinished,
+    place_of,
     refuse_foreign,
     refuse_stranger,
     whole_directory,
@@ -172,6 +173,7 @@ class Assembly:
     @contextmanager
     def begun(self) -> Iterator[None]:
         """Around the work of every process; no other group of processes may be at it."""
+        require_utf8(place_of(self.out))
         self.group.wait()  # until every one has seen whether `out` was there
         with at_work(self.out, self.listener) if self.group.process == 0 else nullcontext():
             if self.group.process == 0:

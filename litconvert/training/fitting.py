@@ -11,7 +11,7 @@ from torch import Tensor
 from litconvert.checkpoints.writing import LazyTensors
 from litconvert.common.files import digest_of, held, require_space
 from litconvert.common.listener import SILENT, Listener
-from litconvert.common.outputs import MODEL, refuse_foreign, refuse_inside, whole_directory
+from litconvert.common.outputs import MODEL, refuse_foreign, refuse_place, whole_directory
 from litconvert.common.quantities import size
 from litconvert.common.tensors import DTYPES, TensorInfo
 from litconvert.conversion.directory import write_description, write_model_directory
@@ -30,7 +30,7 @@ from litconvert.training.trainer import Trainer
 
 def refuse_inputs_in(out: Path, *inputs: str | Path | None) -> None:
     """Raise UsageError where the run would be written over what it reads, or into another output of ours."""
-    refuse_inside(out)
+    refuse_place(out)
     held = [path for path in inputs if path and Path(path).resolve().is_relative_to(out.resolve())]
     if held:
         raise UsageError(f"{out} holds {held[0]}, which the run reads; write the run beside it")
