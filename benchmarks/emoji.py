@@ -32,7 +32,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, features
 from PIL.ImageFont import FreeTypeFont
 
-from litconvert.common.files import whole_directory
+from litconvert.common.outputs import whole_directory
 from litconvert.errors import LitconvertError, UsageError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")

@@ -10,12 +10,14 @@ from litconvert.checkpoints.kinds import kind_of_file
 from litconvert.checkpoints.sets import choose
 from litconvert.checkpoints.weights_files import WeightsFile, open_weights
 from litconvert.common.files import read_json
+from litconvert.common.outputs import refuse_unfinished
 from litconvert.common.tensors import TensorInfo
 from litconvert.errors import LitconvertError, UsageError
 
 
 def open_local(source: str, path: Path, *, file: str | None = None, weights: str = "auto") -> Checkpoint:
     """Open a checkpoint on this machine: headers only. Arguments as of `open_checkpoint`, `path` is where it is."""
+    refuse_unfinished(path)
     if path.is_dir() and (path / RUN_INDEX).is_file():
         return _open_run_checkpoint(source, path, weights)
     if path.is_dir():

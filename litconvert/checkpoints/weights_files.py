@@ -25,6 +25,7 @@ from litconvert.checkpoints.pickles import (
     tensors_of,
 )
 from litconvert.checkpoints.sets import Header
+from litconvert.common.files import require_utf8
 from litconvert.common.tensors import TensorInfo, check_dtype, info_of_header
 from litconvert.errors import LitconvertError, system_cause
 
@@ -54,6 +55,7 @@ class WeightsFile(Protocol):
 
 def open_weights(path: Path) -> WeightsFile:
     """Open a file of whichever kind its bytes say. Raises LitconvertError for what is none, or is damaged."""
+    require_utf8(path)
     kind = kind_of_file(path)
     if kind == "index":
         raise LitconvertError(f"{path}: a JSON file, which holds no weights; give the file or the folder that does")

@@ -76,6 +76,7 @@ recipes_app.command("schema")(recipes.recipes_schema)
 def main() -> None:
     """Run the command line; exits 0, 1 (known error), 2 (usage), 3 (a gate failed) or 130 (interrupted)."""
     terminal.hush_libraries()
+    terminal.take_any_text()
     try:
         app()
     except SystemExit as end:

@@ -12,12 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from litconvert.cli import terminal as console
-from litconvert.cli.options import DeviceOption, JsonOption, MinutesOption, ReportOption, use_device
+from litconvert.cli.options import DeviceOption, JsonOption, MinutesOption, ReplaceOption, ReportOption, use_device
 from litconvert.errors import GateError, UsageError
 
 
 def check_machine(
-    device: DeviceOption = None, minutes: MinutesOption = None, as_json: JsonOption = False, out: ReportOption = None
+    device: DeviceOption = None,
+    minutes: MinutesOption = None,
+    as_json: JsonOption = False,
+    out: ReportOption = None,
+    force: ReplaceOption = False,
 ) -> None:
     """Try on this machine's device what litconvert does: numerics, torch.compile, training, processes, estimates.
 
@@ -32,7 +36,7 @@ def check_machine(
     from litconvert.checks.report import MINUTES, all_checks, report_of, without_people
     from litconvert.checks.runner import run_checks
     from litconvert.common.device import choose_device, chosen_device, default_device
-    from litconvert.common.files import write_whole
+    from litconvert.common.files import refuse_existing, write_whole
     from litconvert.common.launch import launched_processes
 
     seconds = 60 * (MINUTES if minutes is None else minutes)
@@ -46,6 +50,7 @@ def check_machine(
     choose_device(chosen_device())  # what a launcher chose, by a variable that checks do not see
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
+    refuse_existing(out, force=force)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="litconvert-check-", ignore_cleanup_errors=True) as folder:
         outcomes = run_checks(all_checks(), default_device().type, Path(folder), seconds, announce)
@@ -77,6 +82,7 @@ def show(report: Mapping[str, Any]) -> None:
 def main() -> None:
     """`python -m litconvert.gpu_check`; exits as `litconvert` does."""
     console.hush_libraries()
+    console.take_any_text()
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
     app.command()(check_machine)
     try:
@@ -93,13 +99,14 @@ def env(
     ] = False,
     minutes: MinutesOption = None,
     out: ReportOption = None,
+    force: ReplaceOption = False,
 ) -> None:
     """Versions and devices, for bug reports; with --check whether what litconvert does works on this machine.
 
     Example: litconvert env --check --out check.json
     """
     if check:
-        check_machine(device, minutes, as_json, out)
+        check_machine(device, minutes, as_json, out, force)
         return
     if minutes is not None or out is not None:
         raise UsageError("--minutes and --out are of the check: add --check")

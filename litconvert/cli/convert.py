@@ -224,7 +224,10 @@ def convert(
     if dry_run:
         console.note(f"nothing written (--dry-run); would write {out}")
     else:
-        console.next_step("distill", out, Path("runs") / out.name)
+        place = out.resolve()
+        # Of a student in the current folder the run goes beside that.
+        runs = Path("../runs" if Path.cwd().is_relative_to(place) else "runs")
+        console.next_step("distill", out, runs / place.name)
 
 
 def _rewrite(settings: "Recipe", out: Path, to: str, *, dry_run: bool, force: bool, as_json: bool) -> None:

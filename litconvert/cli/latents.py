@@ -13,6 +13,7 @@ from litconvert.cli.options import (
     JsonOption,
     OwnRecipeOption,
     QuietOption,
+    ReplaceOption,
     SetOption,
     a_data_set,
     a_new_folder,
@@ -26,6 +27,7 @@ from litconvert.cli.options import (
     overrides_of,
     use_device,
 )
+from litconvert.common.files import refuse_existing
 from litconvert.common.hub import path_of
 from litconvert.errors import UsageError
 
@@ -156,6 +158,7 @@ def latents_show(
         ),
     ] = None,
     sets: SetOption = None,
+    force: ReplaceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -164,6 +167,7 @@ def latents_show(
     Example: litconvert latents show latents/ --out sheet.png
     """
     check_overrides(recipe, sets or [])
+    refuse_existing(out, force=force)
     from litconvert.cli.reports import show_data
     from litconvert.data.report import describe_data, write_sheet
     from litconvert.recipe.resolve import resolve

@@ -16,6 +16,7 @@ from litconvert.cli.options import (
     QuietOption,
     RawOption,
     RecordedRecipeOption,
+    ReplaceOption,
     SeedOption,
     SetOption,
     a_file,
@@ -30,10 +31,14 @@ from litconvert.cli.options import (
     recorded_recipe,
     use_device,
 )
+from litconvert.common.files import free_name, refuse_existing
 from litconvert.common.hub import check_repo_id
 from litconvert.common.quantities import count
 from litconvert.errors import UsageError
 from litconvert.runs.directory import model_of
+
+# What `sample` writes unless it is told.
+SHEET = Path("samples.png")
 
 
 def probe(
@@ -66,7 +71,7 @@ def probe(
     ] = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file of --write.")] = False,
+    force: ReplaceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -116,8 +121,14 @@ def sample(
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Sheet to write: .png, .jpg or .webp.", callback=a_picture)
-    ] = Path("samples.png"),
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Sheet to write: .png, .jpg or .webp. Default: samples.png, samples-2.png, ..., the first free one.",
+            callback=a_picture,
+        ),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option("--teacher", help="Draw this one too, on the same noise, above.", callback=a_source),
@@ -169,6 +180,7 @@ def sample(
     num_attention_heads: HeadsOption = None,
     device: DeviceOption = None,
     raw: RawOption = False,
+    force: ReplaceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -188,6 +200,9 @@ def sample(
     }
     overrides = [*(sets or []), *assignments(named)]
     check_overrides(recipe or recorded_recipe(model_of(model)), overrides, model)
+    # Before torch is imported; what else the request refuses comes after that.
+    refuse_existing(None if latents else out, npz, latents, save_embeddings, force=force)
+    sheet = out or (SHEET if force else free_name(SHEET))
     from litconvert.cli.live import screen
     from litconvert.sampling.request import SampleRequest, sample_to_files
 
@@ -195,7 +210,7 @@ def sample(
     use_device(device)
     request = SampleRequest(
         model,
-        out,
+        sheet,
         teacher=teacher,
         recipe=recipe,
         overrides=overrides,
@@ -206,6 +221,7 @@ def sample(
         save_embeddings=save_embeddings,
         npz=npz,
         latents=latents,
+        force=force,
         num_attention_heads=num_attention_heads,
         weights="model" if raw else "auto",
     )

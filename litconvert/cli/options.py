@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from litconvert.common.files import picture_format
+from litconvert.common.files import picture_format, require_file_name
 from litconvert.common.hub import path_of
 from litconvert.errors import UsageError
 from litconvert.runs.directory import model_of
@@ -90,8 +90,8 @@ def a_new_folder(path: Path | None) -> Path | None:
 
 def a_new_file(path: Path | None) -> Path | None:
     """A file to write."""
-    if path is not None and path.is_dir():
-        raise UsageError(f"{path} is a folder, and a file is written: name a file in it")
+    if path is not None:
+        require_file_name(path)
     return path
 
 
@@ -143,6 +143,7 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that was made from other inputs.")]
+ReplaceOption = Annotated[bool, typer.Option("--force", help="Replace files that are there already.")]
 HeadsOption = Annotated[
     int | None, typer.Option("--num-attention-heads", help="Heads of the source, where its width does not tell.")
 ]

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from litconvert.cli import terminal as console
-from litconvert.cli.options import ForceOption, JsonOption, SetOption, complete_recipe
-from litconvert.errors import LitconvertError, UsageError
+from litconvert.cli.options import JsonOption, ReplaceOption, SetOption, complete_recipe
+from litconvert.errors import UsageError
 
 SCHEMA = "recipe.schema.json"
 
@@ -62,14 +62,14 @@ def recipes_show(
 def recipes_copy(
     name: Annotated[str, typer.Argument(help="A packaged recipe.", autocompletion=complete_recipe)],
     out: Annotated[Path | None, typer.Argument(help="Default: NAME.yaml here.")] = None,
-    force: ForceOption = False,
+    force: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Copy a packaged recipe, comments and all, to edit it, and the schema that editors check it by.
 
     Example: litconvert recipes copy digits my-digits.yaml
     """
-    from litconvert.common.files import write_whole
+    from litconvert.common.files import refuse_existing, require_file_name, write_whole
     from litconvert.recipe.packaged import copied_text
     from litconvert.recipe.resolve import find_recipe, json_schema
 
@@ -77,8 +77,8 @@ def recipes_copy(
     target = out or Path(f"{path.stem}.yaml")
     if target.is_dir():
         target /= f"{path.stem}.yaml"
-    if target.exists() and not force:
-        raise LitconvertError(f"{target} exists; choose another name, or replace it with --force")
+    require_file_name(target)
+    refuse_existing(target, force=force)
     write_whole(target, copied_text(path, target))
     schema = target.parent / SCHEMA
     if not schema.exists() or force:

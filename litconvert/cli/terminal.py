@@ -1,5 +1,6 @@
 """What the user sees: data on stdout, everything else on stderr."""
 
+import codecs
 import io
 import json
 import logging
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from litconvert.common.files import printable
 from litconvert.errors import LitconvertError, system_cause
 
 out = Console(highlight=False, soft_wrap=False)
@@ -39,6 +41,28 @@ def hush_libraries() -> None:
     if isinstance(logging.lastResort, logging.Handler):  # whoever has no handler of its own
         logging.lastResort.setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+
+
+def take_any_text() -> None:
+    """Print whatever a name holds: its bytes as they are where they are no UTF-8, and an escape for what the stream's
+    encoding lacks."""
+
+    def as_it_is(error: UnicodeError) -> tuple[str | bytes, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        text = error.object[error.start : error.end]
+        kept = (bytes([ord(one) - 0xDC00]) if "\udc80" <= one <= "\udcff" else _escaped(one) for one in text)
+        return b"".join(kept), error.end
+
+    codecs.register_error("litconvert", as_it_is)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="litconvert")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")
+
+
+def _escaped(one: str) -> bytes:
+    return one.encode("ascii", "backslashreplace")
 
 
 def be_quiet(quiet: bool) -> None:
@@ -111,7 +135,7 @@ def fail(error: BaseException) -> int:
         text = "litconvert: interrupted; the same command goes on with what is finished, and begins the rest again"
         err.print(text, markup=False, soft_wrap=True)
         return 130
-    cause = system_cause(error)
+    cause = system_cause(error) or _name_cause(error)
     if isinstance(error, ModuleNotFoundError):
         cause = f"{error.name} is not installed, which litconvert needs: install litconvert again, or pip install it"
     if cause is None and _is_out_of_memory(error):
@@ -122,6 +146,16 @@ def fail(error: BaseException) -> int:
     message = cause or f"unexpected {type(error).__name__}: {error} (LITCONVERT_DEBUG=1 shows where; please report it)"
     err.print(f"litconvert: {message}", markup=False, soft_wrap=True)
     return 1
+
+
+def _name_cause(error: BaseException) -> str | None:
+    """Of a library that met a name that is not UTF-8: that sentence."""
+    seen: BaseException | None = error
+    while seen is not None and not (isinstance(seen, UnicodeEncodeError) and "surrogates" in seen.reason):
+        seen = seen.__cause__ or seen.__context__
+    if not isinstance(seen, UnicodeEncodeError):
+        return None
+    return f"{printable(seen.object[:500])}: a name that is not UTF-8; rename the file or folder"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from litconvert.errors import LitconvertError, UsageError, system_cause
 
 LOCK = ".lock"
 HANDOVER_SECONDS = 15.0
+OUTPUT_SECONDS = 1.0
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -43,8 +44,9 @@ def digest_of(inputs: Any) -> str:
 
 
 def require_space(folder: Path, nbytes: int) -> None:
-    """Refuse before the work where a full disk can be foreseen."""
-    while not folder.exists():
+    """Refuse before the work where a full disk can be foreseen. `folder`, or a file, need not be there yet."""
+    folder = Path(os.path.realpath(folder))
+    while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < nbytes:
@@ -61,7 +63,8 @@ def refuse_source(out: Path, sources: Iterable[Path]) -> None:
         raise UsageError(f"{out} is the source itself, or holds it; choose another path")
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -71,66 +74,65 @@ def _alive(pid: int) -> bool:
     return True
 
 
-@contextmanager
-def whole_directory(out: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `out` when the block ends well, and vanishes when it does not.
+def require_file_name(path: Path) -> None:
+    """Raise UsageError where no file can be written under a name: that of a folder, a device or a pipe."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or a pipe"
+        raise UsageError(f"{path} is {what}, and a file is written: name a file")
 
-    What a killed process left behind is removed on the next try. An existing `out` is replaced.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-            pid = stale.name.rsplit("-", 1)[1]
-            if not pid.isdigit() or not _alive(int(pid)):
-                shutil.rmtree(stale, ignore_errors=True)
-        temporary = out.parent / f".{out.name}.partial-{os.getpid()}"
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir()
-    except OSError as error:
-        raise LitconvertError(f"cannot write {out}: {system_cause(error) or error}") from error
-    try:
-        yield temporary
-        _sync(temporary)
-        if out.exists():
-            retired = out.parent / f".{out.name}.partial-{os.getpid()}-old"
-            out.rename(retired)
-            try:
-                temporary.rename(out)
-            except OSError:
-                retired.rename(out)
-                raise
-            shutil.rmtree(retired) if retired.is_dir() else retired.unlink()
-        else:
-            temporary.rename(out)
-        _sync(out.parent, recurse=False)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, Exception) and not isinstance(error, LitconvertError) and (cause := system_cause(error)):
-            raise LitconvertError(f"cannot write {out}: {cause}") from error
-        raise
+
+def refuse_existing(*paths: Path | None, force: bool) -> None:
+    """Raise LitconvertError for files that are there already, unless they may be replaced."""
+    there = [str(path) for path in dict.fromkeys(paths) if path is not None and path.exists()]
+    if there and not force:
+        verb, them = ("exists", "it") if len(there) == 1 else ("exist", "them")
+        raise LitconvertError(f"{' and '.join(there)} {verb}; choose another name, or replace {them} with --force")
+
+
+def printable(text: str) -> str:
+    """Text as UTF-8 can hold it: bytes of a name that are none are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def require_utf8(path: Path) -> None:
+    """Raise UsageError for a path whose name is not UTF-8, which safetensors, PyTorch and Arrow cannot open."""
+    if printable(str(path)) != str(path):
+        raise UsageError(
+            f"{printable(str(path))}: a name in this path is not UTF-8, and the libraries that read weights and data "
+            "cannot open it; rename the file or folder (`convmv` does many)"
+        )
+
+
+def free_name(path: Path) -> Path:
+    """The path where nothing is there, or else NAME-2, NAME-3, ..., the first that is free."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
 
 
 @contextmanager
 def whole_file(out: Path) -> Iterator[Path]:
     """A temporary sibling file that becomes `out` when the block ends well, and vanishes when it does not.
 
-    What a killed process left behind is removed on the next try. An existing `out` is replaced.
+    What a killed process left behind is removed on the next try. An existing `out` is replaced; of a link, what it
+    points to.
     """
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder, and a file is to be written; name a file")
+    require_file_name(out)
+    out = Path(os.path.realpath(out))
     temporary = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
             pid = stale.name.rsplit("-", 1)[1]
-            if not pid.isdigit() or not _alive(int(pid)):
+            if not pid.isdigit() or not is_alive(int(pid)):
                 stale.unlink(missing_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(out)
-        _sync(out.parent, recurse=False)
+        _sync(out.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -139,15 +141,13 @@ def whole_file(out: Path) -> Iterator[Path]:
         raise
 
 
-def _sync(folder: Path, *, recurse: bool = True) -> None:
-    """Flush a folder (and what is in it) to disk, so that a rename never precedes the bytes."""
-    paths = [folder, *(folder.rglob("*") if recurse else ())]
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync(folder: Path) -> None:
+    """Flush a folder to disk, so that a rename in it is not forgotten."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # What a file system that has no locks answers: not there, no locks left or reachable (NFS without its daemon), or not
@@ -156,19 +156,24 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def held(folder: Path, listener: Listener = SILENT) -> Iterator[None]:
+def held(folder: Path, listener: Listener = SILENT, lock: Path | None = None) -> Iterator[None]:
     """Keep a folder to this process while the block runs; the system lets go of it however the process ends.
 
-    A predecessor that is ending has a few seconds. A file system without locks lets everyone in, and a note says so.
+    A file system without locks lets everyone in, and a note says so.
+
+    Args:
+        lock: a file that is removed in the end. None: one in the folder, which stays; a predecessor that is ending has
+            a few seconds then.
 
     Raises LitconvertError when another process keeps it.
     """
     from filelock import FileLock, Timeout
 
     # The fallback for file systems without locks is a file's being there: it would outlive a killed process.
-    lock = FileLock(folder / LOCK, timeout=HANDOVER_SECONDS, fallback_to_soft=False)
+    patience = HANDOVER_SECONDS if lock is None else OUTPUT_SECONDS
+    holder = FileLock(lock or folder / LOCK, timeout=patience, fallback_to_soft=False)
     try:
-        lock.acquire()
+        holder.acquire()
     except Timeout as error:
         raise LitconvertError(
             f"another process is at work in {folder}; wait for it or end it, then run the same command again"
@@ -183,14 +188,19 @@ def held(folder: Path, listener: Listener = SILENT) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        if lock is not None and holder.is_locked:
+            # Before it is let go of: whoever waits for it sees that it is gone, and makes another.
+            with suppress(OSError):
+                lock.unlink()
+        holder.release()
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
+    """Write a small text file whole or not at all; of a link, what it points to."""
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from litconvert.checkpoints.checkpoint import Extent
 from litconvert.checkpoints.writing import LazyTensors
-from litconvert.common.files import digest_of, refuse_source, require_space, whole_directory, write_whole
+from litconvert.common.files import digest_of, refuse_source, require_space, write_whole
 from litconvert.common.listener import SILENT, Listener
+from litconvert.common.outputs import MODEL, whole_directory
 from litconvert.common.quantities import size
 from litconvert.common.tensors import DTYPES, TensorInfo
 from litconvert.conversion.directory import already_done, write_model_directory
@@ -92,9 +93,10 @@ def is_converted(plan: ConversionPlan, out: Path, inputs: Inputs, *, force: bool
 
 
 def refuse_early(plan: ConversionPlan, out: Path) -> None:
-    """Raise for an output that would overwrite the source, and for one that the disk has no room for."""
+    """Raise for an output that would overwrite the source, and for a new one that the disk has no room for."""
     refuse_source(out, plan.source.checkpoint.files)
-    require_space(out.parent, plan.totals["student_bytes"])
+    if not out.exists():
+        require_space(out, plan.totals["student_bytes"])
 
 
 def carry_out(
@@ -105,7 +107,7 @@ def carry_out(
     solved: SolvedStart | None = None,
     listener: Listener = SILENT,
 ) -> Path:
-    """Write the student of a plan, whole or not at all.
+    """Write the student of a plan, whole or not at all. The caller keeps `out` to itself.
 
     Args:
         out: the model directory. One made from the same inputs is left as it is.
@@ -128,14 +130,14 @@ def carry_out(
         if out.exists() and is_converted(plan, out, inputs(), force=force):
             listener.note(f"already done: {out}")
             return out
-        require_space(out.parent, plan.totals["student_bytes"])
+        require_space(out, plan.totals["student_bytes"])
         listener.note(f"writing {size(plan.totals['student_bytes'])} to {out}")
         for remark in plan.source.check_recomputed():
             listener.note(remark)
         for name in _unread(plan):
             plan.source.values(name)
         tensors = _student_tensors(plan, solved)
-        with whole_directory(out) as folder, listener.task("convert", len(tensors.infos)) as task:
+        with whole_directory(out, MODEL) as folder, listener.task("convert", len(tensors.infos)) as task:
             write_model_directory(
                 folder,
                 config=plan.config,

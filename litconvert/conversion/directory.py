@@ -9,6 +9,7 @@ from litconvert.checkpoints.checkpoint import RUN_INDEX
 from litconvert.checkpoints.writing import LazyTensors, write_weights
 from litconvert.common.files import read_json
 from litconvert.common.listener import UNSEEN, Task
+from litconvert.common.outputs import MODEL, contents, is_unfinished, refuse_foreign, refuse_stranger
 from litconvert.conversion.provenance import Provenance
 from litconvert.errors import LitconvertError
 from litconvert.model.config import ModelConfig
@@ -86,25 +87,24 @@ def refuse_changed_source(folder: Path, provenance: Provenance, path: str | None
 
 def already_done(out: Path, inputs: Inputs, *, force: bool) -> bool:
     """Whether `out` is the result of these very inputs. Raises when it is something else and is not to be replaced."""
-    if not out.exists():
+    if not out.exists() or (out.is_dir() and not contents(out)):
         return False
-    if force:
-        # Not even --force deletes what is not ours.
-        if not out.is_dir() or (any(out.iterdir()) and not (out / "litconvert.json").is_file()):
-            raise LitconvertError(
-                f"{out} exists and is not a result of litconvert; remove it yourself, or choose another path"
-            )
+    if out.is_dir() and is_unfinished(out):
+        refuse_foreign(out, MODEL)
         return False
+    if not (out / "litconvert.json").is_file():
+        refuse_stranger(out, "a result")
     try:
-        found = Provenance.read(out).record if out.is_dir() else {}
+        found = Provenance.read(out).record
     except LitconvertError:
         found = {}
-    if inputs.made(found):
+    if inputs.made(found) and not force:
         others = ("config.json", "modeling_lit.py", "recipe.yaml")
         if not weights_of(out) or not all((out / name).is_file() for name in others):
             raise LitconvertError(f"{out} is incomplete: a file was taken out of it; make it again with --force")
         return True
-    if out.is_dir() and not any(out.iterdir()):
+    refuse_foreign(out, MODEL)
+    if force:
         return False
-    what = f"was made from other inputs ({inputs.changes(found)})" if found else "is not a result of litconvert"
+    what = f"was made from other inputs ({inputs.changes(found)})" if found else "has a litconvert.json that is broken"
     raise LitconvertError(f"{out} exists and {what}; choose another path, or replace it with --force")

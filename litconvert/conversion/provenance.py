@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from litconvert.common.files import read_json
+from litconvert.common.outputs import refuse_unfinished
 from litconvert.common.versions import versions
 from litconvert.errors import LitconvertError, UsageError
 
@@ -58,8 +59,9 @@ class Provenance:
     def read(cls, folder: Path) -> Self:
         """Of a model directory, or of a checkpoint of a run.
 
-        Raises UsageError when the folder is none.
+        Raises UsageError when the folder is none, LitconvertError for one that is not filled yet.
         """
+        refuse_unfinished(folder)
         path = folder / "litconvert.json"
         if not path.is_file():
             raise UsageError(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from litconvert.checkpoints.checkpoint import Extent
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors, write_weights
-from litconvert.common.files import refuse_source, require_space, whole_directory, whole_file
+from litconvert.common.files import refuse_existing, refuse_source, require_file_name, require_space, whole_file
 from litconvert.common.listener import SILENT, Listener, Task
+from litconvert.common.outputs import DIFFUSERS_MODEL, at_work, contents, is_unfinished, refuse_foreign, whole_directory
 from litconvert.common.tensors import TensorInfo
 from litconvert.conversion.directory import WEIGHTS_STEM
 from litconvert.errors import LitconvertError, UsageError
@@ -64,7 +65,7 @@ class LayoutPlan:
                 assert self.family.diffusers_config is not None
                 config = self.family.diffusers_config(self.source.config)
                 described = {"_diffusers_version": version("diffusers"), **config}
-                with whole_directory(self.out) as folder:
+                with at_work(self.out, listener), whole_directory(self.out, DIFFUSERS_MODEL) as folder:
                     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
                     write_weights(folder, WEIGHTS_STEM, tensors, metadata, max_shard_bytes=max_shard_bytes, task=task)
             elif self.out.suffix == ".safetensors":
@@ -120,7 +121,7 @@ def plan_layout(source: OpenSource, out: Path, to: str, *, force: bool = False) 
         infos["pos_embed"] = TensorInfo(tuple(position_embedding(config).shape), source.dtype())
     lost += [f"left out, {what}: {name}" for name, what in source.reading.extra.items()]
     made = LayoutPlan(source, out, to, family, parts, infos, [*remarks, *lost, *_unsaid(config, family, to)])
-    require_space(out.parent, sum(info.nbytes for info in infos.values()))
+    require_space(out, sum(info.nbytes for info in infos.values()))
     return made
 
 
@@ -154,21 +155,19 @@ def write_layout(
 
 def _refuse_out(out: Path, to: str, *, force: bool) -> None:
     """Refuse to write where something is that is not to be replaced, and under a name that the layout has not."""
-    if out.exists() and not force:
-        raise LitconvertError(f"{out} exists; choose another path, or replace it with --force")
-    if to == "diffusers" and out.exists() and not _is_a_model(out):
-        raise LitconvertError(
-            f"{out} holds other things than a diffusers model; remove it yourself, or choose another path"
-        )
     if to == "original" and out.suffix not in (*PICKLES, ".safetensors"):
         raise UsageError(f"{out}: the original layout is one file; name it .pth, .pt or .safetensors")
-
-
-def _is_a_model(folder: Path) -> bool:
-    """Whether a folder holds a diffusers model and nothing else, so that it may be replaced."""
-    return folder.is_dir() and all(
-        path.name == "config.json" or path.name.startswith(WEIGHTS_STEM) for path in folder.iterdir()
-    )
+    if to == "original":
+        require_file_name(out)
+        refuse_existing(out, force=force)
+        return
+    if not out.exists() or (out.is_dir() and not contents(out)):
+        return
+    if not out.is_dir():
+        raise LitconvertError(f"{out} exists and is a file, and a folder is written; choose another path")
+    if not force and not is_unfinished(out):
+        raise LitconvertError(f"{out} exists; choose another path, or replace it with --force")
+    refuse_foreign(out, DIFFUSERS_MODEL)
 
 
 def _unsaid(config: ModelConfig, family: Family, to: str) -> list[str]:

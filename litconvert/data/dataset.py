@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from litconvert.common.files import read_json, whole_directory, write_whole
+from litconvert.common.files import read_json, require_utf8, write_whole
+from litconvert.common.outputs import DATA_SET, refuse_unfinished, whole_directory
 from litconvert.errors import UsageError
 from litconvert.model.config import is_pixel_space
 from litconvert.sampling.captions import Captions, read_embeddings, write_embeddings
@@ -195,11 +196,13 @@ class LatentDataset:
 def open_latents(path: str | Path) -> LatentDataset:
     """Open a data set: a folder written by `litconvert latents`, or any `datasets` folder of the same columns.
 
-    Raises UsageError for a folder that is none, and for an empty one.
+    Raises UsageError for a folder that is none, and for an empty one; LitconvertError for one that is not filled yet.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data set; {ADVICE}")
+    require_utf8(folder)
+    refuse_unfinished(folder)
     record = read_record(folder)
     if record.get("format", 1) > FORMAT_VERSION:
         raise UsageError(f"{folder}: written by a later litconvert; update this one")
@@ -317,7 +320,7 @@ def write_latents(latents: Tensor, labels: Tensor, out: Path, digest: str) -> Pa
     quiet_datasets()
     columns = {"latent": latents.numpy(), "class_label": labels.numpy()}
     features = features_of({"latent": (latents.shape[1:], "float32")}, "class")
-    with whole_directory(out) as folder:
+    with whole_directory(out, DATA_SET) as folder:
         Dataset.from_dict(columns, features=features).save_to_disk(str(folder))
         write_whole(
             folder / DATA_RECORD, record_text({"digest": digest}, len(labels), kind="latents", condition="class")
@@ -340,7 +343,7 @@ def write_captioned(latents: Tensor, captions: Captions, out: Path, digest: str)
         "caption_tokens": lengths,
     }
     schema = features_of({"latent": (latents.shape[1:], "float32")}, "caption")
-    with whole_directory(out) as folder:
+    with whole_directory(out, DATA_SET) as folder:
         Dataset.from_dict(columns, features=schema).save_to_disk(str(folder))
         if captions.null_features is not None and captions.null_mask is not None:
             null = Captions(captions.null_features, captions.null_mask)

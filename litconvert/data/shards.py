@@ -1,18 +1,30 @@
 """Data sets that several processes write shard by shard; interrupted, the same command goes on."""
 
-import glob
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from litconvert.common.files import held, require_space, whole_directory, write_whole
+from litconvert.common.files import require_space, require_utf8, write_whole
 from litconvert.common.listener import SILENT, Listener, Task
+from litconvert.common.outputs import (
+    DATA_SET,
+    at_work,
+    contents,
+    is_unfinished,
+    place_of,
+    refuse_foreign,
+    refuse_stranger,
+    whole_directory,
+    work_path,
+    work_paths,
+)
 from litconvert.data.dataset import (
     DATA_RECORD,
     ConditionKind,
@@ -52,13 +64,17 @@ def is_finished(out: Path, inputs: Inputs, *, force: bool, remake: bool = False)
 
     Raises LitconvertError when something else is there; not even `force` replaces what is no data set of ours.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and not contents(out)):
+        return False
+    if out.is_dir() and is_unfinished(out):
+        refuse_foreign(out, DATA_SET)
         return False
     found = read_record(out)
     if found.get("digest") is None:
-        raise LitconvertError(f"{out} exists and is not a data set of litconvert; choose another path")
+        refuse_stranger(out, "a data set")
     if inputs.made(found) and not remake:
         return True
+    refuse_foreign(out, DATA_SET)
     if force:
         return False
     raise LitconvertError(
@@ -124,6 +140,7 @@ class Assembly:
         shards: how many; shard i is that of process i modulo their number.
         group: the processes.
         listener: hears what the first process has to say.
+        force: replace an `out` that was made from other inputs.
     """
 
     out: Path
@@ -131,12 +148,13 @@ class Assembly:
     shards: int
     group: Group
     listener: Listener = SILENT
+    force: bool = False
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """Where the shards are until they are joined."""
         made, first = (
-            self.out.parent / f".{self.out.name}.shards-{digest[:12]}"
+            work_path(self.out, f"shards-{digest[:12]}")
             for digest in (self.inputs.digest, self.inputs.first_digest or self.inputs.digest)
         )
         # Begun by a version whose digests were others, it goes on.
@@ -155,16 +173,18 @@ class Assembly:
     @contextmanager
     def begun(self) -> Iterator[None]:
         """Around the work of every process; no other group of processes may be at it."""
+        require_utf8(place_of(self.out))
         self.group.wait()  # until every one has seen whether `out` was there
-        if self.group.process == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.group.wait()
-        if not self.folder.is_dir():
-            raise LitconvertError(
-                f"process {self.group.process} does not see {self.folder}, which process 0 made; write to a file "
-                "system that all nodes share"
-            )
-        with held(self.folder, self.listener) if self.group.process == 0 else nullcontext():
+        with at_work(self.out, self.listener) if self.group.process == 0 else nullcontext():
+            if self.group.process == 0:
+                is_finished(self.out, self.inputs, force=self.force)  # refuses what another command has just made
+                self.folder.mkdir(exist_ok=True)
+            self.group.wait()
+            if not self.folder.is_dir():
+                raise LitconvertError(
+                    f"process {self.group.process} does not see {self.folder}, which process 0 made; write to a file "
+                    "system that all nodes share"
+                )
             done = self.shards - sum(not self.shard(index).exists() for index in range(self.shards))
             if done and self.group.process == 0:
                 self.listener.note(f"goes on: {done} of {self.shards} shards of {self.out} are there")
@@ -200,7 +220,7 @@ class Assembly:
             _until(lambda: all(shard.exists() for shard in shards))
             self._join(shards, facts(shards), extra)
             # Its own, and what interrupted runs of other inputs left.
-            for folder in self.out.parent.glob(f".{glob.escape(self.out.name)}.shards-*"):
+            for folder in work_paths(self.out, "shards-"):
                 shutil.rmtree(folder)
         self.group.wait()
         return self.out
@@ -213,8 +233,8 @@ class Assembly:
         if not buckets:
             raise UsageError("there is no sample to write: the source is empty")
         samples = 0
-        require_space(self.out.parent, sum(file.stat().st_size for shard in shards for file in shard.glob("*.arrow")))
-        with whole_directory(self.out) as folder:
+        require_space(self.out, sum(file.stat().st_size for shard in shards for file in shard.glob("*.arrow")))
+        with whole_directory(self.out, DATA_SET) as folder:
             for bucket in buckets:
                 files = [file for shard in shards if (file := shard / f"{bucket}.arrow").exists()]
                 data = concatenate_datasets([Dataset.from_file(str(file)) for file in files])

@@ -111,8 +111,9 @@ def synthesize_resolved(
     if estimate and listener.wants_estimates and launched_group().process == 0:
         listener.note(drawing_cost(recipe, config))
     shape = (config.in_channels, config.sample_size, config.sample_size)
-    require_space(out.parent, 2 * 4 * settings.num_samples * int(torch.Size(shape).numel()))
-    assembly = Assembly(out, inputs, -(-settings.num_samples // settings.shard_size), launched_group(), listener)
+    require_space(out, 2 * 4 * settings.num_samples * int(torch.Size(shape).numel()))
+    shards = -(-settings.num_samples // settings.shard_size)
+    assembly = Assembly(out, inputs, shards, launched_group(), listener, force)
     with written(out), assembly.begun():
         stored = None
         if prompts:

@@ -183,9 +183,8 @@ def _open_data(
     """The training set, which the teacher draws where none is named."""
     folder = asked.data or recipe.data.path
     if folder is None:
-        # Beside the run, not in it: the run's own digest is known only once the data is drawn.
-        folder = asked.out.parent / f"{asked.out.name}-latents"
-        synthesize_resolved(resolved, Path(folder), listener, force=asked.force)
+        folder = RunDirectory(asked.out).latents
+        synthesize_resolved(resolved, folder, listener, force=asked.force)
     data = open_latents(folder)
     check_data(lineage.config, data, recipe)
     check_same_encoders(data, recipe)

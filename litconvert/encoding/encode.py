@@ -67,7 +67,7 @@ def encode_images(
         if launched_group().process == 0:
             listener.note(f"already done: {out}")
         return out
-    assembly = Assembly(out, inputs, encoding.images.parts, launched_group(), listener)
+    assembly = Assembly(out, inputs, encoding.images.parts, launched_group(), listener, force)
     if assembly.group.process == 0:
         for remark in encoding.images.remarks:
             listener.note(remark)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from litconvert.common.device import default_device, uses_bf16
-from litconvert.common.files import whole_file
+from litconvert.common.files import refuse_existing, require_file_name, whole_file
 from litconvert.common.listener import SILENT, Listener
 from litconvert.conversion.directory import refuse_changed_source
 from litconvert.conversion.provenance import Provenance
@@ -16,7 +16,7 @@ from litconvert.data.batches import NO_STAGE, MicroBatches
 from litconvert.data.conditions import Conditioner, load_encode
 from litconvert.data.dataset import LatentDataset, open_latents
 from litconvert.distillation.distillation import Request, resolve_run
-from litconvert.errors import LitconvertError, UsageError
+from litconvert.errors import UsageError
 from litconvert.evaluation.layer_costs import Budget, LayerCosts, budget_of, choose_layers, milliseconds_by_kind
 from litconvert.evaluation.layer_errors import ModelInputs, layer_errors, probed_layers
 from litconvert.evaluation.probe_result import ProbeResult, notes_on_budget, notes_on_costs, notes_on_training, rows_of
@@ -87,10 +87,8 @@ class ProbeRequest:
         out = Path(self.write)
         if self.budget is None and self.budget_ms is None:
             raise UsageError("--write writes the layers suggested for a budget; give --budget or --budget-ms")
-        if out.is_dir():
-            raise UsageError(f"{out} is a folder, and a recipe is to be written; name a file")
-        if out.exists() and not self.force:
-            raise LitconvertError(f"{out} exists; choose another name, or replace it with --force")
+        require_file_name(out)
+        refuse_existing(out, force=self.force)
 
 
 def probe(asked: ProbeRequest, listener: Listener = SILENT) -> ProbeResult:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from litconvert.common.files import printable
 from litconvert.errors import UsageError, did_you_mean
 
 # The recipe for a source: by family, width and side of the latent.
@@ -113,7 +114,7 @@ def copied_text(path: Path, target: Path) -> str:
     first, rest = path.read_text().split("\n", 1)
     # The command comes after the comment for editors; of its words the one that is the recipe's name is meant.
     editors, command = first.split("litconvert ", 1)
-    own = re.sub(rf"(?<![\w/-]){re.escape(path.stem)}(?![\w./-])", lambda _: str(target), command)
+    own = re.sub(rf"(?<![\w/-]){re.escape(path.stem)}(?![\w./-])", lambda _: printable(str(target)), command)
     return f"{editors}litconvert {own}\n{rest}"
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
+from litconvert.common.files import printable
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
 from litconvert.recipe.packaged import local_recipe, packaged_recipes
 from litconvert.recipe.schema import FORMER_STAGES, NUMBER, STAGES, FlowMatchingStage, Recipe
@@ -143,7 +144,8 @@ def _override(data: dict[str, Any], assignment: str) -> tuple[str, Any]:
     try:
         _, value = _parse(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"--set {assignment!r}: the value is not valid YAML") from error
+        reason = "is not valid YAML" if printable(text) == text else "is not UTF-8; rename the file or folder it names"
+        raise UsageError(f"--set {assignment!r}: the value {reason}") from error
     target: Any = data
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1

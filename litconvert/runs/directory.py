@@ -14,6 +14,17 @@ from typing import Any
 
 from litconvert.common.files import held, read_json, write_whole
 from litconvert.common.listener import TERMS
+from litconvert.common.outputs import (
+    DATA_SET,
+    RUN,
+    UNFINISHED,
+    contents,
+    is_filled,
+    place_of,
+    refuse_foreign,
+    refuse_stranger,
+    remove,
+)
 from litconvert.errors import LitconvertError, UsageError, system_cause
 from litconvert.runs.step_table import StepTable
 
@@ -35,6 +46,7 @@ COLUMNS = (
 NOT_KEPT = ("eta_seconds",)
 TIMESTEP_COLUMNS = ("step", "bucket_low", "bucket_high", "error")
 RECORD = "run.json"
+LATENTS = "latents"
 FORMAT_VERSION = 2
 
 
@@ -94,11 +106,11 @@ def _model_of_step(run: "RunDirectory", step: str, *, raw: bool) -> Path:
 
 
 def _remove(run: Path) -> None:
-    """Remove a run, its record last: what is left when that is interrupted is still known as one."""
-    for path in run.iterdir():
-        if path.name != RECORD:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(run)
+    """Empty a run's folder, its record last: what is left when that is interrupted is still known as one."""
+    for path in contents(run):
+        if path.name not in (RECORD, LATENTS):
+            remove(path)
+    (run / RECORD).unlink()
 
 
 class RunDirectory:
@@ -139,19 +151,33 @@ class RunDirectory:
         Raises LitconvertError when something else than a run is there, which is never removed.
         """
         found = (self.path / RECORD).is_file()
-        rest = self.path.is_dir() and [path for path in self.path.iterdir() if ".partial-" not in path.name]
-        if self.path.exists() and not found and (rest or not self.path.is_dir()):
-            raise LitconvertError(f"{self.path} exists and is not a run of litconvert; choose another path")
+        if self.path.exists() and not found and not (self.path.is_dir() and self._is_free()):
+            refuse_stranger(self.path, "a run")
         try:
             if found and replace:
+                refuse_foreign(self.path, RUN)
                 with held(self.path):
                     _remove(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / UNFINISHED).unlink(missing_ok=True)  # of another command, which was stopped
         except OSError as error:
             raise LitconvertError(f"cannot write {self.path}: {system_cause(error) or error}") from error
         # The record first: what a killed process leaves behind is then still known as a run.
         write_whole(self.path / RECORD, json.dumps({"format": FORMAT_VERSION, **made_from}, indent=2) + "\n")
         write_whole(self.path / "recipe.yaml", recipe_yaml)
+
+    def _is_free(self) -> bool:
+        """Whether a folder holds nothing but the training set that may be drawn before its run begins."""
+        return all(path.name == LATENTS and (path / DATA_SET.record).is_file() for path in contents(self.path))
+
+    @property
+    def latents(self) -> Path:
+        """Where the training set goes that the teacher draws: beside the run, since its inputs are known only then; in
+        it where the run's folder has to stay where it is."""
+        inside = place_of(self.path) / LATENTS
+        if inside.is_dir() or is_filled(self.path):
+            return inside
+        return self.path.with_name(f"{self.path.name}-{LATENTS}")
 
     def checkpoint_of(self, step: int) -> Path:
         """The folder of a step's checkpoint."""

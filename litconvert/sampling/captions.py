@@ -12,7 +12,7 @@ from torch import Tensor
 
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.device import default_device, has_gpu
-from litconvert.common.files import whole_file
+from litconvert.common.files import require_utf8, whole_file
 from litconvert.common.hub import hub_errors
 from litconvert.common.versions import is_installed
 from litconvert.errors import LitconvertError, UsageError
@@ -270,6 +270,7 @@ def read_embeddings(path: Path) -> Captions:
 
     if not path.is_file():
         raise UsageError(f"{path}: no such file; `litconvert sample MODEL --save-embeddings {path.name}` writes one")
+    require_utf8(path)
     try:
         tensors = load_file(path)
     except SafetensorError as error:

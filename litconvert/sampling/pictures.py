@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from litconvert.common.device import default_device
+from litconvert.common.files import whole_file
 from litconvert.common.hub import hub_errors
 from litconvert.common.listener import SILENT, UNSEEN, Listener, Task
 from litconvert.errors import LitconvertError, UsageError
@@ -87,12 +88,14 @@ def to_images(latents: Tensor, vae: Any | None) -> NDArray[np.uint8]:
 
 
 def save_npz(images: NDArray[np.uint8], labels: Tensor | None, path: Path) -> None:
-    """Write images in the ADM evaluator's layout: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels where there are any."""
+    """Write images in the ADM evaluator's layout, whole or not at all.
+
+    That is arr_0 (N, H, W, 3) uint8 and, where there are labels, arr_1 (N,).
+    """
     if images.shape[-1] == 1:
         images = images.repeat(3, axis=-1)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels.numpy()}
-    with path.open("wb") as file:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.device import default_device
+from litconvert.common.files import refuse_existing, refuse_source, whole_file
 from litconvert.common.listener import SILENT, Listener
 from litconvert.errors import UsageError
 from litconvert.families.sources import OpenSource, open_source, read_model
@@ -54,6 +55,7 @@ class SampleRequest:
         save_embeddings: where to write the captions, as `embeddings` reads them.
         npz: the model's images for the ADM evaluator.
         latents: undecoded latents as safetensors, instead of pictures.
+        force: replace files that are there.
         num_attention_heads: a hint for the model and the teacher.
         weights: of the model, where it is a training checkpoint: `ema`, `model`, or `auto`, EMA if present.
     """
@@ -70,8 +72,15 @@ class SampleRequest:
     save_embeddings: Path | None = None
     npz: Path | None = None
     latents: Path | None = None
+    force: bool = False
     num_attention_heads: int | None = None
     weights: str = "auto"
+
+    @property
+    def written(self) -> list[Path]:
+        """The files that are written."""
+        pictures = (self.out, self.npz) if self.latents is None else (self.latents,)
+        return [path for path in (*pictures, self.save_embeddings) if path is not None]
 
 
 def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list[Path]:
@@ -83,6 +92,7 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
 
     Returns: the files written.
     """
+    refuse_existing(*request.written, force=request.force)
     path = model_of(request.model, raw=request.weights == "model")
     if path != request.model and Path(path).name != "model":
         listener.note(f"drawn from the checkpoint {path}")
@@ -91,6 +101,9 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
         recipe = path
     settings = resolve(recipe, request.overrides).recipe
     sources = _open_sources(request, path, settings)
+    read = [file for source in sources for file in source.checkpoint.files]
+    for file in request.written:
+        refuse_source(file, [*read, *([request.embeddings] if request.embeddings else [])])
     configs = [source.config for source in sources]
     chosen = settings.sample
     for config in configs:
@@ -102,13 +115,10 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
         to_images(torch.empty(1, configs[-1].in_channels, 1, 1), None)  # refuses, and says what to give
     conditions = _conditions(request, settings, configs)
     # Undecoded, the model's alone are written.
-    read = sources[-1:] if request.latents else sources
-    listener.note(f"reading {' and '.join(source.checkpoint.source for source in read)}")
-    models = [read_model(source, torch.float32).to(device) for source in read]
+    drawn = sources[-1:] if request.latents else sources
+    listener.note(f"reading {' and '.join(source.checkpoint.source for source in drawn)}")
+    models = [read_model(source, torch.float32).to(device) for source in drawn]
     sampler = SamplerSettings.of(settings, chosen, seed=chosen.seed, batch_size=chosen.batch_size)
-    for written in (request.latents, request.npz, None if request.latents else request.out):
-        if written is not None:
-            written.parent.mkdir(parents=True, exist_ok=True)
     with listener.task("sample", len(models) * sampler.steps_of(len(conditions))) as task:
         if request.latents is not None:
             latents = torch.cat(list(draw(models[-1], conditions, sampler, task=task)))
@@ -187,7 +197,8 @@ def _conditions(request: SampleRequest, recipe: Recipe, configs: Sequence[ModelC
 def _write_latents(path: Path, latents: Tensor, conditions: Tensor | Captions) -> list[Path]:
     """Undecoded latents, and their labels where they have any."""
     labels = {} if isinstance(conditions, Captions) else {"class_labels": conditions}
-    write_safetensors(path, LazyTensors.of({"latents": latents, **labels}), {"format": "pt"})
+    with whole_file(path) as temporary:
+        write_safetensors(temporary, LazyTensors.of({"latents": latents, **labels}), {"format": "pt"})
     return [path]
 
 
@@ -205,8 +216,7 @@ def _write_pictures(
     images = parts[-1].images
     if request.npz is not None:  # a sheet of 50,000 would be of no use to anybody
         parts = [Part(part.title, part.images[:NPZ_SHEET], part.labels[:NPZ_SHEET]) for part in parts]
-    save_sheet(request.out, parts, scale=scale)
     if request.npz is not None:
         save_npz(images, None if isinstance(conditions, Captions) else conditions, request.npz)
-        return [request.out, request.npz]
-    return [request.out]
+    save_sheet(request.out, parts, scale=scale)
+    return [request.out] if request.npz is None else [request.out, request.npz]

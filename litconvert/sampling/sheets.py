@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.ImageFont import FreeTypeFont
 
-from litconvert.common.files import picture_format, whole_file
+from litconvert.common.files import picture_format, printable, whole_file
 
 GAP, MOST_LINES = 4, 3
 
@@ -45,7 +45,6 @@ def save_sheet(path: Path, parts: Sequence[Part], *, columns: int = 10, scale: i
     for one in drawn:
         sheet.paste(one, (0, top))
         top += one.height
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         sheet.save(temporary, format=form)
 
@@ -91,7 +90,7 @@ def _line(font: FreeTypeFont) -> int:
 def _wrapped(text: str, font: FreeTypeFont, width: int, most: int) -> list[str]:
     """Text in at most so many lines of that width; what does not fit ends in an ellipsis."""
     lines: list[str] = []
-    words = text.split()
+    words = printable(text).split()
     while words and len(lines) < most:
         line = words.pop(0)
         while words and font.getlength(f"{line} {words[0]}") <= width:

@@ -1,9 +1,12 @@
 """`litconvert convert`: a plan carried out, its fresh attention solved. Without solving nothing heavy is imported."""
 
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from litconvert.common.listener import SILENT, Listener
+from litconvert.common.outputs import at_work
 from litconvert.conversion.convert import carry_out, conversion_inputs, is_converted, refuse_early
 from litconvert.conversion.plan import ConversionPlan, plan
 
@@ -36,11 +39,20 @@ def convert(
 
 def convert_planned(plan: ConversionPlan, out: Path, *, force: bool = False, listener: Listener = SILENT) -> Path:
     """`convert` of what is planned already."""
-    if plan.solve is None:
-        return carry_out(plan, out, force=force, listener=listener)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if plan.solve is None and not is_first:
+        return out  # there is nothing to share, and the first one writes
+    refuse_early(plan, out)
+    with at_work(out, listener) if is_first else nullcontext():
+        if plan.solve is None:
+            return carry_out(plan, out, force=force, listener=listener)
+        return _convert_solved(plan, out, force=force, listener=listener)
+
+
+def _convert_solved(plan: ConversionPlan, out: Path, *, force: bool, listener: Listener) -> Path:
+    """`convert_planned` of a plan that solves."""
     from litconvert.solving.solve import remove_partial, solve, solving_inputs
 
-    refuse_early(plan, out)
     inputs = conversion_inputs(plan, plan.source.checkpoint.sha256(), solving_inputs(plan))
     if is_converted(plan, out, inputs, force=force):
         listener.note(f"already done: {out}")

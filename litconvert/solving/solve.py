@@ -1,12 +1,10 @@
 """The solved start of a planned student: its calibration set, its walks, and what they came to."""
 
-import glob
 import hashlib
 import json
 import math
 import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from litconvert.common.files import held, read_json, write_whole
+from litconvert.common.files import read_json, write_whole
 from litconvert.common.listener import SILENT, Listener
+from litconvert.common.outputs import work_path, work_paths
 from litconvert.common.tensors import DTYPES, TensorInfo
 from litconvert.conversion.convert import fresh_tensor
 from litconvert.conversion.plan import ConversionPlan
@@ -67,17 +66,17 @@ def solving_inputs(plan: ConversionPlan) -> dict[str, Any]:
 
 def partial_folder(out: Path, inputs: Inputs) -> Path:
     """Where an unfinished walk to `out` is kept."""
-    return out.parent / f".{out.name}.solving-{inputs.digest[:12]}"
+    return work_path(out, f"solving-{inputs.digest[:12]}")
 
 
 def remove_partial(out: Path) -> None:
     """Remove what walks to `out` kept, once it is whole."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.solving-*"):
+    for folder in work_paths(out, "solving-"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def solve(plan: ConversionPlan, out: Path, inputs: Inputs, listener: Listener = SILENT) -> SolvedStart | None:
-    """Solve the fresh attention of a planned student. Every launched process must call it.
+    """Solve the fresh attention of a planned student. Every launched process must call it, and `out` is kept to them.
 
     What is done is kept beside `out`, layer by layer; called again with the same inputs, it goes on to the same bits.
 
@@ -96,14 +95,13 @@ def solve(plan: ConversionPlan, out: Path, inputs: Inputs, listener: Listener = 
     if hears.wants_estimates:
         hears.note(chosen.cost)
     began = time.monotonic()
-    with held(folder, hears) if engine.is_main else nullcontext():
-        chosen = _kept_choice(chosen, folder, engine)
-        if kept := len(list(folder.glob("walk-*"))):
-            hears.note(f"goes on from layer {kept}: {folder} has those before it")
-        images, teacher = _images_and_teacher(plan, chosen, folder, engine, hears)
-        models = _Models(teacher, start_student(plan, teacher), images, _written_dtype(plan))
-        layers, output = _walk(plan, chosen, folder, engine, models, hears)
-        engine.wait()
+    chosen = _kept_choice(chosen, folder, engine)
+    if kept := len(list(folder.glob("walk-*"))):
+        hears.note(f"goes on from layer {kept}: {folder} has those before it")
+    images, teacher = _images_and_teacher(plan, chosen, folder, engine, hears)
+    models = _Models(teacher, start_student(plan, teacher), images, _written_dtype(plan))
+    layers, output = _walk(plan, chosen, folder, engine, models, hears)
+    engine.wait()
     _refuse_nan(output)
     if not engine.is_main:
         return None

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from litconvert.checkpoints.writing import LazyTensors
-from litconvert.common.files import digest_of, held, require_space, whole_directory
+from litconvert.common.files import digest_of, held, require_space
 from litconvert.common.listener import SILENT, Listener
+from litconvert.common.outputs import MODEL, refuse_foreign, refuse_place, whole_directory
 from litconvert.common.quantities import size
 from litconvert.common.tensors import DTYPES, TensorInfo
 from litconvert.conversion.directory import write_description, write_model_directory
@@ -29,7 +30,8 @@ from litconvert.training.trainer import Trainer
 
 
 def refuse_inputs_in(out: Path, *inputs: str | Path | None) -> None:
-    """Raise UsageError where the run would be written over what it reads."""
+    """Raise UsageError where the run would be written over what it reads, or into another output of ours."""
+    refuse_place(out)
     held = [path for path in inputs if path and Path(path).resolve().is_relative_to(out.resolve())]
     if held:
         raise UsageError(f"{out} holds {held[0]}, which the run reads; write the run beside it")
@@ -61,6 +63,8 @@ def begin(
         for note in go_on(run, wanted, {**more, "bf16": engine.bf16}, force=force):
             listener.note(note)
         finished = is_finished(run, wanted)
+        if not finished and run.model.is_dir():
+            refuse_foreign(run.model, MODEL)  # which the run's result replaces
     engine.wait()
     if not (run.path / RECORD).is_file():
         raise LitconvertError(
@@ -160,7 +164,7 @@ def _write_result(training: TrainingRun, state: Mapping[str, Tensor]) -> None:
         name: TensorInfo(tuple(value.shape), DTYPES[dtype] if dtype else training.dtypes.get(name, torch.float32))
         for name, value in state.items()
     }
-    with whole_directory(training.directory.model) as folder:
+    with whole_directory(training.directory.model, MODEL) as folder:
         write_model_directory(
             folder,
             config=training.config,

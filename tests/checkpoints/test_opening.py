@@ -24,7 +24,8 @@ from litconvert.checkpoints import writing
 from litconvert.checkpoints.checkpoint import Checkpoint, Extent
 from litconvert.checkpoints.opening import open_checkpoint
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors, write_weights
-from litconvert.common.files import digest_of, read_json, require_space, whole_directory, write_whole
+from litconvert.common.files import digest_of, read_json, require_space, write_whole
+from litconvert.common.outputs import whole_directory
 from litconvert.common.tensors import TensorInfo
 from litconvert.errors import LitconvertError, UsageError
 from tests.helpers.checkpoint_files import dit_shapes, write_hollow

@@ -182,14 +182,16 @@ def test_force_deletes_neither_the_source_nor_what_is_not_a_model(tmp_path: Path
     before = (holder / "source.pth").read_bytes()
     with pytest.raises(UsageError, match="is the source itself, or holds it"):
         write_layout(source, holder, "diffusers", force=True)
-    with pytest.raises(LitconvertError, match="holds other things than a diffusers model"):
+    with pytest.raises(LitconvertError, match=r"holds what is no part of a diffusers model: thesis\.txt; move it away"):
         write_layout(source, precious, "diffusers", force=True)
     folder = tmp_path / "folder.pt"
     folder.mkdir()
     with pytest.raises(UsageError, match="is a folder"):
         write_layout(source, folder, "original", force=True)
     options = ["source.num_attention_heads=4", "student.num_attention_heads=3"]
-    with pytest.raises(LitconvertError, match="is not a result of litconvert; remove it yourself"):
+    with pytest.raises(
+        LitconvertError, match=r"is not a result of litconvert \(it holds thesis\.txt\); remove it yourself"
+    ):
         litconvert.convert(holder / "source.pth", precious, overrides=options, force=True)
     assert ((holder / "source.pth").read_bytes(), (precious / "thesis.txt").read_text()) == (before, "years")
     write_layout(source, tmp_path / "theirs", "diffusers")

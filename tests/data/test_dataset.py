@@ -161,9 +161,10 @@ def test_synthesis_resumes_after_a_crash_to_the_same_data(
     with pytest.raises(KeyboardInterrupt):
         synthesize(pico_checkpoint, tmp_path / "data", recipe, listener=Hearing(task=crash))
     assert not (tmp_path / "data").exists()
-    monkeypatch.setattr("litconvert.common.files.HANDOVER_SECONDS", 0.2)
-    (shards,) = tmp_path.glob(".data.shards-*")
-    with kept_by_another_process(shards), pytest.raises(LitconvertError, match="another process is at work"):
+    assert len(list(tmp_path.glob(".data.shards-*"))) == 1
+    monkeypatch.setattr("litconvert.common.files.OUTPUT_SECONDS", 0.2)
+    kept = kept_by_another_process(tmp_path, ".data.partial-lock")
+    with kept, pytest.raises(LitconvertError, match="another process is at work"):
         synthesize(pico_checkpoint, tmp_path / "data", recipe)
     drawn: list[int] = []
     hearing = Hearing(task=lambda done, total: drawn.append(done))

@@ -187,9 +187,9 @@ time.sleep(600)
 
 
 @contextmanager
-def kept_by_another_process(folder: Path) -> Iterator[None]:
-    """A folder as it is while another process works in it."""
-    with subprocess.Popen([sys.executable, "-c", _KEEPER, str(folder / ".lock")], stdout=subprocess.PIPE) as process:
+def kept_by_another_process(folder: Path, lock: str = ".lock") -> Iterator[None]:
+    """A folder as it is while another process works in it, or holds another lock there."""
+    with subprocess.Popen([sys.executable, "-c", _KEEPER, str(folder / lock)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"kept\n"
         try:
