@@ -178,7 +178,7 @@ def _headers_of(
     repo_id: str, name: str, commit: str, size: int
 ) -> dict[str, tuple[Callable[[], TensorInfo], Header]] | None:
     """Every tensor of one file, whatever its kind, its dtype looked at when it is used; None for an old pickle."""
-    place, file = f"{repo_id}/{name}", _RemoteFile(repo_id, name, commit, size)
+    place, file = f"{repo_id}/{name}", RemoteFile(repo_id, name, commit, size)
     if name.endswith(".safetensors"):
         try:
             return _remote_safetensors(repo_id, name, commit)
@@ -206,7 +206,7 @@ def _headers_of(
     return {key: (partial(info, key), headers[key]) for key in state}
 
 
-def _kind(place: str, file: "_RemoteFile") -> Kind:
+def _kind(place: str, file: "RemoteFile") -> Kind:
     """What a file is by its first bytes. Raises LitconvertError for what is known to be something else."""
     file.seek(0)
     beginning = file.read(BEGINNING) or b""
@@ -234,16 +234,18 @@ def _remote_safetensors(repo_id: str, name: str, commit: str) -> dict[str, tuple
         ) from error
 
 
-class _RemoteFile(io.RawIOBase):
+class RemoteFile(io.RawIOBase):
     """A file on the Hub, fetched in blocks, each once, when they are read.
 
     Attributes:
         hollow: sorted runs (start, stop) that are not fetched: a read within one gives zeros.
+        token: True: the stored one is sent even where HF_HUB_DISABLE_IMPLICIT_TOKEN keeps it out of reads.
     """
 
-    def __init__(self, repo_id: str, name: str, commit: str, size: int) -> None:
+    def __init__(self, repo_id: str, name: str, commit: str, size: int, *, token: bool | None = None) -> None:
         from huggingface_hub import hf_hub_url
 
+        self.token = token
         self.repo_id, self.size = repo_id, size
         self.url = hf_hub_url(repo_id, name, revision=commit)
         self.hollow: list[tuple[int, int]] = []
@@ -295,7 +297,7 @@ class _RemoteFile(io.RawIOBase):
             return
         begin, end = missing[0] * BLOCK_BYTES, min((missing[-1] + 1) * BLOCK_BYTES, self.size)
         with hub_errors(self.repo_id):
-            headers = {**build_hf_headers(), "range": f"bytes={begin}-{end - 1}"}
+            headers = {**build_hf_headers(token=self.token), "range": f"bytes={begin}-{end - 1}"}
             response = http_backoff("GET", self.url, headers=headers, timeout=30)
             hf_raise_for_status(response)
             # A server that knows no ranges sends everything.

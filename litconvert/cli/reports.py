@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from litconvert.estimates.stage import StageEstimate
     from litconvert.evaluation.probe_result import ProbeResult
     from litconvert.families.sources import Findings, OpenSource
+    from litconvert.publishing.repository import Changes
     from litconvert.workflow import LineResult
 
 
@@ -165,6 +166,12 @@ def _place(name: str | None, rows: tuple[int, int] | None, copies: int) -> str:
     if name is None:
         return "-"
     return name + (f"[{rows[0]}:{rows[1]}]" if rows else "") + (f" ({copies} copies)" if copies > 1 else "")
+
+
+def show_changes(changes: "Changes") -> None:
+    """What a push would make of its repository, file by file."""
+    rows = [(row.change, row.path, count(row.nbytes), row.why) for row in changes.rows]
+    table(("", "file", "bytes", ""), rows, numbers=(2,))
 
 
 def show_data(facts: Mapping[str, Any]) -> None:

@@ -104,21 +104,30 @@ def check_repo_id(repo_id: str) -> None:
 
 def require_login(repo_id: str) -> None:
     """Refuse before the work what cannot end in a push."""
-    from huggingface_hub import get_token
     from huggingface_hub.constants import is_offline_mode
 
     if is_offline_mode():
         raise LitconvertError(
             f"{repo_id}: HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or look with --dry-run"
         )
-    token = get_token()
-    if token is None:
+    if usable_token(repo_id) is None:
         raise LitconvertError(f"{repo_id}: not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def usable_token(repo_id: str) -> str | None:
+    """The token of the environment or of the login; None: there is none.
+
+    Raises LitconvertError for what no token can be.
+    """
+    from huggingface_hub import get_token
+
+    token = get_token()
     # A header refused by the HTTP library would be quoted in its error, token and all.
-    if not re.fullmatch(r"[\x21-\x7e]+", token):
+    if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
         raise LitconvertError(
             f"{repo_id}: the Hub token holds characters that no token has: set HF_TOKEN again, or run `hf auth login`"
         )
+    return token
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")

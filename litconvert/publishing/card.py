@@ -1,5 +1,6 @@
 """The model card: where a published model comes from, what was inherited and measured, its limits, how to load it."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -66,11 +67,19 @@ def model_card(
         _loading(recipe, config, asked),
         _limits(provenance, config, recipe["source"], asked),
     ]
-    return (
-        f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n\n"
-        + "\n\n".join(section for section in sections if section)
-        + "\n"
-    )
+    text = "\n\n".join(section for section in sections if section)
+    return _signed(f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n\n{text}\n")
+
+
+def _signed(text: str) -> str:
+    """A card with a last line that no reader sees, by which `is_own_card` knows it."""
+    return f"{text}\n<!-- litconvert {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_own_card(card: str) -> bool:
+    """Whether a README.md is a card of ours that nobody has edited since."""
+    text, _, _ = card.replace("\r\n", "\n").rpartition("\n<!-- litconvert ")
+    return bool(text) and _signed(text) == card.replace("\r\n", "\n")
 
 
 def _scores(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
