@@ -17,7 +17,7 @@ from litconvert.checkpoints.local import open_local
 from litconvert.checkpoints.pickles import check_zip, first_line, is_zip, load_pickle, tensors_of
 from litconvert.checkpoints.sets import Chosen, Header, choose
 from litconvert.common.files import read_json
-from litconvert.common.hub import download, hub_errors, is_weights_name
+from litconvert.common.hub import download, hub_errors, is_weights_name, no_hub_bars
 from litconvert.common.tensors import TensorInfo, check_dtype, info_of_header
 from litconvert.errors import LitconvertError
 
@@ -74,6 +74,33 @@ def open_hub_checkpoint(source: str, repo_id: str, revision: str | None, file: s
 
     size = sum(sizes[name] for name in missing)
     return Checkpoint(source, config, tensors, chosen.weights, chosen.sets, chosen.left_out, info.sha, size, stored)
+
+
+def fetch(repo_id: str, revision: str | None, names: Sequence[str]) -> Path:
+    """Those of these files that a repository has, in a folder; out of the Hub's reach those that are in the cache.
+
+    Raises LitconvertError where there is no such repository, or where nothing of it is in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(repo_id), no_hub_bars():
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in names]))
+
+
+def fetch_model(repo_id: str, revision: str | None, beside: Sequence[str]) -> Path:
+    """The weights and config of a repository's transformer, and the files `beside` them, in a folder.
+
+    Raises LitconvertError where that cannot be had, UsageError where there are several files of weights.
+    """
+    repository = _Repository(repo_id, repo_id, revision, None, "auto")
+    with hub_errors(repo_id):
+        info = repository.info()
+        if info is None:
+            repository.cached()  # refuses where the weights are not all there
+            return fetch(repo_id, revision, ())
+        names = {sibling.rfilename for sibling in info.siblings or ()}
+        _, wanted = repository.files_wanted(names)
+    return fetch(repo_id, revision, [*wanted, *(name for name in beside if name in names)])
 
 
 @dataclass(frozen=True)

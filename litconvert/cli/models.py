@@ -23,6 +23,7 @@ from litconvert.cli.options import (
     a_new_file,
     a_picture,
     a_run,
+    a_run_or_id,
     a_source,
     assignments,
     check_overrides,
@@ -111,7 +112,7 @@ def sample(
     model: Annotated[
         str,
         typer.Argument(
-            help="Run (RUN, RUN@STEP) or model directory, or any checkpoint litconvert reads.", callback=a_source
+            help="Run (RUN, RUN@STEP), model directory, Hub id, or any checkpoint litconvert reads.", callback=a_source
         ),
     ],
     out: Annotated[
@@ -219,7 +220,11 @@ def sample(
 def evaluate(
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="Run directory, or RUN@STEP for a checkpoint of it.", callback=a_run),
+        typer.Argument(
+            metavar="RUN",
+            help="Run directory, RUN@STEP for a checkpoint of it, or the Hub id of a pushed model.",
+            callback=a_run_or_id,
+        ),
     ],
     sets: SetOption = None,
     raw: RawOption = False,
@@ -232,12 +237,16 @@ def evaluate(
 
     Example: litconvert evaluate runs/digits/distilled --set evaluate.num_samples=1000
     """
-    from litconvert.recipe.resolve import resolve
-
     model = model_of(str(run), raw=raw)
-    if not (Path(model) / "litconvert.json").is_file():
-        raise UsageError(f"{run}: not a run of `litconvert distill`, nor a model that one wrote (no litconvert.json)")
-    settings, weights = resolve(model, sets or []).recipe, "model" if raw else "auto"
+    other = f"{run}: not a run of `litconvert distill`, nor a model that one wrote (no litconvert.json)"
+    if os.path.isdir(model) and not (Path(model) / "litconvert.json").is_file():
+        raise UsageError(other)
+    from litconvert.families.companions import companions_of
+
+    beside = companions_of(model)
+    if beside.recipe is None:
+        raise UsageError(other)
+    settings, weights = beside.resolve(None, sets or []).recipe, "model" if raw else "auto"
     from litconvert.cli.live import screen
     from litconvert.cli.reports import show_scores
     from litconvert.evaluation.run_scores import score_run
@@ -249,7 +258,8 @@ def evaluate(
         console.data(scores)
     else:
         show_scores(scores)
-        console.next_step("push", run, "OWNER/NAME", "--dry-run")
+        if Path(model).is_dir():
+            console.next_step("push", run, "OWNER/NAME", "--dry-run")
 
 
 def push(

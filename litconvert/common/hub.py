@@ -152,6 +152,14 @@ def path_of(source: str) -> Path | None:
     raise UsageError(f"{source}: no such file or folder, and not a Hub id (owner/name)")
 
 
+def split_revision(path: str) -> tuple[str, str | None]:
+    """`owner/name@revision` as a Hub id and its revision; a path on this machine, or an id without one, as it is."""
+    if os.path.exists(path) or not HUB_ID.fullmatch(path):
+        return path, None
+    name, _, revision = path.partition("@")
+    return name, revision or None
+
+
 def is_hub_id(source: str) -> bool:
     """Whether a recorded source is a repository of the Hub rather than a file."""
     path = Path(source)

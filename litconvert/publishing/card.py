@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from litconvert.common.hub import is_hub_id
+from litconvert.common.hub import is_hub_id, split_revision
 from litconvert.conversion.plan import FATES
 from litconvert.conversion.provenance import Provenance
 from litconvert.model.config import ModelConfig
@@ -339,9 +339,12 @@ def _t5_lines(source: Mapping[str, Any]) -> list[str]:
     named = source.get("text_encoder")
     where = named if named and is_hub_id(named["path"]) else TEXT_ENCODER
 
+    path, revision = split_revision(where["path"])
+
     def load(loader: str, subfolder: str | None) -> str:
         inside = f', subfolder="{subfolder}"' if subfolder else ""
-        return f'{loader}.from_pretrained("{where["path"]}"{inside})'
+        inside += f', revision="{revision}"' if revision else ""
+        return f'{loader}.from_pretrained("{path}"{inside})'
 
     return [
         f"text_encoder = {load('T5EncoderModel', where['subfolder'])}",

@@ -12,6 +12,7 @@ from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.device import default_device
 from litconvert.common.listener import SILENT, Listener
 from litconvert.errors import UsageError
+from litconvert.families.companions import companions_of
 from litconvert.families.sources import OpenSource, open_source, read_model
 from litconvert.model.config import ModelConfig
 from litconvert.recipe.resolve import resolve
@@ -46,7 +47,8 @@ class SampleRequest:
     Attributes:
         model, teacher: run (RUN, or RUN@STEP for one of its checkpoints) or model directory, or any checkpoint.
         out: PNG grid; the teacher's rows come first.
-        recipe: whose `sample` section and VAE are used; None: the one recorded with the model, if any.
+        recipe: whose `sample` section and VAE are used; None: the one recorded with the model, if any. A diffusers
+            pipeline's own VAE, T5 and scheduler are used where the recipe and the overrides name none.
         overrides: `key=value`, over the recipe.
         classes: labels such as `0,3,7`.
         prompts, negative_prompt: of a model of captions; none: the recipe's. T5 is freed before the model is read.
@@ -86,10 +88,11 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
     path = model_of(request.model, raw=request.weights == "model")
     if path != request.model and Path(path).name != "model":
         listener.note(f"drawn from the checkpoint {path}")
-    recipe = request.recipe
-    if recipe is None and (Path(path) / "recipe.yaml").is_file():
-        recipe = path
-    settings = resolve(recipe, request.overrides).recipe
+    beside = companions_of(path)
+    settings = beside.resolve(request.recipe, request.overrides).recipe
+    for word, text in beside.used(settings):
+        if word != "recipe":  # its settings are the title of the sheet
+            listener.note(f"{word}: {text}")
     sources = _open_sources(request, path, settings)
     configs = [source.config for source in sources]
     chosen = settings.sample

@@ -1,5 +1,6 @@
 """A stand-in for the Hub, what is pushed to it in tests, and what was sent."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,8 @@ def enter(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     # huggingface_hub reads the environment when it is imported, which was long before.
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    if (transformers := sys.modules.get("transformers.utils.hub")) is not None:
+        monkeypatch.setattr(transformers, "_hf_api", None)  # it remembers the Hub of the test before
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, server.url)
