@@ -17,7 +17,7 @@ from litconvert.checkpoints.local import open_local
 from litconvert.checkpoints.pickles import check_zip, first_line, is_zip, load_pickle, tensors_of
 from litconvert.checkpoints.sets import Chosen, Header, choose
 from litconvert.common.files import read_json
-from litconvert.common.hub import download, hub_errors, is_weights_name
+from litconvert.common.hub import download, hub_errors, is_weights_name, no_hub_bars
 from litconvert.common.tensors import TensorInfo, check_dtype, info_of_header
 from litconvert.errors import LitconvertError
 
@@ -74,6 +74,33 @@ def open_hub_checkpoint(source: str, repo_id: str, revision: str | None, file: s
 
     size = sum(sizes[name] for name in missing)
     return Checkpoint(source, config, tensors, chosen.weights, chosen.sets, chosen.left_out, info.sha, size, stored)
+
+
+def fetch(repo_id: str, revision: str | None, names: Sequence[str]) -> Path:
+    """Those of these files that a repository has, in a folder; out of the Hub's reach those that are in the cache.
+
+    Raises LitconvertError where there is no such repository, or where nothing of it is in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(repo_id), no_hub_bars():
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in names]))
+
+
+def fetch_model(repo_id: str, revision: str | None, beside: Sequence[str]) -> Path:
+    """The weights and config of a repository's transformer, and the files `beside` them, in a folder.
+
+    Raises LitconvertError where that cannot be had, UsageError where there are several files of weights.
+    """
+    repository = _Repository(repo_id, repo_id, revision, None, "auto")
+    with hub_errors(repo_id):
+        info = repository.info()
+        if info is None:
+            repository.cached()  # refuses where the weights are not all there
+            return fetch(repo_id, revision, ())
+        names = {sibling.rfilename for sibling in info.siblings or ()}
+        _, wanted = repository.files_wanted(names)
+    return fetch(repo_id, revision, [*wanted, *(name for name in beside if name in names)])
 
 
 @dataclass(frozen=True)
@@ -178,7 +205,7 @@ def _headers_of(
     repo_id: str, name: str, commit: str, size: int
 ) -> dict[str, tuple[Callable[[], TensorInfo], Header]] | None:
     """Every tensor of one file, whatever its kind, its dtype looked at when it is used; None for an old pickle."""
-    place, file = f"{repo_id}/{name}", _RemoteFile(repo_id, name, commit, size)
+    place, file = f"{repo_id}/{name}", RemoteFile(repo_id, name, commit, size)
     if name.endswith(".safetensors"):
         try:
             return _remote_safetensors(repo_id, name, commit)
@@ -206,7 +233,7 @@ def _headers_of(
     return {key: (partial(info, key), headers[key]) for key in state}
 
 
-def _kind(place: str, file: "_RemoteFile") -> Kind:
+def _kind(place: str, file: "RemoteFile") -> Kind:
     """What a file is by its first bytes. Raises LitconvertError for what is known to be something else."""
     file.seek(0)
     beginning = file.read(BEGINNING) or b""
@@ -234,16 +261,18 @@ def _remote_safetensors(repo_id: str, name: str, commit: str) -> dict[str, tuple
         ) from error
 
 
-class _RemoteFile(io.RawIOBase):
+class RemoteFile(io.RawIOBase):
     """A file on the Hub, fetched in blocks, each once, when they are read.
 
     Attributes:
         hollow: sorted runs (start, stop) that are not fetched: a read within one gives zeros.
+        token: True: the stored one is sent even where HF_HUB_DISABLE_IMPLICIT_TOKEN keeps it out of reads.
     """
 
-    def __init__(self, repo_id: str, name: str, commit: str, size: int) -> None:
+    def __init__(self, repo_id: str, name: str, commit: str, size: int, *, token: bool | None = None) -> None:
         from huggingface_hub import hf_hub_url
 
+        self.token = token
         self.repo_id, self.size = repo_id, size
         self.url = hf_hub_url(repo_id, name, revision=commit)
         self.hollow: list[tuple[int, int]] = []
@@ -295,7 +324,7 @@ class _RemoteFile(io.RawIOBase):
             return
         begin, end = missing[0] * BLOCK_BYTES, min((missing[-1] + 1) * BLOCK_BYTES, self.size)
         with hub_errors(self.repo_id):
-            headers = {**build_hf_headers(), "range": f"bytes={begin}-{end - 1}"}
+            headers = {**build_hf_headers(token=self.token), "range": f"bytes={begin}-{end - 1}"}
             response = http_backoff("GET", self.url, headers=headers, timeout=30)
             hf_raise_for_status(response)
             # A server that knows no ranges sends everything.

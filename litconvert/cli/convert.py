@@ -32,6 +32,7 @@ from litconvert.cli.options import (
     use_device,
 )
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.runs.directory import model_of
 
 if TYPE_CHECKING:
     from litconvert.estimates.stage import StageEstimate
@@ -67,16 +68,18 @@ def inspect(
     given = overrides_of(sets, num_attention_heads, sample_size)
     check_overrides(recipe, given, source)
     from litconvert.cli.reports import show_source
+    from litconvert.families.companions import companions_of
     from litconvert.families.sources import describe, examine, open_source_of
 
     opened = open_source_of(resolve(recipe, given, source).recipe)
+    beside = companions_of(model_of(source))
     if weights:
         console.note(f"reading every value of {source}")
     findings = examine(opened) if weights else None
     if as_json:
-        console.data(describe(opened, findings))
+        console.data({**describe(opened, findings), "beside": beside.to_json()})
     else:
-        show_source(opened, findings)
+        show_source(opened, beside, findings)
     if findings and findings.broken:
         raise LitconvertError(f"{source}: cannot be used: {'; '.join(findings.broken)}")
 

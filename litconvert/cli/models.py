@@ -24,6 +24,7 @@ from litconvert.cli.options import (
     a_new_file,
     a_picture,
     a_run,
+    a_run_or_id,
     a_source,
     assignments,
     check_overrides,
@@ -33,7 +34,6 @@ from litconvert.cli.options import (
 )
 from litconvert.common.files import free_name, refuse_existing
 from litconvert.common.hub import check_repo_id
-from litconvert.common.quantities import count
 from litconvert.errors import UsageError
 from litconvert.runs.directory import model_of
 
@@ -117,7 +117,7 @@ def sample(
     model: Annotated[
         str,
         typer.Argument(
-            help="Run (RUN, RUN@STEP) or model directory, or any checkpoint litconvert reads.", callback=a_source
+            help="Run (RUN, RUN@STEP), model directory, Hub id, or any checkpoint litconvert reads.", callback=a_source
         ),
     ],
     out: Annotated[
@@ -236,7 +236,11 @@ def sample(
 def evaluate(
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="Run directory, or RUN@STEP for a checkpoint of it.", callback=a_run),
+        typer.Argument(
+            metavar="RUN",
+            help="Run directory, RUN@STEP for a checkpoint of it, or the Hub id of a pushed model.",
+            callback=a_run_or_id,
+        ),
     ],
     sets: SetOption = None,
     raw: RawOption = False,
@@ -249,12 +253,16 @@ def evaluate(
 
     Example: litconvert evaluate runs/digits/distilled --set evaluate.num_samples=1000
     """
-    from litconvert.recipe.resolve import resolve
-
     model = model_of(str(run), raw=raw)
-    if not (Path(model) / "litconvert.json").is_file():
-        raise UsageError(f"{run}: not a run of `litconvert distill`, nor a model that one wrote (no litconvert.json)")
-    settings, weights = resolve(model, sets or []).recipe, "model" if raw else "auto"
+    other = f"{run}: not a run of `litconvert distill`, nor a model that one wrote (no litconvert.json)"
+    if os.path.isdir(model) and not (Path(model) / "litconvert.json").is_file():
+        raise UsageError(other)
+    from litconvert.families.companions import companions_of
+
+    beside = companions_of(model)
+    if beside.recipe is None:
+        raise UsageError(other)
+    settings, weights = beside.resolve(None, sets or []).recipe, "model" if raw else "auto"
     from litconvert.cli.live import screen
     from litconvert.cli.reports import show_scores
     from litconvert.evaluation.run_scores import score_run
@@ -266,7 +274,8 @@ def evaluate(
         console.data(scores)
     else:
         show_scores(scores)
-        console.next_step("push", run, "OWNER/NAME", "--dry-run")
+        if Path(model).is_dir():
+            console.next_step("push", run, "OWNER/NAME", "--dry-run")
 
 
 def push(
@@ -278,27 +287,44 @@ def push(
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     raw: RawOption = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up; no network.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be added, changed, deleted and kept; send nothing.")
+    ] = False,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Overwrite or delete what others put there and loaders would take instead."),
+    ] = False,
+    replace_card: Annotated[
+        bool, typer.Option("--replace-card", help="Overwrite a README.md that is not litconvert's.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch to commit to, or refs/pr/N. Default: main.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Publish a model with its card. The token comes from HF_TOKEN or `hf auth login`.
+    """Publish a model with its card, in one commit. The token comes from HF_TOKEN or `hf auth login`.
 
     Example: litconvert push runs/digits/distilled me/lit-digits --pipeline
     """
     _check_push(directory, repo_id)
     from litconvert.cli.live import screen
-    from litconvert.publishing.push import planned_files
+    from litconvert.cli.reports import show_changes
+    from litconvert.publishing.publication import Destination, Publication
+    from litconvert.publishing.push import planned_changes
     from litconvert.publishing.push import push as publish
 
     console.be_quiet(quiet)
     weights = "model" if raw else "auto"
     if dry_run:
-        files = planned_files(directory, repo_id, pipeline=pipeline, text_encoder=text_encoder, weights=weights)
-        if as_json:
-            console.data([{"path": path, "bytes": nbytes} for path, nbytes in files])
-        else:
-            console.table(("file", "bytes"), [(path, count(nbytes)) for path, nbytes in files], numbers=(1,))
+        asked = Publication(directory, repo_id, pipeline, text_encoder=text_encoder, weights=weights, offline=True)
+        changes = planned_changes(asked, Destination(revision, create_pr, private, replace, replace_card, message))
+        console.data(changes.to_json()) if as_json else show_changes(changes)
+        if changes.repository is None:
+            console.note(f"the Hub cannot be reached: what {repo_id} holds is unknown, and nothing is compared")
+        changes.refuse()
         return
     url = publish(
         directory,
@@ -307,6 +333,11 @@ def push(
         text_encoder=text_encoder,
         private=private,
         weights=weights,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+        replace=replace,
+        replace_card=replace_card,
         listener=screen(),
     )
     console.data({"url": url}) if as_json else console.line(url)

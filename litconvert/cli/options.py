@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from litconvert.common.files import picture_format, require_file_name
-from litconvert.common.hub import path_of
+from litconvert.common.hub import is_hub_id, path_of
 from litconvert.errors import UsageError
 from litconvert.runs.directory import model_of
 
@@ -47,9 +47,14 @@ def a_folder(path: Path | None) -> Path | None:
     return path
 
 
+def _is_hub_model(path: Path) -> bool:
+    """Whether this may be a model on the Hub, `owner/name[@revision]`, and nothing of this name is here."""
+    return is_hub_id(str(path)) and not path.parent.exists()
+
+
 def a_student(path: Path) -> Path:
-    """A model directory."""
-    if not path.is_dir():
+    """A model directory, or one on the Hub."""
+    if not path.is_dir() and not _is_hub_model(path):
         raise UsageError(
             f"{path}: not a model directory of litconvert; convert a checkpoint first (`litconvert convert`)"
         )
@@ -71,6 +76,11 @@ def a_run(path: Path) -> Path:
     """A model or run directory, or RUN@STEP."""
     a_folder(Path(model_of(str(path))))
     return path
+
+
+def a_run_or_id(path: Path) -> Path:
+    """A model or run directory, RUN@STEP, or a model on the Hub."""
+    return path if _is_hub_model(path) else a_run(path)
 
 
 def a_file(path: Path | None) -> Path | None:

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from litconvert.conversion.plan import ConversionPlan
     from litconvert.estimates.stage import StageEstimate
     from litconvert.evaluation.probe_result import ProbeResult
+    from litconvert.families.companions import Companions
     from litconvert.families.sources import Findings, OpenSource
+    from litconvert.publishing.repository import Changes
     from litconvert.workflow import LineResult
 
 
-def show_source(source: "OpenSource", findings: "Findings | None" = None) -> None:
-    """What a checkpoint is, and with `findings` what its values showed."""
+def show_source(source: "OpenSource", beside: "Companions", findings: "Findings | None" = None) -> None:
+    """What a checkpoint is, what lies beside it and, with `findings`, what its values showed."""
     from litconvert.families.sources import describe
 
     facts = describe(source)
@@ -43,6 +45,7 @@ def show_source(source: "OpenSource", findings: "Findings | None" = None) -> Non
         ("predicts", _prediction(config)),
         *(("assumed", text) for text in facts["unsure"]),
         *(("set aside", text) for text in facts["set_aside"]),
+        *beside.facts,
         *((("to download", size(facts["download_bytes"])),) if facts["download_bytes"] else ()),
     ]
     if findings is not None:
@@ -92,6 +95,9 @@ def show_plan(plan: "ConversionPlan", *, tensors: bool = False, costs: bool = Tr
     for text in facts["set_aside"]:
         line(f"set aside: {text}")
     line(f"recipe: {plan.recipe_name or 'none, the defaults'} (--recipe chooses another)")
+    for word, text in plan.beside.used(plan.recipe):
+        if word != "recipe":
+            line(f"{word}: {text}")
     if facts["download_bytes"]:
         line(f"to be downloaded first: {size(facts['download_bytes'])}")
     if plan.solve is not None and costs:
@@ -165,6 +171,12 @@ def _place(name: str | None, rows: tuple[int, int] | None, copies: int) -> str:
     if name is None:
         return "-"
     return name + (f"[{rows[0]}:{rows[1]}]" if rows else "") + (f" ({copies} copies)" if copies > 1 else "")
+
+
+def show_changes(changes: "Changes") -> None:
+    """What a push would make of its repository, file by file."""
+    rows = [(row.change, row.path, count(row.nbytes), row.why) for row in changes.rows]
+    table(("", "file", "bytes", ""), rows, numbers=(2,))
 
 
 def show_data(facts: Mapping[str, Any]) -> None:

@@ -39,7 +39,7 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
 def distill(
-    student: Annotated[Path, typer.Argument(help="Model directory that `convert` wrote.", callback=a_student)],
+    student: Annotated[Path, typer.Argument(help="Model directory, or the Hub id of one.", callback=a_student)],
     out: Annotated[Path, typer.Argument(help="Run directory to write, or to go on with.", callback=a_new_folder)],
     recipe: RecordedRecipeOption = None,
     sets: SetOption = None,

@@ -104,21 +104,30 @@ def check_repo_id(repo_id: str) -> None:
 
 def require_login(repo_id: str) -> None:
     """Refuse before the work what cannot end in a push."""
-    from huggingface_hub import get_token
     from huggingface_hub.constants import is_offline_mode
 
     if is_offline_mode():
         raise LitconvertError(
             f"{repo_id}: HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or look with --dry-run"
         )
-    token = get_token()
-    if token is None:
+    if usable_token(repo_id) is None:
         raise LitconvertError(f"{repo_id}: not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def usable_token(repo_id: str) -> str | None:
+    """The token of the environment or of the login; None: there is none.
+
+    Raises LitconvertError for what no token can be.
+    """
+    from huggingface_hub import get_token
+
+    token = get_token()
     # A header refused by the HTTP library would be quoted in its error, token and all.
-    if not re.fullmatch(r"[\x21-\x7e]+", token):
+    if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
         raise LitconvertError(
             f"{repo_id}: the Hub token holds characters that no token has: set HF_TOKEN again, or run `hf auth login`"
         )
+    return token
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -141,6 +150,14 @@ def path_of(source: str) -> Path | None:
     if HUB_ID.fullmatch(source) and not is_weights_name(name):
         return None
     raise UsageError(f"{source}: no such file or folder, and not a Hub id (owner/name)")
+
+
+def split_revision(path: str) -> tuple[str, str | None]:
+    """`owner/name@revision` as a Hub id and its revision; a path on this machine, or an id without one, as it is."""
+    if os.path.exists(path) or not HUB_ID.fullmatch(path):
+        return path, None
+    name, _, revision = path.partition("@")
+    return name, revision or None
 
 
 def is_hub_id(source: str) -> bool:

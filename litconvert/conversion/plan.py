@@ -1,7 +1,7 @@
 """The plan of a conversion, tensor by tensor."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from litconvert.common.tensors import DTYPES, TensorInfo
 from litconvert.conversion.solve_plan import SolvePlan, solve_plan
 from litconvert.errors import UsageError
+from litconvert.families.companions import NOTHING, Companions, companions_of
 from litconvert.families.layout import Origin
 from litconvert.families.sources import OpenSource, describe, open_source_of
 from litconvert.model.config import ModelConfig
@@ -18,6 +19,7 @@ from litconvert.model.shapes import count_macs, count_parameters, model_tensors
 from litconvert.recipe.packaged import asset_of, recipe_of
 from litconvert.recipe.resolve import ResolvedRecipe, resolve
 from litconvert.recipe.schema import Recipe, Source
+from litconvert.runs.directory import model_of
 
 Fate = Literal["inherited", "fresh", "solved", "recomputed", "dropped"]
 
@@ -61,6 +63,7 @@ class ConversionPlan:
     Attributes:
         solve: what is solved and what it costs; None: what is fresh starts at random.
         unsolved_because: why nothing is solved although the recipe asks for it.
+        beside: what lies beside the source's weights, of which the recipe has what it uses.
     """
 
     source: OpenSource
@@ -70,6 +73,7 @@ class ConversionPlan:
     recipe_name: str | None = None
     solve: SolvePlan | None = None
     unsolved_because: str | None = None
+    beside: Companions = NOTHING
 
     @cached_property
     def groups(self) -> dict[str, dict[str, int]]:
@@ -140,6 +144,7 @@ class ConversionPlan:
         """The whole plan as plain data."""
         return {
             "source": describe(self.source),
+            "beside": self.beside.to_json(),
             "recipe": self.recipe_name,
             "student_config": self.config.values,
             "groups": self.groups,
@@ -253,21 +258,30 @@ def plan(source: str | Path | None, recipe: str | None = None, overrides: Sequen
         overrides: `key=value`, over the recipe.
     """
     if recipe is not None:
-        named = resolve(recipe, overrides, source).recipe
-        return plan_conversion(open_source_of(named), named, recipe)
+        named, beside = _with_beside(resolve(recipe, overrides, source), recipe)
+        made = plan_conversion(open_source_of(named.recipe), named.recipe, recipe)
+        return replace(made, beside=beside)
     # What of a recipe says how to read it; the rest may be of stages that the defaults have not.
     reading = [one for one in overrides if one.replace("=", ".").split(".")[0].strip() in ("source", "inherit")]
     given = resolve(None, reading, source).recipe
     opened = open_source_of(given)
-    if (own := _own_recipe(opened)) is not None:
-        return plan_conversion(opened, _going_on(own, given, overrides), str(own))
+    beside = companions_of(given.source.path and model_of(given.source.path))
+    if beside.recipe is not None and opened.reading.family == "litconvert" and "linear" in opened.config.attention:
+        own = _going_on(beside, given, overrides)
+        return replace(plan_conversion(opened, own, beside.recipe_name), beside=beside)
     packaged = asset_of(str(given.source.path)).recipe or recipe_of(opened.reading.family, opened.config.values)
-    if packaged is None:
-        return plan_conversion(opened, resolve(None, overrides, source).recipe)
-    found = resolve(packaged, overrides).recipe
-    # Its hints are of the released checkpoint; what this source is was read without them.
-    settings = found.model_copy(update={"source": _described_as(given.source, found.source)})
-    return plan_conversion(opened, settings, packaged)
+    found = beside.taken_into(resolve(packaged, overrides, None if packaged else source), named=None).recipe
+    if packaged is not None:
+        # Its hints are of the released checkpoint; what this source is was read without them.
+        found = found.model_copy(update={"source": _described_as(given.source, found.source)})
+    return replace(plan_conversion(opened, found, packaged), beside=beside)
+
+
+def _with_beside(resolved: ResolvedRecipe, name: str) -> tuple[ResolvedRecipe, Companions]:
+    """A recipe that was named with what lies beside its source, and that."""
+    path = resolved.recipe.source.path
+    beside = companions_of(path and model_of(path))
+    return beside.taken_into(resolved, named=name), beside
 
 
 def _described_as(source: Source, recorded: Source) -> Source:
@@ -275,19 +289,9 @@ def _described_as(source: Source, recorded: Source) -> Source:
     return source.model_copy(update={name: getattr(recorded, name) for name in ("license", "vae", "text_encoder")})
 
 
-def _own_recipe(source: OpenSource) -> Path | None:
-    """The recipe recorded with one of our own linear models, None where there is none."""
-    if source.reading.family != "litconvert" or "linear" not in source.config.attention:
-        return None
-    if source.checkpoint.download_bytes:  # of the Hub, not downloaded
-        return None
-    path = source.checkpoint.files[0].parent / "recipe.yaml"
-    return path if path.is_file() else None
-
-
-def _going_on(own: Path, bare: Recipe, overrides: Sequence[str]) -> Recipe:
+def _going_on(beside: Companions, bare: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe to go on with from a student of ours: its own, taught by who taught it."""
-    recorded = resolve(str(own), overrides).recipe
+    recorded = beside.resolve(None, overrides).recipe
     teacher = recorded.distill.teacher or recorded.source
     return recorded.model_copy(
         update={
@@ -304,7 +308,7 @@ def resolve_for(recipe: str | None, overrides: Sequence[str], source: str | Path
     Raises UsageError when neither is named.
     """
     if recipe is not None:
-        return resolve(recipe, overrides, source)
+        return _with_beside(resolve(recipe, overrides, source), recipe)[0]
     if source is None:
         raise UsageError("--recipe or --source says which model the data is for; give one")
     planned = plan(source, None, overrides)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from litconvert.common.hub import path_of
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.versions import versions
 from litconvert.conversion.directory import refuse_changed_source
@@ -19,6 +20,7 @@ from litconvert.data.synthesize import synthesize_resolved
 from litconvert.distillation.teaching import Teacher, open_outputs
 from litconvert.distillation.warm_start import WarmStart, check_start, open_start
 from litconvert.errors import UsageError
+from litconvert.families.companions import companions_of, local_model
 from litconvert.families.sources import OpenSource, open_named_teacher, open_source_of, open_student, read_model
 from litconvert.model.attention_layers import linear_layers
 from litconvert.model.config import ModelConfig
@@ -135,12 +137,13 @@ def prepare(asked: Request, listener: Listener = SILENT) -> Distillation:
             f"{student} is a run, not a student: give it as --from {student} beside the student that it was trained "
             "from"
         )
-    provenance = Provenance.read(student)
-    refuse_inputs_in(out, student, asked.data)
+    folder = local_model(student, listener)
+    provenance = Provenance.read(folder)
+    refuse_inputs_in(out, folder, asked.data)
     resolved, recorded = resolve_run(asked)
     run = RunDirectory(out)
     check_packages(resolved.recipe)
-    opened = open_student(student)
+    opened = open_student(folder)
     check_model(opened.config, resolved.recipe)
     engine = Engine(resolved.recipe.distill.mixed_precision)
     recipe = with_settled_models(engine, resolved.recipe)
@@ -167,6 +170,7 @@ def prepare(asked: Request, listener: Listener = SILENT) -> Distillation:
 def _open_lineage(asked: Request, student: OpenSource, recipe: Recipe, provenance: Provenance) -> Lineage:
     """The student's source and teacher, checked against it, and the stages against all of them."""
     config = student.config
+    _require_here(asked, recipe)
     source = open_source_of(recipe)
     teacher = open_named_teacher(recipe, source)
     source_file = File.of(source)
@@ -175,6 +179,20 @@ def _open_lineage(asked: Request, student: OpenSource, recipe: Recipe, provenanc
     for index, stage in enumerate(recipe.distill.stages):
         trained_names(list(student.reading.origins), stage, f"distill.stages.{index}")
     return Lineage(student, source, teacher, source_file, provenance)
+
+
+def _require_here(asked: Request, recipe: Recipe) -> None:
+    """Refuse a source or teacher that is only where the student was made, and say how it is named here."""
+    teacher = recipe.distill.teacher
+    for path, what, option in (
+        (recipe.source.path, "converted from", "--set source.path=PATH"),
+        (teacher.path if teacher else None, "taught by", "--teacher PATH"),
+    ):
+        try:
+            if path is not None:
+                path_of(path)
+        except UsageError as error:
+            raise UsageError(f"{asked.student} was {what} {path}, which is not here: name it with {option}") from error
 
 
 def _open_data(
@@ -262,8 +280,10 @@ def _provenance(prepared: Distillation) -> Provenance:
 
 def resolve_run(asked: Request) -> tuple[ResolvedRecipe, Recipe]:
     """The run's recipe, with the source that the student was converted from; and the student's own recipe."""
-    recorded = read_recorded(asked.student / "recipe.yaml")
-    resolved = resolve(asked.recipe or str(asked.student / "recipe.yaml"), asked.overrides)
+    beside = companions_of(asked.student)
+    place = beside.recipe or asked.student / "recipe.yaml"
+    recorded = beside.recorded(read_recorded(place))
+    resolved = beside.resolve(None, asked.overrides) if asked.recipe is None else resolve(asked.recipe, asked.overrides)
     update: dict[str, Any] = {"student": recorded.student, "inherit": recorded.inherit, "solve": recorded.solve}
     keys = [one.partition("=")[0] for one in asked.overrides]
     moved = {}

@@ -12,6 +12,7 @@ from litconvert.common.files import digest_of, read_json, write_whole
 from litconvert.common.listener import SILENT, Listener
 from litconvert.conversion.provenance import Provenance
 from litconvert.evaluation.scores import evaluate, evaluation_passes, reference_samples
+from litconvert.families.companions import local_model
 from litconvert.families.sources import open_student, open_teacher, read_model
 from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.schema import Recipe
@@ -24,14 +25,16 @@ def score_run(
     """Metrics of a run's model and of the teacher against itself, kept beside it and in the model's record.
 
     Args:
-        run: RUN, for its finished model or else its latest checkpoint, RUN@STEP, or the model directory itself.
+        run: RUN, for its finished model or else its latest checkpoint, RUN@STEP, the model directory itself, or the Hub
+            id of one, of which the scores are kept nowhere.
         recipe: its `evaluate` section, its source and teacher.
         weights: of a checkpoint, `ema`, `model` (the raw weights, whose scores are no part of its record) or `auto`.
         force: measure again.
         listener: hears of the samples that are drawn.
     """
     raw, settings = weights == "model", recipe.evaluate
-    folder = Path(model_of(str(run), raw=raw))
+    named = model_of(str(run), raw=raw)
+    folder = local_model(named, listener)
     provenance = Provenance.read(folder)
     inputs = Inputs(
         {"model": provenance.digest, "evaluate": given(settings), "weights": "model" if raw else "ema"},
@@ -39,7 +42,8 @@ def score_run(
     )
     place = folder.parent if folder.name == "model" else folder
     kept = place / ("evaluation-raw.json" if raw else "evaluation.json")
-    if kept.is_file() and not force:
+    is_here = Path(named).is_dir()
+    if is_here and kept.is_file() and not force:
         found = read_json(kept)
         if inputs.made(found):
             listener.note(f"already done: {kept}")
@@ -51,6 +55,9 @@ def score_run(
     with listener.task("evaluate", evaluation_passes(settings, len(models))) as task:
         reference = reference_samples(teacher, recipe, task)
         scores = {"digest": inputs.digest, **evaluate(models, reference, recipe, task)}
+    if not is_here:
+        listener.note(f"not kept: {named} is on the Hub")
+        return scores
     write_whole(kept, json.dumps(scores, indent=2) + "\n")
     if not raw:
         measured = replace(provenance, metrics=_metrics(scores))

@@ -1,12 +1,13 @@
 """The model card: where a published model comes from, what was inherited and measured, its limits, how to load it."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from litconvert.common.hub import is_hub_id
+from litconvert.common.hub import is_hub_id, split_revision
 from litconvert.conversion.plan import FATES
 from litconvert.conversion.provenance import Provenance
 from litconvert.model.config import ModelConfig
@@ -66,11 +67,19 @@ def model_card(
         _loading(recipe, config, asked),
         _limits(provenance, config, recipe["source"], asked),
     ]
-    return (
-        f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n\n"
-        + "\n\n".join(section for section in sections if section)
-        + "\n"
-    )
+    text = "\n\n".join(section for section in sections if section)
+    return _signed(f"---\n{ModelCardData(**front_matter).to_yaml()}\n---\n\n{text}\n")
+
+
+def _signed(text: str) -> str:
+    """A card with a last line that no reader sees, by which `is_own_card` knows it."""
+    return f"{text}\n<!-- litconvert {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_own_card(card: str) -> bool:
+    """Whether a README.md is a card of ours that nobody has edited since."""
+    text, _, _ = card.replace("\r\n", "\n").rpartition("\n<!-- litconvert ")
+    return bool(text) and _signed(text) == card.replace("\r\n", "\n")
 
 
 def _scores(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -330,9 +339,12 @@ def _t5_lines(source: Mapping[str, Any]) -> list[str]:
     named = source.get("text_encoder")
     where = named if named and is_hub_id(named["path"]) else TEXT_ENCODER
 
+    path, revision = split_revision(where["path"])
+
     def load(loader: str, subfolder: str | None) -> str:
         inside = f', subfolder="{subfolder}"' if subfolder else ""
-        return f'{loader}.from_pretrained("{where["path"]}"{inside})'
+        inside += f', revision="{revision}"' if revision else ""
+        return f'{loader}.from_pretrained("{path}"{inside})'
 
     return [
         f"text_encoder = {load('T5EncoderModel', where['subfolder'])}",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litconvert.common.files import read_json
+from litconvert.common.hub import split_revision
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.pixart import variant_of
 from litconvert.model.config import ModelConfig
@@ -141,11 +142,12 @@ def _cached(vae: Vae) -> Vae:
 
     if Path(vae.path).exists():
         return vae
+    path, revision = split_revision(vae.path)
     try:
-        config = hf_hub_download(vae.path, "config.json", subfolder=vae.subfolder, local_files_only=True)
+        config = hf_hub_download(path, "config.json", subfolder=vae.subfolder, revision=revision, local_files_only=True)
     except LocalEntryNotFoundError as error:
         raise LitconvertError(
             f"{vae.path}: a dry run downloads nothing, and this decoder is not in the Hub's cache; "
-            f"fetch it first (`hf download {vae.path}`)"
+            f"fetch it first (`hf download {path}`)"
         ) from error
     return vae.model_copy(update={"path": str(Path(config).parent), "subfolder": None})

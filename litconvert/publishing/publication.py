@@ -25,3 +25,24 @@ class Publication:
     text_encoder: bool = False
     weights: str = "auto"
     offline: bool = False
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where in its repository a publication is committed, and what of others it may replace.
+
+    Attributes:
+        revision: branch, which must exist, or `refs/pr/N`; None: main.
+        create_pr: open a pull request against main instead.
+        private: create the repository as private; refused when it exists and is public.
+        replace: overwrite and delete what is not litconvert's and in the way.
+        replace_card: overwrite a README.md that litconvert did not write, or that was edited since.
+        message: of the commit; None: one that names litconvert.
+    """
+
+    revision: str | None = None
+    create_pr: bool = False
+    private: bool = False
+    replace: bool = False
+    replace_card: bool = False
+    message: str | None = None

@@ -39,7 +39,7 @@ class Vae(Section):
     """The image decoder of a latent-space model."""
 
     path: str
-    """Folder or Hub id of a diffusers AutoencoderKL."""
+    """Folder or Hub id (`owner/name`, `owner/name@revision`) of a diffusers AutoencoderKL."""
     subfolder: str | None = None
     """Folder inside it."""
     scaling_factor: Annotated[float, Field(gt=0)] | None = None
@@ -52,7 +52,7 @@ class TextEncoder(Section):
     """The T5 that encodes captions, as PixArt's diffusers repositories hold it."""
 
     path: str
-    """Folder or Hub id."""
+    """Folder or Hub id (`owner/name`, `owner/name@revision`)."""
     subfolder: str | None = "text_encoder"
     """Folder of the encoder inside it."""
     tokenizer: str | None = "tokenizer"

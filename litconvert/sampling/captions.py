@@ -13,7 +13,7 @@ from torch import Tensor
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.device import default_device, has_gpu
 from litconvert.common.files import require_utf8, whole_file
-from litconvert.common.hub import hub_errors
+from litconvert.common.hub import hub_errors, split_revision
 from litconvert.common.versions import is_installed
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.config import ModelConfig
@@ -115,17 +115,19 @@ def load_text_encoder(where: TextEncoder, *, offline: bool = False) -> tuple[Any
 
     disable_progress_bar()  # our own is the one on screen
 
+    path, revision = split_revision(where.path)
+
     def options(subfolder: str | None) -> dict[str, Any]:
-        return {"subfolder": subfolder or "", "local_files_only": offline}
+        return {"subfolder": subfolder or "", "revision": revision or "main", "local_files_only": offline}
 
     advice = "set source.text_encoder.path to a repository like PixArt-alpha/PixArt-XL-2-1024-MS"
     if Path(where.path).exists() and not (Path(where.path) / (where.subfolder or "") / "config.json").is_file():
         raise LitconvertError(f"{where.path}: no folder {where.subfolder} with a config.json in it; {advice}")
     try:
         with hub_errors(where.path):
-            tokenizer = T5Tokenizer.from_pretrained(where.path, **options(where.tokenizer))
+            tokenizer = T5Tokenizer.from_pretrained(path, **options(where.tokenizer))
             encoder, loaded = T5EncoderModel.from_pretrained(
-                where.path, **options(where.subfolder), dtype="auto", output_loading_info=True
+                path, **options(where.subfolder), dtype="auto", output_loading_info=True
             )
     except (ImportError, ValueError, KeyError, RuntimeError, TypeError) as error:
         if isinstance(error, ImportError) or "tiktoken" in str(error):  # a missing sentencepiece leads there

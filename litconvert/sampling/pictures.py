@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litconvert.common.device import default_device
 from litconvert.common.files import whole_file
-from litconvert.common.hub import hub_errors
+from litconvert.common.hub import hub_errors, split_revision
 from litconvert.common.listener import SILENT, UNSEEN, Listener, Task
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.config import ModelConfig, is_pixel_space
@@ -31,10 +31,12 @@ def load_vae(vae: Vae) -> Any:
     """
     from diffusers import AutoencoderKL
 
+    path, revision = split_revision(vae.path)
+    where = {"subfolder": vae.subfolder, "revision": revision}
     try:
         with hub_errors(vae.path):
-            told = AutoencoderKL.load_config(vae.path, subfolder=vae.subfolder)
-            model, loaded = AutoencoderKL.from_pretrained(vae.path, subfolder=vae.subfolder, output_loading_info=True)
+            told = AutoencoderKL.load_config(path, **where)
+            model, loaded = AutoencoderKL.from_pretrained(path, **where, output_loading_info=True)
     except (ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise LitconvertError(

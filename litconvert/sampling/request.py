@@ -13,6 +13,7 @@ from litconvert.common.device import default_device
 from litconvert.common.files import refuse_existing, refuse_source, whole_file
 from litconvert.common.listener import SILENT, Listener
 from litconvert.errors import UsageError
+from litconvert.families.companions import companions_of
 from litconvert.families.sources import OpenSource, open_source, read_model
 from litconvert.model.config import ModelConfig
 from litconvert.recipe.resolve import resolve
@@ -47,7 +48,8 @@ class SampleRequest:
     Attributes:
         model, teacher: run (RUN, or RUN@STEP for one of its checkpoints) or model directory, or any checkpoint.
         out: PNG grid; the teacher's rows come first.
-        recipe: whose `sample` section and VAE are used; None: the one recorded with the model, if any.
+        recipe: whose `sample` section and VAE are used; None: the one recorded with the model, if any. A diffusers
+            pipeline's own VAE, T5 and scheduler are used where the recipe and the overrides name none.
         overrides: `key=value`, over the recipe.
         classes: labels such as `0,3,7`.
         prompts, negative_prompt: of a model of captions; none: the recipe's. T5 is freed before the model is read.
@@ -96,10 +98,11 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
     path = model_of(request.model, raw=request.weights == "model")
     if path != request.model and Path(path).name != "model":
         listener.note(f"drawn from the checkpoint {path}")
-    recipe = request.recipe
-    if recipe is None and (Path(path) / "recipe.yaml").is_file():
-        recipe = path
-    settings = resolve(recipe, request.overrides).recipe
+    beside = companions_of(path)
+    settings = beside.resolve(request.recipe, request.overrides).recipe
+    for word, text in beside.used(settings):
+        if word != "recipe":  # its settings are the title of the sheet
+            listener.note(f"{word}: {text}")
     sources = _open_sources(request, path, settings)
     read = [file for source in sources for file in source.checkpoint.files]
     for file in request.written:

@@ -113,6 +113,7 @@ class HubServer(contextlib.AbstractContextManager["HubServer"]):
         self.bytes_served = 0
         self.lock = threading.RLock()
         self._faults: list[tuple[str, str, int, int | None]] = []
+        self._damage: dict[str, bytes] = {}
         self._listener = _Listener(self, port)
         self.url = f"http://127.0.0.1:{self._listener.server_port}"
         threading.Thread(target=self._listener.serve_forever, args=(0.02,), daemon=True).start()
@@ -148,6 +149,15 @@ class HubServer(contextlib.AbstractContextManager["HubServer"]):
         """
         with self.lock:
             self._faults += [(method, path_fragment, status, after_bytes)] * times
+
+    def damage_next(self, path: str, data: bytes) -> None:
+        """Let the next commit that has a file of this path hold other bytes than were sent."""
+        with self.lock:
+            self._damage[path] = data
+
+    def take_damage(self, files: dict[str, Blob]) -> dict[str, bytes]:
+        """What the commit of these files is to hold instead, which is then used up."""
+        return {path: self._damage.pop(path) for path in list(self._damage) if path in files}
 
     def take_fault(self, method: str, target: str) -> tuple[int, int | None]:
         """The status (0 for none) and the byte count of the failure due for this request, which is then used up."""
@@ -386,16 +396,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/models/{repo}/commit/{rev}")
     def _commit(self) -> object:
+        """A commit on a branch, which must still be at the parent; a pull request opens a branch of its own there."""
         repository, ref, message = self._repository(), self.parts["rev"], ""
-        parent = repository.at(ref)
+        operations = [json.loads(line) for line in self.body.splitlines()]
+        parent = self._parent(repository, ref, operations)
         files = dict(parent.files)
-        for line in self.body.splitlines():
-            key, value = (operation := json.loads(line))["key"], operation["value"]
+        for operation in operations:
+            key, value = operation["key"], operation["value"]
             path = value.get("path", "").rstrip("/")
             if key == "header":
                 message = f"{value['summary']}\n\n{value['description']}".strip()
-                if value.get("parentCommit", parent.oid) != parent.oid:
-                    raise HubError(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[path] = Blob(base64.b64decode(value["content"], validate=True), lfs=False)
             elif key == "lfsFile":
@@ -410,6 +420,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files = {p: blob for p, blob in files.items() if p not in gone}
             else:
                 raise HubError(501, f"no such operation in the stand-in: {key}")
+        files |= {path: Blob(data, files[path].lfs) for path, data in self.hub.take_damage(files).items()}
         number = sum(name.startswith("refs/pr/") for name in repository.refs) + 1
         page = f"{self.hub.url}/{repository.repo_id}"
         pull = {"pullRequestUrl": f"{page}/discussions/{number}"} if "create_pr" in self.query else {}
@@ -417,6 +428,19 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(404, f"Invalid rev id: {ref}", "RevisionNotFound")
         oid = repository.add_commit(f"refs/pr/{number}" if pull else ref, files, message).oid
         return {"success": True, "commitOid": oid, "commitUrl": f"{page}/commit/{oid}", **pull}
+
+    def _parent(self, repository: Repository, ref: str, operations: list[Any]) -> Commit:
+        """The commit to go on from, which the header may name by its hash or the first seven characters of it."""
+        latest = repository.at(ref)
+        wanted = next((one["value"].get("parentCommit") for one in operations if one["key"] == "header"), None)
+        if wanted is None or latest.oid.startswith(wanted):
+            return latest
+        if "create_pr" not in self.query:
+            raise HubError(412, "A commit has happened since. Please refresh and try again.")
+        known = [commit for oid, commit in repository.commits.items() if oid.startswith(wanted)]
+        if not known:
+            raise HubError(404, f"Invalid rev id: {wanted}", "RevisionNotFound")
+        return known[0]
 
     @route("GET", "/{repo}/resolve/{rev}/(?P<path>.+)")
     def _resolve(self) -> object:

@@ -1,5 +1,7 @@
 """A text-to-image repository on disk, tiny: T5, its tokenizer, a decoder and two PixArts, all random."""
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,3 +82,23 @@ def write_pretrained(folder: Path) -> Pretrained:
     pixart(micro=True).save_pretrained(folder / "alpha")
     pixart(micro=False).save_pretrained(folder / "sigma")
     return Pretrained(folder)
+
+
+def write_pipeline(pretrained: Pretrained, folder: Path, kind: str = "sigma", **scheduler: Any) -> Path:
+    """The same parts as the diffusers pipeline that PixArt's repositories are, with a scheduler of these settings."""
+    shutil.copytree(pretrained.folder / kind, folder / "transformer")
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(pretrained.folder / part, folder / part)
+    settings = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, **scheduler}
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
+    index = {
+        "_class_name": "PixArtSigmaPipeline" if kind == "sigma" else "PixArtAlphaPipeline",
+        "scheduler": ["diffusers", settings["_class_name"]],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["diffusers", "PixArtTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,7 @@ from litconvert.common.hub import check_repo_id
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.publishing.layout import prepare, without_local_paths
 from litconvert.publishing.publication import Publication
-from litconvert.publishing.push import planned_files
-from tests.helpers.checkpoint_files import dit_state
-from tests.helpers.hub import TOKEN, card_of, enter, sent
+from tests.helpers.hub import RECIPE, TOKEN, Picos, card_of, enter, planned_files, sent
 from tests.helpers.hub_server import HubServer
 from tests.helpers.listener import Hearing
 
@@ -39,13 +36,6 @@ pytestmark = [
 ]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-RECIPE = """
-solve: null
-source: {num_attention_heads: 2, license: {id: cc-by-nc-4.0}}
-student: {num_attention_heads: 2}
-sample: {scheduler: ddim, steps: 3, guidance: 2.0}
-"""
-
 # Runs in a process of its own: litconvert is blocked, the Hub is the stand-in, nothing is cached.
 STRANGER = """
 import json, sys
@@ -81,45 +71,6 @@ with torch.no_grad():
 assert not any(name.partition(".")[0] == "litconvert" for name in sys.modules)
 save_file({name: value.contiguous() for name, value in outputs.items()}, folder / "outputs.safetensors")
 """
-
-
-@dataclass(frozen=True)
-class Picos:
-    """Converted models on disk: of pixels, and of latents with the decoder that their recipes name."""
-
-    folder: Path
-    pixels: Path
-    latents: Path
-    flow: Path
-    """A SiT, which predicts velocity."""
-
-
-@pytest.fixture(scope="module")
-def picos(tmp_path_factory: pytest.TempPathFactory) -> Picos:
-    from diffusers import AutoencoderKL
-
-    folder = tmp_path_factory.mktemp("private-place")
-    torch.manual_seed(0)
-    decoder = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
-    decoder.register_to_config(scaling_factor=0.5)
-    decoder.save_pretrained(folder / "decoder")
-    (folder / "pixels.yaml").write_text(RECIPE)
-    vae = f"vae: {{path: {folder / 'decoder'}}}"
-    (folder / "latents.yaml").write_text(RECIPE.replace("license:", f"{vae}, license:"))
-    flow = (folder / "latents.yaml").read_text().replace("scheduler: ddim", "scheduler: flow-euler")
-    (folder / "flow.yaml").write_text(flow.replace("source: {", "source: {family: sit, "))
-    for name, channels in (("pixels", 1), ("latents", 4), ("flow", 4)):
-        save_file(dit_state(width=16, channels=channels), folder / f"{name}.safetensors")
-        litconvert.convert(folder / f"{name}.safetensors", folder / name, str(folder / f"{name}.yaml"))
-    return Picos(folder, folder / "pixels", folder / "latents", folder / "flow")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub for one test, which this process is logged in to."""
-    with HubServer(TOKEN) as server:
-        enter(server, monkeypatch)
-        yield server
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -239,12 +190,12 @@ def test_the_dry_run_sends_nothing_and_lists_exactly_what_a_push_sends(
 ) -> None:
     before = snapshot(picos.latents)
     notes: list[str] = []
-    url = litconvert.push(
-        picos.latents, "tester/m", pipeline=pipeline, dry_run=True, listener=Hearing(note=notes.append)
-    )
-    assert hub.requests == []
+    hearing = Hearing(note=notes.append)
+    url = litconvert.push(picos.latents, "tester/m", pipeline=pipeline, dry_run=True, listener=hearing)
+    assert {method for method, _, _ in hub.requests} == {"GET"}
+    assert hub.repositories == {}
     listed = planned_files(picos.latents, "tester/m", pipeline=pipeline)
-    assert notes == [f"{path}: {nbytes:,} bytes" for path, nbytes in listed]
+    assert notes == [f"added: {path}, {nbytes:,} bytes" for path, nbytes in listed]
     assert litconvert.push(picos.latents, "tester/m", pipeline=pipeline) == url == f"{hub.url}/tester/m"
     assert sorted(listed) == sorted((path, len(data)) for path, data in sent(hub, "tester/m").items())
     assert len(hub.repositories["tester/m"].verified) == (2 if pipeline else 1)
@@ -410,7 +361,7 @@ def test_branches_and_pull_requests_leave_main_alone(hub: HubServer, picos: Pico
     assert WEIGHTS in sent(hub, "tester/m", "refs/pr/1")
     with pytest.raises(LitconvertError, match="create the branch"):
         litconvert.push(picos.pixels, "tester/m", revision="v1")
-    with pytest.raises(UsageError, match="leave revision out"):
+    with pytest.raises(UsageError, match="opens its own branch: leave revision out"):
         litconvert.push(picos.pixels, "tester/m", revision="v1", create_pr=True)
 
 
@@ -603,5 +554,5 @@ def test_a_decoder_of_the_hub_goes_along_and_a_later_dry_run_finds_it_in_the_cac
     assert "[tester/decoder](https://huggingface.co/tester/decoder)" in card_of(hub, "tester/m").text
     count = len(hub.requests)
     planned = planned_files(model, "tester/m", pipeline=True)
-    assert len(hub.requests) == count
+    assert len(hub.requests) == count  # of the decoder nothing is asked
     assert planned == sorted((path, len(data)) for path, data in sent(hub, "tester/m").items())

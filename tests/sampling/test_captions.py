@@ -33,7 +33,6 @@ from litconvert.model.pipeline_lit_text import LiTAlphaPipeline, LiTSigmaPipelin
 from litconvert.publishing.layout import prepare
 from litconvert.publishing.pipeline import pipeline_class
 from litconvert.publishing.publication import Publication
-from litconvert.publishing.push import planned_files
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe, TextEncoder
 from litconvert.sampling import captions as captions_module
@@ -43,7 +42,7 @@ from litconvert.sampling.pictures import SampleSheet, to_images
 from litconvert.sampling.request import SampleRequest, sample_to_files
 from litconvert.sampling.sheets import GAP
 from tests.helpers.command import command
-from tests.helpers.hub import TOKEN, card_of, enter, sent
+from tests.helpers.hub import TOKEN, card_of, enter, planned_files, sent
 from tests.helpers.hub_server import HubServer
 from tests.helpers.pretrained import CHANNELS, SIDE, Pretrained, pixart
 
