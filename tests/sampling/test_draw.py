@@ -554,7 +554,8 @@ def test_one_setting_says_in_what_precision_everything_draws(
     asked = {(setting, hardware): sampler(setting, hardware) for setting in ("auto", "no", "bf16") for hardware in "01"}
     assert [one.bf16 for one in asked.values()] == [False, True, False, False, True, True]
     labels, seen = torch.tensor([0, 1, 2]), list[torch.dtype]()
-    model.blocks[0].attn.to_out.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    block: Any = model.blocks[0]
+    block.attn.to_out.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
     drawn = {setting: torch.cat(list(draw(model, labels, asked[setting, "1"]))) for setting in ("no", "bf16")}
     assert set(seen[: len(seen) // 2]) == {torch.float32}
     assert set(seen[len(seen) // 2 :]) == {torch.bfloat16}
