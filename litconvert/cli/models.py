@@ -28,6 +28,7 @@ from litconvert.cli.options import (
     a_source,
     assignments,
     check_overrides,
+    is_first,
     overrides_of,
     recorded_recipe,
     use_device,
@@ -206,7 +207,7 @@ def sample(
     from litconvert.cli.live import screen
     from litconvert.sampling.request import SampleRequest, sample_to_files
 
-    console.be_quiet(quiet)
+    console.be_quiet(quiet or not is_first())
     use_device(device)
     request = SampleRequest(
         model,
@@ -226,6 +227,8 @@ def sample(
         weights="model" if raw else "auto",
     )
     written = [str(path) for path in sample_to_files(request, screen())]
+    if not is_first():
+        return
     if as_json:
         console.data({"written": written})
         return

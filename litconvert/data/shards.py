@@ -1,29 +1,19 @@
 """Data sets that several processes write shard by shard; interrupted, the same command goes on."""
 
-import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from litconvert.common.files import require_space, require_utf8, write_whole
-from litconvert.common.listener import SILENT, Listener, Task
+from litconvert.common.files import require_space, write_whole
+from litconvert.common.listener import SILENT, Listener
 from litconvert.common.outputs import (
     DATA_SET,
-    at_work,
     contents,
     is_unfinished,
-    place_of,
     refuse_foreign,
     refuse_stranger,
     whole_directory,
-    work_path,
-    work_paths,
 )
 from litconvert.data.dataset import (
     DATA_RECORD,
@@ -33,30 +23,9 @@ from litconvert.data.dataset import (
     read_record,
     record_text,
 )
-from litconvert.errors import LitconvertError, UsageError, system_cause
+from litconvert.errors import LitconvertError, UsageError
 from litconvert.recipe.inputs import Inputs
-
-
-@dataclass(frozen=True)
-class Group:
-    """The processes that share the work, and this one's place among them."""
-
-    process: int
-    processes: int
-    device: torch.device
-    wait: Callable[[], None]
-    """Until every process is here."""
-
-
-def launched_group() -> Group:
-    """The group that `accelerate launch` formed; this process alone where nothing was launched.
-
-    Raises UsageError when this process was launched as one of several but is in no group.
-    """
-    from litconvert.common.launch import device_of, join_group
-
-    state = join_group()
-    return Group(state.process_index, state.num_processes, device_of(state), state.wait_for_everyone)
+from litconvert.sampling.parts import Group, Parts
 
 
 def is_finished(out: Path, inputs: Inputs, *, force: bool, remake: bool = False) -> bool:
@@ -121,88 +90,37 @@ def shard_writer(folder: Path, condition: ConditionKind, dtype: str) -> Iterator
     writer.close()
 
 
-def _until(done: Callable[[], bool]) -> None:
-    """Wait for other processes' files. Not a barrier: its timeout would be shorter than a shard may take.
-
-    A process that fails ends the others too, which the launcher sees to.
-    """
-    while not done():
-        time.sleep(0.2)
-
-
-@dataclass(frozen=True)
-class Assembly:
+class Assembly(Parts):
     """A data set in the making.
 
-    Attributes:
+    Args:
         out: the finished data set.
         inputs: what determines it.
-        shards: how many; shard i is that of process i modulo their number.
+        count: of shards.
         group: the processes.
         listener: hears what the first process has to say.
         force: replace an `out` that was made from other inputs.
     """
 
-    out: Path
-    inputs: Inputs
-    shards: int
-    group: Group
-    listener: Listener = SILENT
-    force: bool = False
-
-    @cached_property
-    def folder(self) -> Path:
-        """Where the shards are until they are joined."""
-        made, first = (
-            work_path(self.out, f"shards-{digest[:12]}")
-            for digest in (self.inputs.digest, self.inputs.first_digest or self.inputs.digest)
-        )
-        # Begun by a version whose digests were others, it goes on.
-        return first if first.is_dir() else made
-
-    def shard(self, index: int) -> Path:
-        """A finished shard's folder."""
-        return self.folder / f"{index:09d}"
-
-    @property
-    def own(self) -> list[int]:
-        """Shards of this process that are still to be made."""
-        mine = range(self.group.process, self.shards, self.group.processes)
-        return [index for index in mine if not self.shard(index).exists()]
+    def __init__(
+        self,
+        out: Path,
+        inputs: Inputs,
+        count: int,
+        group: Group,
+        listener: Listener = SILENT,
+        *,
+        force: bool = False,
+    ) -> None:
+        digests = [inputs.digest, *([inputs.first_digest] if inputs.first_digest else [])]
+        super().__init__(out, digests, count, group, listener)
+        self.inputs, self.force = inputs, force
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
-        """Around the work of every process; no other group of processes may be at it."""
-        require_utf8(place_of(self.out))
-        self.group.wait()  # until every one has seen whether `out` was there
-        with at_work(self.out, self.listener) if self.group.process == 0 else nullcontext():
-            if self.group.process == 0:
-                is_finished(self.out, self.inputs, force=self.force)  # refuses what another command has just made
-                self.folder.mkdir(exist_ok=True)
-            self.group.wait()
-            if not self.folder.is_dir():
-                raise LitconvertError(
-                    f"process {self.group.process} does not see {self.folder}, which process 0 made; write to a file "
-                    "system that all nodes share"
-                )
-            done = self.shards - sum(not self.shard(index).exists() for index in range(self.shards))
-            if done and self.group.process == 0:
-                self.listener.note(f"goes on: {done} of {self.shards} shards of {self.out} are there")
+    def begun(self, refuse: Callable[[], object] | None = None) -> Iterator[None]:
+        """As `Parts.begun`; what another command has just made is refused."""
+        with super().begun(refuse or (lambda: is_finished(self.out, self.inputs, force=self.force))):
             yield
-
-    def once(self, path: Path, make: Callable[[], None]) -> None:
-        """Let the main process make a file in `folder` that all need."""
-        if self.group.process == 0 and not path.exists():
-            make()
-        _until(path.exists)
-
-    def task(self, name: str, total: int) -> Task:
-        """The work of this process, of which the first one's is seen."""
-        return (self.listener if self.group.process == 0 else SILENT).task(name, total)
-
-    def make(self, index: int) -> AbstractContextManager[Path]:
-        """The folder of a shard to be written, whole or not at all."""
-        return whole_directory(self.shard(index))
 
     def join(self, facts: Callable[[Sequence[Path]], Mapping[str, Any]], extra: Callable[[Path], None]) -> Path:
         """Every process calls this last; the main one waits for the shards and makes them one data set.
@@ -213,16 +131,7 @@ class Assembly:
 
         Raises UsageError when no shard holds a sample, LitconvertError when the disk has no room for a second copy.
         """
-        if self.group.process != 0:
-            _until(lambda: not self.folder.exists())
-        else:
-            shards = [self.shard(index) for index in range(self.shards)]
-            _until(lambda: all(shard.exists() for shard in shards))
-            self._join(shards, facts(shards), extra)
-            # Its own, and what interrupted runs of other inputs left.
-            for folder in work_paths(self.out, "shards-"):
-                shutil.rmtree(folder)
-        self.group.wait()
+        self.finish(lambda shards: self._join(shards, facts(shards), extra))
         return self.out
 
     def _join(self, shards: Sequence[Path], facts: Mapping[str, Any], extra: Callable[[Path], None]) -> None:
@@ -244,12 +153,3 @@ class Assembly:
             extra(folder)
             some = {} if len(buckets) == 1 else {"buckets": buckets}
             write_whole(folder / DATA_RECORD, record_text(self.inputs.record, samples, **facts, **some))
-
-
-@contextmanager
-def written(out: Path) -> Iterator[None]:
-    """Say in a sentence why `out` cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise LitconvertError(f"cannot write {out}: {system_cause(error) or error}") from error

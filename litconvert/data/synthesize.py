@@ -17,7 +17,7 @@ from litconvert.conversion.plan import resolve_for
 from litconvert.conversion.solve_plan import rate_of
 from litconvert.data.dataset import ConditionKind
 from litconvert.data.prompts import StoredPrompts, read_prompts, store_prompts
-from litconvert.data.shards import Assembly, is_finished, launched_group, shard_writer, written
+from litconvert.data.shards import Assembly, is_finished, shard_writer
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.sources import OpenSource, open_teacher, read_model
 from litconvert.model.config import ModelConfig, is_pixel_space
@@ -28,6 +28,7 @@ from litconvert.recipe.resolve import ResolvedRecipe
 from litconvert.recipe.schema import Recipe
 from litconvert.sampling.captions import Captions
 from litconvert.sampling.draw import SamplerSettings, draw, make_scheduler
+from litconvert.sampling.parts import launched_group, written
 
 
 def synthesis_inputs(recipe: Recipe, teacher: OpenSource, prompts: Sequence[str]) -> Inputs:
@@ -113,7 +114,7 @@ def synthesize_resolved(
     shape = (config.in_channels, config.sample_size, config.sample_size)
     require_space(out, 2 * 4 * settings.num_samples * int(torch.Size(shape).numel()))
     shards = -(-settings.num_samples // settings.shard_size)
-    assembly = Assembly(out, inputs, shards, launched_group(), listener, force)
+    assembly = Assembly(out, inputs, shards, launched_group(), listener, force=force)
     with written(out), assembly.begun():
         stored = None
         if prompts:
@@ -215,7 +216,7 @@ def _draw_shards(assembly: Assembly, drawing: Drawing, name: str) -> None:
     settings, group = drawing.recipe.data.synthesize, assembly.group
     shards = {
         index: range(settings.num_samples)[index * settings.shard_size : (index + 1) * settings.shard_size]
-        for index in range(group.process, assembly.shards, group.processes)
+        for index in range(group.process, assembly.count, group.processes)
     }
     total = sum(map(len, shards.values()))
     with assembly.task(name, total) as task:

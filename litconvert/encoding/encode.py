@@ -17,7 +17,7 @@ from litconvert.common.files import digest_of, read_json, refuse_source
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.quantities import size
 from litconvert.data.dataset import NULL_CAPTION, ConditionKind
-from litconvert.data.shards import Assembly, is_finished, launched_group, shard_writer, written
+from litconvert.data.shards import Assembly, is_finished, shard_writer
 from litconvert.encoding.encoders import Encoders, Target
 from litconvert.encoding.image_sources import ImageSource, open_images
 from litconvert.encoding.images import BrokenSample, ImageSample, pillow_unbounded
@@ -27,6 +27,7 @@ from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.resolve import ResolvedRecipe
 from litconvert.recipe.schema import Recipe
 from litconvert.sampling.captions import read_embeddings, write_embeddings
+from litconvert.sampling.parts import launched_group, written
 from litconvert.sampling.pictures import scaling_of
 
 SKIPPED = "skipped.json"
@@ -67,7 +68,7 @@ def encode_images(
         if launched_group().process == 0:
             listener.note(f"already done: {out}")
         return out
-    assembly = Assembly(out, inputs, encoding.images.parts, launched_group(), listener, force)
+    assembly = Assembly(out, inputs, encoding.images.parts, launched_group(), listener, force=force)
     if assembly.group.process == 0:
         for remark in encoding.images.remarks:
             listener.note(remark)
@@ -192,7 +193,7 @@ def _condition(recipe: Recipe, target: Target) -> ConditionKind:
 
 def _encode_parts(assembly: Assembly, encoding: Encoding, encoders: Encoders) -> None:
     """Encode the parts of this process that are not there yet."""
-    parts, count = len(range(assembly.group.process, assembly.shards, assembly.group.processes)), 0
+    parts, count = len(range(assembly.group.process, assembly.count, assembly.group.processes)), 0
     with assembly.task("encode", parts) as task:
         own = assembly.own
         task.advance(parts - len(own), f"{count:,} images")

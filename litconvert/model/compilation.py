@@ -1,6 +1,6 @@
 """Models whose blocks are compiled."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -9,10 +9,22 @@ from torch.utils._triton import has_triton
 
 from litconvert.model.modeling_lit import Block, LiTTransformer2DModel
 
+# Forward passes of a batch; a block takes tens of seconds to compile. An estimate: no GPU has measured it.
+REPAID_AFTER = 1_000
+
 
 def compiles(setting: str, device: torch.device) -> bool:
     """What a recipe's `compile` (`auto`, `no` or `blocks`) comes to on this device."""
     return setting == "blocks" or (setting == "auto" and device.type == "cuda" and has_triton())
+
+
+def compile_for(passes: int, models: Iterable[LiTTransformer2DModel], setting: str) -> None:
+    """Compile models for so many forward passes, where the setting says so or, `auto`, where they repay it."""
+    if setting == "auto" and passes < REPAID_AFTER:
+        return
+    for model in models:
+        if compiles(setting, model.device):
+            compile_blocks(model, recorded=False)
 
 
 def compile_blocks(model: LiTTransformer2DModel, *, recorded: bool) -> None:

@@ -24,7 +24,7 @@ from litconvert.model.pipeline_lit import Condition, Scheduler, denoise, set_tim
 from litconvert.recipe.schema import Guidance, Recipe
 from litconvert.sampling.captions import Captions
 
-LabelsOrCaptions = TypeVar("LabelsOrCaptions", Tensor, Captions)
+LabelsOrCaptions = TypeVar("LabelsOrCaptions", bound=Tensor | Captions)
 
 
 def make_scheduler(name: str, num_timesteps: int = 1000, prediction: str = "noise") -> Scheduler:
@@ -218,6 +218,10 @@ class SamplerSettings:
         bf16 = uses_bf16(recipe.sampling.mixed_precision)
         return cls(guidance, recipe.diffusion.num_timesteps, seed, batch_size, bf16)
 
+    def passes_of(self, count: int) -> int:
+        """How many forward passes of a batch so many samples take."""
+        return self.steps_of(count) * (2 if self.guidance.guidance != 1 else 1)
+
     def steps_of(self, count: int) -> int:
         """How many steps so many samples take, batch by batch."""
         return -(-count // self.batch_size) * self.guidance.steps
@@ -261,4 +265,4 @@ def draw(
 
 def cycled(conditions: LabelsOrCaptions, count: int) -> LabelsOrCaptions:
     """So many labels or captions, each as often as every other."""
-    return conditions[torch.arange(count) % len(conditions)]
+    return cast(LabelsOrCaptions, conditions[torch.arange(count) % len(conditions)])

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from litconvert.common.device import default_device
-from litconvert.common.files import whole_file
 from litconvert.common.hub import hub_errors, split_revision
 from litconvert.common.listener import SILENT, UNSEEN, Listener, Task
 from litconvert.errors import LitconvertError, UsageError
@@ -87,18 +86,6 @@ def to_images(latents: Tensor, vae: Any | None) -> NDArray[np.uint8]:
         )
     scaled = (latents.float().cpu() * 127.5 + 128).clamp(0, 255)
     return scaled.permute(0, 2, 3, 1).to(torch.uint8).numpy()
-
-
-def save_npz(images: NDArray[np.uint8], labels: Tensor | None, path: Path) -> None:
-    """Write images in the ADM evaluator's layout, whole or not at all.
-
-    That is arr_0 (N, H, W, 3) uint8 and, where there are labels, arr_1 (N,).
-    """
-    if images.shape[-1] == 1:
-        images = images.repeat(3, axis=-1)
-    arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels.numpy()}
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
 
 
 class SampleSheet:

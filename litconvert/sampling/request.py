@@ -1,27 +1,35 @@
 """`sample` as a user asks for it: from a path and options to files."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.device import default_device
-from litconvert.common.files import refuse_existing, refuse_source, whole_file
+from litconvert.common.files import digest_of, refuse_existing, refuse_source, whole_file
+from litconvert.common.launch import launched_processes
 from litconvert.common.listener import SILENT, Listener
 from litconvert.errors import UsageError
 from litconvert.families.companions import companions_of
 from litconvert.families.sources import OpenSource, open_source, read_model
+from litconvert.model.compilation import compile_for
 from litconvert.model.config import ModelConfig
+from litconvert.recipe.inputs import given
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe, Source
 from litconvert.runs.directory import model_of
 from litconvert.sampling.captions import Captions, encode_prompts, read_embeddings, write_embeddings
 from litconvert.sampling.draw import SamplerSettings, cycled, draw, make_scheduler
-from litconvert.sampling.pictures import NUM_IMAGES, described, load_vae, save_npz, to_images
+from litconvert.sampling.parts import Parts, launched_group, written
+from litconvert.sampling.picture_set import PictureSet, read_parts, save_npz
+from litconvert.sampling.pictures import NUM_IMAGES, described, load_vae, to_images
 from litconvert.sampling.sheets import Part, save_sheet
 
 # Of the samples in an NPZ file, those that are on the sheet beside it.
@@ -116,12 +124,17 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
     vae = load_vae(settings.source.vae).to(device) if settings.source.vae and request.latents is None else None
     if vae is None and request.latents is None and not configs[-1].is_pixel_space:
         to_images(torch.empty(1, configs[-1].in_channels, 1, 1), None)  # refuses, and says what to give
-    conditions = _conditions(request, settings, configs)
+    conditions, count = _conditions(request, settings, configs)
+    sampler = SamplerSettings.of(settings, chosen, seed=chosen.seed, batch_size=chosen.batch_size)
+    if request.npz is not None:
+        return _draw_many(request, Ready(settings, sources, conditions, count, sampler, vae), listener)
+    if launched_processes() > 1 and launched_group().process:
+        return []  # so few are drawn by the first process alone
     # Undecoded, the model's alone are written.
     drawn = sources[-1:] if request.latents else sources
     listener.note(f"reading {' and '.join(source.checkpoint.source for source in drawn)}")
     models = [read_model(source, torch.float32).to(device) for source in drawn]
-    sampler = SamplerSettings.of(settings, chosen, seed=chosen.seed, batch_size=chosen.batch_size)
+    conditions = cycled(conditions, count)
     with listener.task("sample", len(models) * sampler.steps_of(len(conditions))) as task:
         if request.latents is not None:
             latents = torch.cat(list(draw(models[-1], conditions, sampler, task=task)))
@@ -130,12 +143,77 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
             np.concatenate([to_images(batch, vae) for batch in draw(model, conditions, sampler, task=task)])
             for model in models
         ]
-    titles = [f"{request.model}; {described(chosen)}"]
-    if request.teacher is not None:
-        titles = [f"Teacher: {request.teacher}; {described(chosen)}", f"Student: {titles[0]}"]
     labels = _labels(conditions, chosen.prompts if request.embeddings is None else ())
-    parts = [Part(title, one, labels) for title, one in zip(titles, images, strict=True)]
-    return _write_pictures(request, parts, conditions, scale=max(1, 64 // configs[-1].sample_size))
+    _write_sheet(request, images, labels, settings, scale=max(1, 64 // configs[-1].sample_size))
+    return [request.out]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that drawing needs, but for the weights.
+
+    Attributes:
+        sources: the teacher, where one is asked for, and then the model.
+        conditions: classes or captions, taken in turn until there are `count` of them.
+    """
+
+    recipe: Recipe
+    sources: Sequence[OpenSource]
+    conditions: Tensor | Captions
+    count: int
+    sampler: SamplerSettings
+    vae: Any | None
+
+    @property
+    def digest(self) -> str:
+        """Of all that determines the model's pictures."""
+        checkpoint, conditions = self.sources[-1].checkpoint, self.conditions
+        tensors = (conditions,) if isinstance(conditions, Tensor) else (conditions.features, conditions.mask)
+        null = () if isinstance(conditions, Tensor) or conditions.null_features is None else (conditions.null_features,)
+        told = hashlib.sha256()
+        for tensor in (*tensors, *null):
+            told.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest_of(
+            {
+                "model": [checkpoint.sha256(), checkpoint.weights, self.sources[-1].config.given],
+                "conditions": told.hexdigest(),
+                "count": self.count,
+                "guidance": given(self.sampler.guidance),
+                "sampler": [self.sampler.num_timesteps, self.sampler.seed, self.sampler.bf16],
+                "vae": given(self.recipe.source.vae),
+                "shard_size": self.recipe.sampling.shard_size,
+            }
+        )
+
+
+def _draw_many(request: SampleRequest, ready: Ready, listener: Listener) -> list[Path]:
+    """The model's pictures into an NPZ file, drawn part by part, and the first of them on the sheet."""
+    assert request.npz is not None
+    sampling, group, config = ready.recipe.sampling, launched_group(), ready.sources[-1].config
+    if group.process == 0:
+        listener.note(f"reading {' and '.join(source.checkpoint.source for source in ready.sources)}")
+    *teachers, model = [read_model(source, torch.float32).to(group.device) for source in ready.sources]
+    vae = None if ready.vae is None else ready.vae.to(group.device)
+    pictures = PictureSet(model, ready.conditions, ready.count, ready.sampler, vae, sampling.shard_size)
+    passes = ready.sampler.passes_of(ready.count) // group.processes
+    compile_for(passes, [model], sampling.compile)
+    parts = Parts(request.npz, [ready.digest], pictures.parts, group, listener)
+    sheet = range(min(NPZ_SHEET, ready.count))
+    with written(request.npz), parts.begun(lambda: refuse_existing(*request.written, force=request.force)):
+        pictures.draw(parts)
+        labels = None if isinstance(ready.conditions, Captions) else cycled(ready.conditions, ready.count)
+
+        def join(folders: Sequence[Path]) -> None:
+            assert request.npz is not None
+            save_npz(folders, labels, request.npz)
+            shown = [replace(pictures, model=one).images(sheet) for one in teachers]
+            mine = np.concatenate([piece for piece, _ in zip(read_parts(folders), sheet, strict=False)])[: len(sheet)]
+            prompts = ready.recipe.sample.prompts if request.embeddings is None else ()
+            names = _labels(cycled(ready.conditions, len(sheet)), prompts)
+            _write_sheet(request, [*shown, mine], names, ready.recipe, scale=max(1, 64 // config.sample_size))
+
+        parts.finish(join)
+    return [request.out, request.npz]
 
 
 def _open_sources(request: SampleRequest, path: str, recipe: Recipe) -> list[OpenSource]:
@@ -168,8 +246,10 @@ def _open_sources(request: SampleRequest, path: str, recipe: Recipe) -> list[Ope
     return sources
 
 
-def _conditions(request: SampleRequest, recipe: Recipe, configs: Sequence[ModelConfig]) -> Tensor | Captions:
-    """The labels or captions that are drawn, one for each image. Captions are written where that is asked for.
+def _conditions(
+    request: SampleRequest, recipe: Recipe, configs: Sequence[ModelConfig]
+) -> tuple[Tensor | Captions, int]:
+    """The labels or captions that are drawn, taken in turn, and of how many images. Captions are written where asked.
 
     Args:
         configs: of all models that are drawn, the one that was asked for last.
@@ -181,7 +261,8 @@ def _conditions(request: SampleRequest, recipe: Recipe, configs: Sequence[ModelC
     if not config.reads_captions:
         if told or request.embeddings or request.save_embeddings:
             raise UsageError(f"{request.model} is a model of classes and reads no captions: choose with --classes")
-        return parse_classes(request.classes, count or NUM_IMAGES, config.classes)
+        count = count or NUM_IMAGES
+        return parse_classes(request.classes, count, config.classes), count
     if request.classes is not None:
         raise UsageError(f"{request.model} is a model of captions and has no classes: choose with --prompt")
     if request.embeddings is not None:
@@ -194,7 +275,7 @@ def _conditions(request: SampleRequest, recipe: Recipe, configs: Sequence[ModelC
     captions = captions.padded(config.caption_tokens, config.caption_width)
     if request.save_embeddings is not None:
         write_embeddings(captions, request.save_embeddings)
-    return cycled(captions, count or len(captions))
+    return captions, count or len(captions)
 
 
 def _write_latents(path: Path, latents: Tensor, conditions: Tensor | Captions) -> list[Path]:
@@ -212,14 +293,17 @@ def _labels(conditions: Tensor | Captions, prompts: Sequence[str]) -> list[str]:
     return [str(int(label)) for label in conditions]
 
 
-def _write_pictures(
-    request: SampleRequest, parts: Sequence[Part], conditions: Tensor | Captions, *, scale: int
-) -> list[Path]:
-    """The sheet of all models and, where it is asked for, the last one's images for the ADM evaluator."""
-    images = parts[-1].images
-    if request.npz is not None:  # a sheet of 50,000 would be of no use to anybody
-        parts = [Part(part.title, part.images[:NPZ_SHEET], part.labels[:NPZ_SHEET]) for part in parts]
-    if request.npz is not None:
-        save_npz(images, None if isinstance(conditions, Captions) else conditions, request.npz)
+def _write_sheet(
+    request: SampleRequest,
+    images: Sequence[NDArray[np.uint8]],
+    labels: Sequence[str],
+    recipe: Recipe,
+    *,
+    scale: int,
+) -> None:
+    """The sheet of all models, the teacher first."""
+    titles = [f"{request.model}; {described(recipe.sample)}"]
+    if request.teacher is not None:
+        titles = [f"Teacher: {request.teacher}; {described(recipe.sample)}", f"Student: {titles[0]}"]
+    parts = [Part(title, one, labels) for title, one in zip(titles, images, strict=True)]
     save_sheet(request.out, parts, scale=scale)
-    return [request.out] if request.npz is None else [request.out, request.npz]

@@ -20,7 +20,8 @@ from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.model.pipeline_lit import LiTPipeline, predict
 from litconvert.recipe.schema import Guidance, Recipe, Vae
 from litconvert.sampling.draw import SamplerSettings, draw, make_scheduler, noise_of, sample
-from litconvert.sampling.pictures import load_vae, save_npz, to_images
+from litconvert.sampling.picture_set import save_npz
+from litconvert.sampling.pictures import load_vae, to_images
 from litconvert.sampling.request import parse_classes
 from tests.helpers.checkpoint_files import dit_state
 from tests.helpers.command import command

@@ -1,0 +1,99 @@
+"""Pictures by the thousand: drawn part by part by several processes, and written for the ADM evaluator."""
+
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from litconvert.common.files import require_space, whole_file
+from litconvert.common.listener import UNSEEN, Task
+from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.sampling.captions import Captions
+from litconvert.sampling.draw import SamplerSettings, draw
+from litconvert.sampling.parts import Parts
+from litconvert.sampling.pictures import to_images
+
+IMAGES = "images.npy"
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """A model's pictures, each of the noise and the condition of its index.
+
+    Attributes:
+        model: on its device.
+        conditions: classes or captions, taken in turn.
+        count: of pictures.
+        sampler: how they are drawn.
+        vae: which decodes them; None: the model's are pixels.
+        part_size: pictures that are drawn before they are kept.
+    """
+
+    model: LiTTransformer2DModel
+    conditions: Tensor | Captions
+    count: int
+    sampler: SamplerSettings
+    vae: Any | None
+    part_size: int
+
+    @property
+    def parts(self) -> int:
+        """How many parts there are."""
+        return -(-self.count // self.part_size)
+
+    def indices(self, part: int) -> range:
+        """Of the pictures of a part."""
+        return range(self.count)[part * self.part_size : (part + 1) * self.part_size]
+
+    def steps(self, parts: Iterable[int]) -> int:
+        """How many steps of the sampler these parts take, batch by batch."""
+        return sum(self.sampler.steps_of(len(self.indices(part))) for part in parts)
+
+    def images(self, indices: range, task: Task = UNSEEN) -> NDArray[np.uint8]:
+        """Pictures (N, H, W, C) of these indices; `task` is advanced with each step of each batch."""
+        some = self.conditions[torch.arange(indices.start, indices.stop) % len(self.conditions)]
+        batches = draw(self.model, some, self.sampler, first=indices.start, task=task)
+        return np.concatenate([to_images(batch, self.vae) for batch in batches])
+
+    def draw(self, parts: Parts, name: str = "sample") -> None:
+        """Draw what this process has to, and keep it part by part."""
+        own = parts.own
+        mine = range(parts.group.process, parts.count, parts.group.processes)
+        with parts.task(name, self.steps(mine)) as task:
+            task.advance(self.steps(mine) - self.steps(own))
+            for part in own:
+                with parts.make(part) as folder:
+                    np.save(folder / IMAGES, self.images(self.indices(part), task))
+
+
+def read_parts(folders: Sequence[Path]) -> Iterator[NDArray[np.uint8]]:
+    """The pictures of finished parts (N, H, W, C), mapped from disk one part at a time."""
+    for folder in folders:
+        yield np.load(folder / IMAGES, mmap_mode="r")
+
+
+def save_npz(pieces: Sequence[Path] | NDArray[np.uint8], labels: Tensor | None, path: Path) -> None:
+    """Write pictures in the ADM evaluator's layout, whole or not at all.
+
+    That is arr_0 (N, H, W, 3) uint8 and, where there are labels, arr_1 (N,). Of parts one at a time is in memory.
+
+    Raises LitconvertError where the disk has no room for them.
+    """
+    pictures = [pieces] if isinstance(pieces, np.ndarray) else list(read_parts(pieces))
+    count, (height, width, channels) = sum(map(len, pictures)), pictures[0].shape[1:]
+    require_space(path.parent, count * height * width * 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for some in pictures:
+                file.write(np.ascontiguousarray(some.repeat(3, axis=-1) if channels == 1 else some).data)
+        if labels is not None:
+            with archive.open("arr_1.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, labels.numpy())
