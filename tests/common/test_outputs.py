@@ -111,6 +111,18 @@ def test_a_folder_that_has_to_stay_is_filled_and_its_files_replaced(tmp_path: Pa
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_a_folder_whose_parent_takes_no_other_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the superuser, as whom tests may run, never meets."""
+    (tmp_path / "out").mkdir()
+    number = (tmp_path / "out").stat().st_ino
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and allowed(path, mode))
+    fill(tmp_path / "out")
+    assert texts(tmp_path / "out") == WHOLE
+    assert (tmp_path / "out").stat().st_ino == number
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_any_other_folder_is_renamed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
