@@ -47,6 +47,8 @@ _SYSTEM_CAUSES = {
     errno.ENAMETOOLONG: "the name is too long; choose a shorter path",
     errno.ENOENT: "a part of the path does not exist",
     errno.EISDIR: "the path is a folder, not a file",
+    errno.EBUSY: "it is a mount point, or in use; choose another path",
+    errno.ELOOP: "the path is a link that leads to itself; choose another path",
 }
 
 

@@ -10,6 +10,7 @@ import typer
 
 from litconvert.common.files import picture_format, require_file_name
 from litconvert.common.hub import is_hub_id, path_of
+from litconvert.common.outputs import refuse_unfinished
 from litconvert.errors import UsageError
 from litconvert.runs.directory import model_of
 
@@ -19,7 +20,9 @@ from litconvert.runs.directory import model_of
 def a_source(source: str | None) -> str | None:
     """A checkpoint or a run: it is there, or may be on the Hub."""
     if source is not None:
-        path_of(model_of(source))
+        path = path_of(model_of(source))
+        if path is not None:
+            refuse_unfinished(path)
     return source
 
 
@@ -44,6 +47,8 @@ def a_folder(path: Path | None) -> Path | None:
     if path is not None and not path.is_dir():
         what = " is a file, and a folder is asked for" if path.exists() else ": no such folder"
         raise UsageError(f"{path}{what}")
+    if path is not None:
+        refuse_unfinished(path)
     return path
 
 
@@ -58,6 +63,7 @@ def a_student(path: Path) -> Path:
         raise UsageError(
             f"{path}: not a model directory of litconvert; convert a checkpoint first (`litconvert convert`)"
         )
+    refuse_unfinished(path)
     return path
 
 
@@ -69,6 +75,8 @@ def a_data_set(path: Path | None) -> Path | None:
             f"{path}: {what}; draw one with `litconvert latents synthesize`, or make one of images with `litconvert "
             "latents encode`"
         )
+    if path is not None:
+        refuse_unfinished(path)
     return path
 
 

@@ -185,6 +185,9 @@ def held(folder: Path, listener: Listener = SILENT, lock: Path | None = None) ->
                 f"{folder} is on a file system without locks: nothing keeps a second command from working in it at the "
                 "same time, so start only one"
             )
+            if lock is not None:
+                with suppress(OSError):
+                    lock.unlink()
     try:
         yield
     finally:

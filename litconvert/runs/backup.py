@@ -14,7 +14,7 @@ from litconvert.errors import LitconvertError
 
 FOLDER = "run"
 # Checkpoints are large and of use on this machine only; what is being written appears under its name when it is whole.
-IGNORED = [".lock", "checkpoints/*", "teacher-outputs/*", "wandb/*", "*.partial*"]
+IGNORED = [".lock", "latents/*", "checkpoints/*", "teacher-outputs/*", "wandb/*", "*.partial*"]
 
 
 class Backup:
