@@ -54,7 +54,7 @@ def a_folder(path: Path | None) -> Path | None:
 
 def _is_hub_model(path: Path) -> bool:
     """Whether this may be a model on the Hub, `owner/name[@revision]`, and nothing of this name is here."""
-    return is_hub_id(str(path)) and not path.parent.exists()
+    return is_hub_id(path.as_posix()) and not path.parent.exists()
 
 
 def a_student(path: Path) -> Path:

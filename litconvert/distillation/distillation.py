@@ -141,6 +141,8 @@ def prepare(asked: Request, listener: Listener = SILENT) -> Distillation:
     provenance = Provenance.read(folder)
     refuse_inputs_in(out, folder, asked.data)
     resolved, recorded = resolve_run(asked)
+    for text in companions_of(folder).left_out():
+        listener.note(f"not here and not used: {text}")
     run = RunDirectory(out)
     check_packages(resolved.recipe)
     opened = open_student(folder)

@@ -24,6 +24,8 @@ SCHEDULERS: Mapping[str, SchedulerName] = {
     "DPMSolverMultistepScheduler": "dpm-solver++",
     "FlowMatchEulerDiscreteScheduler": "flow-euler",
 }
+# Of `distill`, what is the owner's alone, and what it is without that.
+OWNERS: Mapping[str, Any] = {"start": None, "trackers": ()}
 # The betas of the only forward process that litconvert knows, between which they are linear.
 BETAS = (0.0001, 0.02)
 
@@ -136,10 +138,27 @@ class Companions:
         source = recipe.source.model_copy(update=parts)
         if not self.published:
             return recipe.model_copy(update={"source": source})
-        start = recipe.distill.start if _names(told, "distill.start") else None
-        publish = recipe.publish if _names(told, "publish") else Publish()
-        distill = recipe.distill.model_copy(update={"start": start})
-        return recipe.model_copy(update={"source": source, "distill": distill, "publish": publish})
+        distill = {key: value for key, value in OWNERS.items() if not _names(told, f"distill.{key}")}
+        changed: dict[str, Any] = {"source": source, "distill": recipe.distill.model_copy(update=distill)}
+        if not _names(told, "data.path"):
+            changed["data"] = recipe.data.model_copy(update={"path": None})
+        if not _names(told, "publish"):
+            changed["publish"] = Publish()
+        return recipe.model_copy(update=changed)
+
+    def left_out(self) -> tuple[str, ...]:
+        """What a published recipe names that only its owner has, and that therefore is not used."""
+        if self.recipe is None or not self.published:
+            return ()
+        recipe = resolve(str(self.recipe)).recipe
+        vae, encoder, start = recipe.source.vae, recipe.source.text_encoder, recipe.distill.start
+        named = {
+            "its data set": recipe.data.path,
+            "its VAE": vae.path if vae and self.vae is None and not is_hub_id(vae.path) else None,
+            "its T5": encoder.path if encoder and self.text_encoder is None and not is_hub_id(encoder.path) else None,
+            "the run that it started from": start and start.path,
+        }
+        return tuple(f"{what}, {path}" for what, path in named.items() if path)
 
     def taken_into(self, resolved: ResolvedRecipe, *, named: str | None) -> ResolvedRecipe:
         """A recipe that is not this model's own, with what lies here where neither it nor the user says otherwise.
@@ -194,7 +213,7 @@ def companions_of(source: str | Path | None) -> Companions:
 
     Nothing is said of what cannot be read: whoever opens the source says that better.
     """
-    name = str(source or "")
+    name = source.as_posix() if isinstance(source, Path) else source or ""
     if source is None or name.startswith("asset:"):
         return Companions(name)
     try:
@@ -213,7 +232,7 @@ def local_model(source: str | Path, listener: Listener = SILENT) -> Path:
 
     Raises LitconvertError where that cannot be.
     """
-    name = str(source)
+    name = source.as_posix() if isinstance(source, Path) else source
     if Path(name).exists() or path_of(name) is not None:
         return Path(name)
     from litconvert.checkpoints.remote import fetch_model
@@ -304,18 +323,16 @@ def _scheduler(config: Mapping[str, Any], remarks: list[str]) -> dict[str, Any]:
 
 def _other_process(config: Mapping[str, Any]) -> str | None:
     """How the forward process of a scheduler's config is another than ours."""
-    trained, timesteps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
-    schedule = "linear" if isinstance(trained, list) else config.get("beta_schedule", "linear")
-    ends = (
-        (trained[:1] + trained[-1:])
-        if isinstance(trained, list)
-        else [config.get("beta_start"), config.get("beta_end")]
-    )
+    trained, timesteps = config.get("trained_betas"), config.get("num_train_timesteps")
+    if not isinstance(trained, list) or not trained:
+        trained = None
+    schedule = "linear" if trained else config.get("beta_schedule", "linear")
+    ends = trained[:1] + trained[-1:] if trained else [config.get("beta_start"), config.get("beta_end")]
     # What diffusers takes where the file says nothing is what DiT was trained with.
-    low, high = (_number(end, beta) for end, beta in zip(ends, BETAS, strict=False))
+    low, high = (_number(end, beta) for end, beta in zip(ends, BETAS, strict=True))
     scale = 1000 / _number(timesteps, 1000)
     same = all(math.isclose(one, scale * beta, rel_tol=1e-3) for one, beta in zip((low, high), BETAS, strict=True))
-    if isinstance(trained, list):
+    if trained:
         middle = trained[len(trained) // 2]
         straight = low + (high - low) * (len(trained) // 2) / max(len(trained) - 1, 1)
         same = same and math.isclose(_number(middle, 0), straight, rel_tol=1e-3)
@@ -329,4 +346,7 @@ def _other_process(config: Mapping[str, Any]) -> str | None:
 
 
 def _number(value: Any, default: float) -> float:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else default
+    """A number above 0 of a file, NaN where it is none, and the default where the file has no such key."""
+    if value is None:
+        return default
+    return float(value) if type(value) in (int, float) and 0 < value < math.inf else math.nan

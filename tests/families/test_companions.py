@@ -108,6 +108,8 @@ def test_what_is_taken_says_where_it_came_from(pipeline: Path) -> None:
             "scaled_linear betas from 0.00085",
         ),
         ({"beta_end": 0.03}, "linear betas from 0.0001 to 0.03"),
+        ({"beta_end": "0.02"}, "linear betas from 0.0001 to nan"),
+        ({"trained_betas": ["a", None]}, "linear betas from nan"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2 betas"),
         ({"num_train_timesteps": 500}, "linear betas from 0.0001 to 0.02"),
         ({"trained_betas": [0.0001 + 0.0199 * (i / 999) ** 2 for i in range(1000)]}, "betas"),
@@ -136,6 +138,7 @@ def test_another_forward_process_is_refused_and_inspect_says_so(
         {"num_train_timesteps": 500, "beta_start": 0.0002, "beta_end": 0.04},
         {"trained_betas": torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64).tolist()},
         {"_class_name": "DDIMScheduler", "prediction_type": "epsilon"},
+        {"trained_betas": [], "prediction_type": None},
     ],
 )
 def test_the_forward_process_that_litconvert_knows_is_taken(pipeline: Path, settings: dict[str, Any]) -> None:
@@ -170,8 +173,10 @@ def test_a_part_that_is_named_and_not_there_a_scheduler_of_another_kind_and_an_i
     found = companions_of(pipeline)
     assert (found.vae, found.scheduler) == (None, None)
     assert [text.split(":")[0] for text in found.remarks] == ["its VAE", "its scheduler"]
-    (pipeline / "model_index.json").write_text("{")
-    assert [word for word, _ in companions_of(pipeline).facts] == ["not used"]
+    for content in ("{", "[]", "\xff", '{"vae": ["diffusers"], "text_encoder": 5, "tokenizer": {}, "scheduler": []}'):
+        (pipeline / "model_index.json").write_bytes(content.encode("latin-1"))
+        assert companions_of(pipeline).vae is None
+        assert {word for word, _ in companions_of(pipeline).facts} == {"not used"}
     assert litconvert.load(pipeline).config.caption_channels, "the transformer is read all the same"
 
 
@@ -187,14 +192,16 @@ def test_a_published_recipe_is_taken_without_what_was_its_owners(tmp_path: Path)
 source:
   vae: {path: decoder}
   text_encoder: {path: owner/t5}
-distill: {start: {path: first-run}}
+data: {path: latents}
+distill: {start: {path: first-run}, trackers: [wandb]}
 sample: {steps: 7}
 publish: {repo_id: owner/name, backup_every: 30}
 """
     (tmp_path / "recipe.yaml").write_text(recipe)
     mine = companions_of(tmp_path).resolve(None, []).recipe
     assert mine.source.vae == Vae(path="decoder")
-    assert mine.publish.repo_id == "owner/name"
+    assert (mine.publish.repo_id, mine.data.path) == ("owner/name", "latents")
+    assert companions_of(tmp_path).left_out() == ()
     (tmp_path / "README.md").write_text("a card")
     found = companions_of(tmp_path)
     assert found.published
@@ -202,6 +209,9 @@ publish: {repo_id: owner/name, backup_every: 30}
     assert theirs.source.vae is None, "a folder of whoever pushed it"
     assert theirs.source.text_encoder == TextEncoder(path="owner/t5")
     assert (theirs.publish.repo_id, theirs.publish.backup_every, theirs.distill.start) == (None, None, None)
+    assert (theirs.distill.trackers, theirs.data.path) == ((), None)
+    gone = ("its data set, latents", "its VAE, decoder", "the run that it started from, first-run")
+    assert found.left_out() == gone
     assert theirs.sample.steps == 7
     told = found.resolve(None, ["source.vae.path=here", "publish.repo_id=me/mine"]).recipe
     assert (told.source.vae, told.publish.repo_id) == (Vae(path="here"), "me/mine")

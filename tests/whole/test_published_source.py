@@ -202,13 +202,18 @@ def test_a_student_whose_source_is_elsewhere_asks_for_it_by_name(
     hub: HubServer, picos: Picos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    litconvert.push(picos.pixels, "tester/pixels")
+    litconvert.push(picos.latents, "tester/latents")
     stage = "distill.stages=[{objective: hybrid, steps: 1, batch_size: 2, learning_rate: 1.0e-3}]"
     sizes = ["--set", stage, "--set", "data.synthesize={num_samples: 4, scheduler: ddim, steps: 2, batch_size: 4}"]
-    refused = command("distill", "tester/pixels", "run", *sizes)
+    refused = command("distill", "tester/latents", "run", *sizes)
     assert refused.code == 2
-    assert "was converted from pixels.safetensors, which is not here: name it with --set source.path" in refused.err
-    done("distill", "tester/pixels", "run", *sizes, "--set", f"source.path={picos.folder / 'pixels.safetensors'}")
+    assert "was converted from latents.safetensors, which is not here: name it with --set source.path" in refused.err
+    here = ["--set", f"source.path={picos.folder / 'latents.safetensors'}"]
+    gone = command("distill", "tester/latents", "run", *sizes, *here, "--teacher", "gone.pt")
+    assert gone.code == 2
+    assert "gone.pt: no such file or folder" in gone.err
+    ended = done("distill", "tester/latents", "run", *sizes, *here)
+    assert "not here and not used: its VAE, decoder" in ended.err
 
 
 def test_what_is_no_student_on_the_hub_is_refused(hub: HubServer, pretrained: Pretrained, tmp_path: Path) -> None:
