@@ -102,7 +102,8 @@ def _root(covariance: Tensor) -> Tensor:
     if float(values[0]) < -1e-6 * max(float(values[-1]), 0.0):
         raise LitconvertError("the statistics hold no covariance: it has a negative eigenvalue")
     kept = values > noise
-    return vectors[:, kept] * values[kept].sqrt()
+    root: Tensor = vectors[:, kept] * values[kept].sqrt()
+    return root
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
