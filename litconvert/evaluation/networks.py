@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from litconvert.common.device import default_device
+from litconvert.common.device import default_device, has_gpu
 from litconvert.common.hub import hub_errors
 from litconvert.common.versions import is_installed
 from litconvert.errors import LitconvertError, UsageError, did_you_mean
@@ -68,8 +68,9 @@ class FeatureNetwork:
     kind: str
     extract: Callable[[NDArray[np.uint8]], Outputs]
 
-    def __call__(self, images: NDArray[np.uint8], batch_size: int = 32) -> Outputs:
-        """Of pictures (N, H, W, C), so many at a time."""
+    def __call__(self, images: NDArray[np.uint8], batch_size: int | None = None) -> Outputs:
+        """Of pictures (N, H, W, C), so many at a time; a CPU's caches hold few."""
+        batch_size = batch_size or (32 if has_gpu() else 4)
         starts = range(0, len(images), batch_size)
         with torch.inference_mode():
             return Outputs.joined([self.extract(images[start : start + batch_size]) for start in starts])
