@@ -120,7 +120,8 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
         )
     overlap = torch.linalg.svdvals(_root(first.covariance).T @ _root(second.covariance)).sum()
     traces = first.covariance.trace() + second.covariance.trace()
-    return float((first.mean - second.mean).square().sum() + traces - 2 * overlap.cpu())
+    distance = float((first.mean - second.mean).square().sum() + traces - 2 * overlap.cpu())
+    return max(distance, 0.0)  # below it by rounding alone
 
 
 def kernel_distance(reference: Tensor, samples: Tensor) -> float:

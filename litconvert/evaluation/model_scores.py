@@ -344,6 +344,7 @@ def _measure(
             found: list[dict[str, float]] = []
             for seed in settings.seeds:
                 outputs, fits = _drawn(model, samples, seed, network, clip, task)
+                task.advance(0, "distances")
                 found.append({**compare(ImageSet.of(name, outputs), reference, split), **fits})
             scores[name] = {key: to_json(Score(tuple(one[key] for one in found))) for key in found[0]}
     return {**_against(reference, network), "models": scores}

@@ -123,13 +123,13 @@ def test_stored_statistics_give_the_distance_of_the_pictures_they_are_of(
 
 
 def test_more_seeds_give_a_spread_and_efficientnet_knows_classes(pico_checkpoint: Path, pico_student: Path) -> None:
-    several = (*FEW, "evaluate.seeds=[7, 8, 9]", "evaluate.num_samples=5")
+    several = (*FEW, "evaluate.seeds=[7, 8]", "evaluate.num_samples=4")
     report = evaluate_model(EvaluationRequest(str(pico_student), str(pico_checkpoint), overrides=several))
     assert report["features"]["kind"] == "efficientnet-lite0"
     score = report["models"]["student"]["inception_score"]
-    assert len(set(score["values"])) == 3
+    assert len(set(score["values"])) == 2
     assert score["standard_deviation"] > 0
-    assert all(1 <= value <= 5 for value in score["values"])
+    assert all(1 <= value <= 4 for value in score["values"])
 
 
 def test_captions_are_drawn_and_pictures_scored_by_them(tmp_path: Path, pretrained: Pretrained, dinov2: str) -> None:
