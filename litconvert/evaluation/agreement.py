@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litconvert.common.device import bf16_in_hardware
 from litconvert.common.listener import UNSEEN, Task
 from litconvert.common.seeds import generator_of
 from litconvert.errors import LitconvertError
@@ -25,6 +24,9 @@ from litconvert.sampling.draw import condition_of
 TENTHS = 10
 # Of the bootstrap, and the share of them that an interval holds.
 RESAMPLES, CONFIDENCE = 1000, 0.95
+# What the teacher is compared with itself in. It rounds alike whether the device has it in hardware or not, and unlike
+# float16 it cannot overflow.
+LOW_PRECISION = torch.bfloat16
 
 # Output (N, C or 2C, H, W), and the residual stream (N, T, D) behind each block.
 Pass = Callable[[Tensor, Tensor, Mapping[str, Any]], tuple[Tensor, list[Tensor]]]
@@ -60,11 +62,6 @@ class AgreementImages:
         )
 
 
-def low_precision(device: torch.device) -> torch.dtype:
-    """What the teacher is compared with itself in: bf16, or float16 on a GPU that has none."""
-    return torch.float16 if device.type == "cuda" and not bf16_in_hardware() else torch.bfloat16
-
-
 @torch.inference_mode()
 def agreement(
     teacher: LiTTransformer2DModel,
@@ -90,8 +87,7 @@ def agreement(
     Raises LitconvertError where an output is no number.
     """
     config = ModelConfig.of(teacher.config)
-    dtype = low_precision(teacher.device)
-    others = {"student": _pass_of(student), "precision": _pass_of(teacher, dtype)}
+    others = {"student": _pass_of(student), "precision": _pass_of(teacher, LOW_PRECISION)}
     sums = {name: _Sums(len(images.clean)) for name in others}
     original = _pass_of(teacher)
     diffusion = make_diffusion(config, images.num_timesteps)
@@ -120,7 +116,7 @@ def agreement(
         "images": len(images.clean),
         "inputs": TENTHS * len(images.clean),
         "student": sums["student"].errors(end, images.seed),
-        "precision": {"dtype": str(dtype).removeprefix("torch."), **sums["precision"].errors(end, images.seed)},
+        "precision": {"dtype": str(LOW_PRECISION).removeprefix("torch."), **sums["precision"].errors(end, images.seed)},
     }
 
 
