@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -19,8 +20,6 @@ from litconvert.evaluation.metrics import (
     precision_recall,
 )
 
-Measure = Callable[[Tensor, Tensor], float]
-
 
 def features(count: int, seed: int, width: int = 24, mean: float = 0.0) -> Tensor:
     """Correlated, far from centred, of very different spread."""
@@ -32,6 +31,10 @@ def features(count: int, seed: int, width: int = 24, mean: float = 0.0) -> Tenso
 
 def frechet(first: Tensor, second: Tensor) -> float:
     return frechet_distance(Moments.of(first).statistics, Moments.of(second).statistics)
+
+
+def sum_of(parts: list[Moments]) -> Moments:
+    return reduce(lambda one, other: one + other, parts)
 
 
 def plain_kernel_distance(x: Tensor, y: Tensor) -> float:
@@ -100,9 +103,7 @@ def test_fewer_pictures_than_features_lose_no_digits() -> None:
 def test_moments_are_those_of_all_rows_whatever_the_split_even_far_from_zero() -> None:
     x = features(500, 0, mean=1e4)
     for parts in (x.split(500), x.split(7), x.split(64)[::-1]):
-        joined = Moments.of(parts[0])
-        for part in parts[1:]:
-            joined = joined + Moments.of(part)
+        joined = sum_of([Moments.of(part) for part in parts])
         assert joined.count == 500
         torch.testing.assert_close(joined.mean, x.mean(0), rtol=1e-12, atol=0)
         torch.testing.assert_close(joined.statistics.covariance, torch.cov(x.T), rtol=1e-6, atol=1e-9)
@@ -143,14 +144,28 @@ def test_the_inception_score_is_its_formula_and_lies_between_one_and_the_classes
     assert inception_score(certain[:1].repeat(9, 1)) == pytest.approx(1, rel=1e-9)
 
 
+def all_measures(x: Tensor, y: Tensor) -> list[float]:
+    found = [frechet(x, y), kernel_distance(x, y), *precision_recall(x, y), inception_score(torch.cat([x, y]))]
+    assert len(set(found)) == 5
+    return found
+
+
 @pytest.mark.parametrize("block", [1, 7, 50, 1000])
 def test_no_distance_depends_on_the_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = features(50, 0), features(61, 1, mean=0.05)
-    measures: list[Measure] = [frechet, kernel_distance, lambda a, b: precision_recall(a, b)[0]]
-    measures += [lambda a, b: precision_recall(a, b)[1], lambda a, b: inception_score(torch.cat([a, b]))]
-    whole = [measure(x, y) for measure in measures]
+    whole = all_measures(x, y)
     monkeypatch.setattr(metrics, "BLOCK", block)
-    assert [measure(x, y) for measure in measures] == pytest.approx(whole, rel=1e-9)
+    assert all_measures(x, y) == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_no_distance_depends_on_which_process_saw_a_picture(processes: int) -> None:
+    x, y = features(50, 0), features(61, 1, mean=0.05)
+    # Gathered process by process, each of which has every n-th.
+    gathered = [torch.cat([rows[first::processes] for first in range(processes)]) for rows in (x, y)]
+    assert all_measures(*gathered) == pytest.approx(all_measures(x, y), rel=1e-9)
+    joined = [sum_of([Moments.of(rows[first::processes]) for first in range(processes)]) for rows in (x, y)]
+    assert frechet_distance(joined[0].statistics, joined[1].statistics) == pytest.approx(frechet(x, y), rel=1e-9)
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
