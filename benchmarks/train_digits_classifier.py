@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors
-from litconvert.evaluation.metrics import DigitsClassifier
+from litconvert.evaluation.networks import DigitsClassifier
 
 TEST_IMAGES = 360
 

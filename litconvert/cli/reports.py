@@ -264,6 +264,91 @@ def show_scores(results: Mapping[str, Any]) -> None:
     table(("", "Fréchet distance to the teacher", "read as the class asked for"), rows, numbers=(1, 2), title=title)
 
 
+# A metric's column, and how it is written.
+METRICS = {
+    "frechet_distance": ("Fréchet distance", "{:.3f}"),
+    "spatial_frechet_distance": ("sFID", "{:.3f}"),
+    "kernel_distance": ("kernel distance", "{:.3g}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "inception_score": ("Inception score", "{:.2f}"),
+    "clip_score": ("CLIP score", "{:.2f}"),
+}
+
+
+def show_evaluation(report: Mapping[str, Any]) -> None:
+    """What a model was measured to be: the result in a sentence, distances, then agreement by timestep and layer."""
+    models, agreement = report["models"], report["agreement"]
+    if models:
+        reference, settings = report["reference"], report["settings"]
+        *others, (name, mine) = models.items()
+        floor = f" (its teacher's: {_spread(others[0][1]['frechet_distance'], '{:.3f}')})" if others else ""
+        line(
+            f"Fréchet distance of the {name} to {reference['name']}: "
+            f"{_spread(mine['frechet_distance'], '{:.3f}')}{floor}, in the features of {report['features']['name']}."
+        )
+    if agreement:
+        (what, mine), *_ = agreement["student"]["quantities"].items()
+        precision = agreement["precision"]
+        line(
+            f"The student's {what} differs from its teacher's by {_percent(mine['error'])} of its square "
+            f"({_interval(mine)}); the teacher's own in {precision['dtype']} by "
+            f"{_percent(precision['quantities'][what]['error'])}, which counts as nothing."
+        )
+    line("")
+    if models:
+        keys = [key for key in METRICS if key in next(iter(models.values()))]
+        rows = [(name, *(_spread(scores[key], METRICS[key][1]) for key in keys)) for name, scores in models.items()]
+        title = f"{settings['num_samples']:,} samples"
+        if "steps" in settings:
+            title += f" a seed, {len(settings['seeds'])} seeds, {settings['scheduler']} in {settings['steps']} steps"
+        if reference["count"] is not None:
+            title += f", against {reference['count']:,}"
+        table(("", *(METRICS[key][0] for key in keys)), rows, numbers=range(1, len(keys) + 1), title=title)
+    if agreement:
+        _show_agreement(agreement)
+
+
+def _show_agreement(agreement: Mapping[str, Any]) -> None:
+    """Errors by tenth of the timesteps and by layer, the precision's beside the student's."""
+    student, precision = agreement["student"], agreement["precision"]
+    names, dtype = list(student["quantities"]), precision["dtype"]
+    predicted = precision["quantities"][names[0]]["by_timestep"]
+    rows = []
+    for tenth, nothing in enumerate(predicted):
+        parts = [student["quantities"][name]["by_timestep"][tenth] for name in names]
+        spans = [f"{_percent(part['error'])} ({_interval(part)})" for part in parts]
+        rows.append((f"{nothing['low']:g} to {nothing['high']:g}", *spans, _percent(nothing["error"])))
+    title = (
+        f"\n||student - teacher||^2 / ||teacher||^2 on {agreement['inputs']:,} inputs of {agreement['images']} images"
+    )
+    headers = (
+        "timestep",
+        *(LABELS.get(name, name) for name in names),
+        f"{LABELS.get(names[0], names[0])}, {dtype} alone",
+    )
+    table(headers, rows, numbers=range(1, len(headers)), title=title)
+    layers = zip(student["layers"], precision["layers"], strict=False)
+    lines = [
+        (mine["layer"], f"{_percent(mine['error'])} ({_interval(mine)})", _percent(nothing["error"]))
+        for mine, nothing in layers
+    ]
+    if lines:
+        table(("layer", "what it gives on", f"{dtype} alone"), lines, numbers=(0, 1, 2), title="")
+
+
+LABELS = {"clean": "x0"}
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.3g} %"
+
+
+def _interval(part: Mapping[str, Any]) -> str:
+    low, high = part["interval"]
+    return f"{100 * low:.3g} to {100 * high:.3g}"
+
+
 def _spread(score: Mapping[str, Any], form: str) -> str:
     spread = score["standard_deviation"]
     return form.format(score["mean"]) + (f" ± {form.format(spread)}" if spread is not None else "")

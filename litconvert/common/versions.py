@@ -18,7 +18,6 @@ OTHERS = (
     "huggingface_hub",
     "numpy",
     "pydantic",
-    "torchmetrics",
     "transformers",
     "triton",
 )

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from litconvert.common.listener import UNSEEN, Task
 from litconvert.errors import UsageError
-from litconvert.evaluation.metrics import class_accuracy, frechet_distance
+from litconvert.evaluation.metrics import Moments, frechet_distance
+from litconvert.evaluation.networks import load_classifier
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.schema import Evaluate, Recipe
 from litconvert.sampling.draw import SamplerSettings, draw
@@ -27,6 +28,19 @@ def _samples(model: LiTTransformer2DModel, recipe: Recipe, seed: int, task: Task
     labels = balanced_labels(settings.num_samples, model.config.num_classes)
     sampler = SamplerSettings.of(recipe, settings, seed=seed, batch_size=settings.batch_size)
     return torch.cat(list(draw(model, labels, sampler, task=task))), labels
+
+
+def digits_distance(reference: Tensor, samples: Tensor) -> float:
+    """Fréchet distance of two sets of images (N, 1, 16, 16), clamped to [-1, 1], in the classifier's features."""
+    classifier = load_classifier()
+    first, second = (Moments.of(classifier.extract(images.clamp(-1, 1))).statistics for images in (reference, samples))
+    return frechet_distance(first, second)
+
+
+def class_accuracy(samples: Tensor, labels: Tensor) -> float:
+    """Share of images that the digits classifier reads as the class asked for."""
+    verdicts = load_classifier()(samples.clamp(-1, 1)).argmax(1)
+    return float((verdicts == labels).double().mean())
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ def evaluate(
     def scores(model: LiTTransformer2DModel) -> Iterator[tuple[float, float]]:
         for seed in settings.seeds:
             images, labels = _samples(model, recipe, seed, task)
-            yield frechet_distance(reference, images), class_accuracy(images, labels)
+            yield digits_distance(reference, images), class_accuracy(images, labels)
 
     results: dict[str, Any] = {}
     for name, model in models.items():

@@ -74,6 +74,13 @@ class DDPM:
             + self._at("sqrt_one_minus_alphas_cumprod", timestep) * noise
         )
 
+    def clean(self, noisy: Tensor, predicted: Tensor, timestep: Tensor) -> Tensor:
+        """The x_0 (N, C, H, W) that a prediction of eps, of the same shape, means for x_t at timestep (N,)."""
+        return (
+            self._at("sqrt_recip_alphas_cumprod", timestep) * noisy
+            - self._at("sqrt_recipm1_alphas_cumprod", timestep) * predicted
+        )
+
     def terms(self, model_output: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """The terms of DiT's loss for each sample, before weighting.
 
@@ -93,11 +100,7 @@ class DDPM:
         if variance.shape[1] == 0:
             return {"noise": sample_means((predicted_noise - noise) ** 2)}
         noisy = self.add_noise(clean, noise, timestep)
-        frozen = predicted_noise.detach()
-        predicted_clean = (
-            self._at("sqrt_recip_alphas_cumprod", timestep) * noisy
-            - self._at("sqrt_recipm1_alphas_cumprod", timestep) * frozen
-        )
+        predicted_clean = self.clean(noisy, predicted_noise.detach(), timestep)
         mean_clean, mean_noisy = self._at("posterior_mean_clean", timestep), self._at("posterior_mean_noisy", timestep)
         true_mean = mean_clean * clean + mean_noisy * noisy
         model_mean = mean_clean * predicted_clean + mean_noisy * noisy
@@ -147,6 +150,11 @@ class FlowMatching:
         """x_t of x_0 (N, C, H, W) and noise of the same shape at timestep (N,) in [0, 1]."""
         share = (timestep if self.data_timestep == 1 else 1 - timestep).view(-1, 1, 1, 1)
         return share * clean + (1 - share) * noise
+
+    def clean(self, noisy: Tensor, predicted: Tensor, timestep: Tensor) -> Tensor:
+        """The x_0 (N, C, H, W) that a predicted velocity, of the same shape, means for x_t at timestep (N,)."""
+        way = 1 - timestep if self.data_timestep == 1 else -timestep
+        return noisy + way.view(-1, 1, 1, 1) * predicted
 
     def velocity(self, clean: Tensor, noise: Tensor) -> Tensor:
         """dx_t / dt (N, C, H, W), the same at every timestep."""

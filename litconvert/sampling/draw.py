@@ -96,7 +96,7 @@ def sample(
     config = model.config
     if noise.dim() != 4 or noise.shape[1] != config.in_channels:
         raise UsageError(f"noise must be (N, {config.in_channels}, H, W), got {tuple(noise.shape)}")
-    condition, null = _condition(model, class_labels, captions, len(noise), guided=guidance != 1.0)
+    condition, null = condition_of(model, class_labels, captions, len(noise), guided=guidance != 1.0)
     if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
         raise UsageError(f"guidance_channels must be 1 to {config.in_channels}, got {guidance_channels}")
     return denoise(
@@ -126,7 +126,7 @@ def _set_scheduler(model: LiTTransformer2DModel, name: str, steps: int, num_time
     return scheduler
 
 
-def _condition(
+def condition_of(
     model: LiTTransformer2DModel, labels: Tensor | None, captions: Captions | None, count: int, *, guided: bool
 ) -> tuple[Condition, Condition]:
     """The transformer's arguments for what is drawn, and for what guidance leads away from."""

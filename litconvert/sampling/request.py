@@ -111,7 +111,11 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
     for word, text in beside.used(settings):
         if word != "recipe":  # its settings are the title of the sheet
             listener.note(f"{word}: {text}")
-    sources = _open_sources(request, path, settings)
+    if request.npz is not None and request.latents is not None:
+        raise UsageError("--npz needs decoded images and --latents skips decoding; give one of them")
+    sources = open_models(
+        request.model, request.teacher, settings, request.overrides, request.num_attention_heads, request.weights
+    )
     read = [file for source in sources for file in source.checkpoint.files]
     for file in request.written:
         refuse_source(file, [*read, *([request.embeddings] if request.embeddings else [])])
@@ -216,32 +220,42 @@ def _draw_many(request: SampleRequest, ready: Ready, listener: Listener) -> list
     return [request.out, request.npz]
 
 
-def _open_sources(request: SampleRequest, path: str, recipe: Recipe) -> list[OpenSource]:
-    """The teacher, where one is asked for, and then the model, whose path is no run's: headers only.
+def open_models(
+    model: str,
+    teacher: str | None,
+    recipe: Recipe,
+    overrides: Sequence[str] = (),
+    num_attention_heads: int | None = None,
+    weights: str = "auto",
+) -> list[OpenSource]:
+    """The teacher, where one is asked for, and then the model: headers only.
+
+    Args:
+        model, teacher: run, model directory, or any checkpoint.
+        recipe: whose hints describe its own source; any other checkpoint takes those among the overrides.
+        num_attention_heads: a hint for both.
+        weights: of the model.
 
     Raises UsageError where the two cannot be drawn on the same noise and condition.
     """
-    given = resolve(None, [one for one in request.overrides if one.startswith("source.")]).recipe.source
-    if request.npz is not None and request.latents is not None:
-        raise UsageError("--npz needs decoded images and --latents skips decoding; give one of them")
+    given = resolve(None, [one for one in overrides if one.startswith("source.")]).recipe.source
 
     def source_of(name: str) -> Source:
         # The recipe's hints describe its own source; any other checkpoint takes those given here, or tells for itself.
         told = recipe.source if recipe.source.path in (None, name, str(Path(name).resolve())) else given
         if (Path(name) / "litconvert.json").is_file():
             told = Source()  # its config.json says it all
-        update = {"path": name, "num_attention_heads": request.num_attention_heads or told.num_attention_heads}
+        update = {"path": name, "num_attention_heads": num_attention_heads or told.num_attention_heads}
         return told.model_copy(update=update)
 
-    sources = [open_source(source_of(model_of(request.teacher)))] if request.teacher else []
-    sources.append(open_source(source_of(path), request.weights))
+    sources = [open_source(source_of(model_of(teacher)))] if teacher else []
+    sources.append(open_source(source_of(model_of(model, raw=weights == "model")), weights))
     values = sources[-1].config.values
     for source in sources:
         for key in ("in_channels", "sample_size", "num_classes", "caption_channels", "caption_tokens"):
             if (theirs := source.config.values[key]) != values[key]:
                 raise UsageError(
-                    f"{request.teacher} has {key}={theirs}, {request.model} has {values[key]}: "
-                    "they cannot share noise or condition"
+                    f"{teacher} has {key}={theirs}, {model} has {values[key]}: they cannot share noise or condition"
                 )
     return sources
 

@@ -1,170 +1,188 @@
-"""The metrics against their closed forms, and the shipped weights against what they were made from."""
+"""Distances of two sets of features against closed forms, scipy and plain loops, whatever the blocks and the split."""
 
-import argparse
-import json
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from litconvert.errors import UsageError
-from litconvert.evaluation.metrics import class_accuracy, frechet_distance, load_classifier
-from litconvert.evaluation.scores import Score, balanced_labels, evaluate, evaluation_passes, reference_samples, to_json
-from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.recipe.schema import Recipe
-from tests.helpers.listener import Advances
-
-ASSETS = Path(__file__).parents[2] / "litconvert" / "assets"
-
-
-def random_images(count: int, seed: int, spread: float = 0.5) -> Tensor:
-    return spread * torch.randn((count, 1, 16, 16), generator=torch.Generator().manual_seed(seed))
-
-
-def closed_form(first: Tensor, second: Tensor) -> float:
-    """|mu_1 - mu_2|^2 + Tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) in the classifier's features, with scipy in float64."""
-    linalg = pytest.importorskip("scipy.linalg")
-    classifier = load_classifier().double()
-    features = [classifier.extract(images.clamp(-1, 1).double()).numpy() for images in (first, second)]
-    (mean_1, mean_2), (c_1, c_2) = ([f(x) for x in features] for f in (lambda x: x.mean(0), lambda x: np.cov(x.T)))
-    root = linalg.sqrtm(c_1 @ c_2)
-    return float(((mean_1 - mean_2) ** 2).sum() + np.trace(c_1 + c_2 - 2 * root.real))
-
-
-@pytest.mark.parametrize(("count", "spread"), [(500, 0.5), (200, 2.0)])
-def test_the_frechet_distance_is_its_closed_form(count: int, spread: float) -> None:
-    first, second = random_images(count, 0), random_images(count, 1, spread) + 0.1
-    assert frechet_distance(first, second) == pytest.approx(closed_form(first, second), rel=1e-5)
-
-
-def test_a_set_is_at_no_distance_from_itself_and_at_the_same_from_either_side() -> None:
-    first, second = random_images(300, 0), random_images(300, 1) + 0.2
-    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(first, second) == pytest.approx(frechet_distance(second, first), rel=1e-6)
-    assert frechet_distance(first, second) > 1e-2
-
-
-def test_values_beyond_the_range_of_images_count_as_its_bounds() -> None:
-    images, reference = 3 * random_images(100, 0), random_images(100, 1)
-    distance = frechet_distance(reference, images)
-    assert distance == pytest.approx(frechet_distance(reference, images.clamp(-1, 1)), rel=1e-9)
-    labels = balanced_labels(100, 10)
-    assert class_accuracy(images, labels) == class_accuracy(images.clamp(-1, 1), labels)
-
-
-def unseen_digits() -> tuple[Tensor, Tensor]:
-    """The real digits that the classifier was not trained on."""
-    pytest.importorskip("sklearn")
-    from benchmarks.train_digits_classifier import TEST_IMAGES, digits
-
-    images, labels = digits()
-    return images[:TEST_IMAGES], labels[:TEST_IMAGES]
-
-
-def test_the_classifier_reads_real_digits_and_is_right() -> None:
-    images, labels = unseen_digits()
-    assert class_accuracy(images, labels) > 0.95
-    # The share is of the labels asked for, not of anything that looks like a digit.
-    assert class_accuracy(images, (labels + 1) % 10) < 0.05
-
-
-@pytest.mark.slow
-def test_the_training_script_gives_the_shipped_classifier() -> None:
-    images, labels = unseen_digits()
-    from benchmarks.train_digits_classifier import train
-
-    with safe_open(ASSETS / "digits-classifier.safetensors", "pt") as stored:
-        recorded = float(stored.metadata()["test_accuracy"])
-    model, accuracy = train()
-    assert class_accuracy(images, labels) == pytest.approx(recorded, abs=1e-4)
-    assert accuracy == pytest.approx(recorded, abs=0.01)
-    # Bit for bit where it was trained; elsewhere the same features up to rounding, which training amplifies.
-    with torch.inference_mode():
-        mine, shipped = model.extract(images), load_classifier().extract(images)
-    assert (mine - shipped).norm() < 0.05 * shipped.norm()
-
-
-def test_the_shipped_teacher_is_the_checkpoints_ema_rounded_to_half_precision(shared: Path) -> None:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(shared / "dit-digits.pt", weights_only=True, mmap=True)
-    shipped = load_file(ASSETS / "dit-digits.safetensors")
-    assert set(checkpoint["ema"]) - set(shipped) == {"pos_embed"}  # a formula gives it
-    for name, value in shipped.items():
-        assert value.dtype == torch.float16
-        assert torch.equal(value.view(torch.int16), checkpoint["ema"][name].half().view(torch.int16)), name
-
-
-def test_labels_are_balanced() -> None:
-    assert torch.bincount(balanced_labels(30, 10)).tolist() == [3] * 10
-    assert balanced_labels(3, 2).tolist() == [0, 1, 0]
-
-
-def test_a_score_has_its_mean_and_the_samples_standard_deviation() -> None:
-    score = Score((1.0, 2.0, 6.0))
-    assert score.mean == 3.0
-    assert score.standard_deviation == pytest.approx(7**0.5)
-    assert json.loads(json.dumps(to_json(Score((4.0,))))) == {"mean": 4.0, "standard_deviation": None, "values": [4.0]}
-
-
-def digits_model(seed: int = 0, **changes: Any) -> LiTTransformer2DModel:
-    """A small model of the digits' shape, with no weight zero."""
-    config = {"sample_size": 16, "in_channels": 1, "out_channels": 2, "hidden_size": 16, "num_classes": 10}
-    model: LiTTransformer2DModel = LiTTransformer2DModel(
-        **config | changes, patch_size=4, num_layers=1, num_attention_heads=2
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
-    model.eval()
-    return model
-
-
-def recipe(**settings: Any) -> Recipe:
-    usual = {"features": "digits", "num_samples": 80, "seeds": [1, 2, 3], "reference_seed": 9, "steps": 2}
-    return Recipe.model_validate({"evaluate": {**usual, "batch_size": 64, **settings}})
-
-
-def test_evaluation_scores_every_model_for_every_seed_on_noise_of_its_own() -> None:
-    teacher, other, calls = digits_model(), digits_model(seed=1), list[int]()
-    task = Advances(evaluation_passes(recipe().evaluate, 2), lambda done, total: calls.append(done))
-    reference = reference_samples(teacher, recipe(), task)
-    models = {"teacher": teacher, "other": other}
-    results = evaluate(models, reference, recipe(), task)
-    assert calls == list(range(1, task.total + 1))
-    assert results["seeds"] == [1, 2, 3]
-    assert (results["num_samples"], results["reference_seed"], results["steps"]) == (80, 9, 2)
-    assert list(results["models"]) == ["teacher", "other"]
-    floor, score = (results["models"][name]["frechet_distance"] for name in ("teacher", "other"))
-    # The teacher against itself: a floor, not zero, since the noise is another; and another model is above it.
-    assert min(floor["values"]) > 0
-    assert len(set(floor["values"])) == 3
-    assert min(score["values"]) > max(floor["values"])
-    assert 0 <= results["models"]["other"]["class_accuracy"]["mean"] <= 1
-    assert evaluate({"teacher": teacher}, reference, recipe())["models"]["teacher"]["frechet_distance"] == floor
-
-
-def test_on_the_references_own_noise_the_teacher_would_score_zero() -> None:
-    teacher = digits_model()
-    reference = reference_samples(teacher, recipe())
-    own = recipe(seeds=[9], reference_seed=10)
-    assert evaluate({"teacher": teacher}, reference, own)["models"]["teacher"]["frechet_distance"]["mean"] < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("features", "changes", "message"),
-    [
-        (None, {}, r"set evaluate\.features"),
-        ("digits", {"num_classes": 11}, r"1x16x16 images of 10 classes.* draws 1x16x16 of 11"),
-        ("digits", {"in_channels": 3, "out_channels": 6}, r"draws 3x16x16 of 10"),
-        ("digits", {"sample_size": 8}, r"draws 1x8x8 of 10"),
-    ],
+from litconvert.errors import LitconvertError, UsageError
+from litconvert.evaluation import metrics
+from litconvert.evaluation.metrics import (
+    Moments,
+    Statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
 )
-def test_data_without_a_metric_is_refused(features: str | None, changes: dict[str, int], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        reference_samples(digits_model(**changes), recipe(features=features))
-    assert reference_samples(digits_model(), recipe(num_samples=2)).shape == (2, 1, 16, 16)
+
+
+def features(count: int, seed: int, width: int = 24, mean: float = 0.0) -> Tensor:
+    """Correlated, far from centred, of very different spread."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn((width, width), generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    spread = torch.logspace(0, -3, width, dtype=torch.float64)
+    return (torch.randn((count, width), generator=generator, dtype=torch.float64) * spread) @ mixing + mean
+
+
+def frechet(first: Tensor, second: Tensor) -> float:
+    return frechet_distance(Moments.of(first).statistics, Moments.of(second).statistics)
+
+
+def sum_of(parts: list[Moments]) -> Moments:
+    return reduce(lambda one, other: one + other, parts)
+
+
+def plain_kernel_distance(x: Tensor, y: Tensor) -> float:
+    """The sums of the paper, pair by pair."""
+    first, second, width = x.tolist(), y.tolist(), x.shape[1]
+
+    def kernel(a: list[float], b: list[float]) -> float:
+        return (math.fsum(p * q for p, q in zip(a, b, strict=True)) / width + 1) ** 3
+
+    def within(rows: list[list[float]]) -> float:
+        pairs = [kernel(a, b) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]
+        return math.fsum(pairs) / (len(rows) * (len(rows) - 1))
+
+    across = math.fsum(kernel(a, b) for a in first for b in second) / (len(first) * len(second))
+    return within(first) + within(second) - 2 * across
+
+
+def brute_force(reference: Tensor, samples: Tensor, neighbours: int) -> tuple[float, float]:
+    """Precision and recall by sorting exact distances."""
+
+    def inside(these: Tensor, of: Tensor) -> float:
+        radii = [sorted(math.dist(a, b) for b in of.tolist())[neighbours] for a in of.tolist()]
+        hits = [
+            any(math.dist(a, b) <= radius for b, radius in zip(of.tolist(), radii, strict=True)) for a in these.tolist()
+        ]
+        return sum(hits) / len(hits)
+
+    return inside(samples, reference), inside(reference, samples)
+
+
+def plain_inception_score(logits: Tensor) -> float:
+    shares = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
+    marginal = shares.mean(0)
+    return float(np.exp((shares * (np.log(shares) - np.log(marginal))).sum(1).mean()))
+
+
+def test_the_frechet_distance_of_gaussians_whose_axes_agree_is_its_closed_form() -> None:
+    axes, _ = torch.linalg.qr(torch.randn((8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    one, two = torch.logspace(2, -6, 8, dtype=torch.float64), torch.logspace(-5, 1, 8, dtype=torch.float64)
+    first = Statistics(torch.zeros(8, dtype=torch.float64), axes @ one.diag() @ axes.T)
+    second = Statistics(torch.full((8,), 0.5, dtype=torch.float64), axes @ two.diag() @ axes.T)
+    expected = 8 * 0.25 + float((one.sqrt() - two.sqrt()).square().sum())
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-10 * float(one.sum()))
+
+
+def test_the_frechet_distance_is_that_of_scipys_matrix_root() -> None:
+    linalg = pytest.importorskip("scipy.linalg")
+    x, y = features(400, 0).numpy(), features(300, 1, mean=0.1).numpy()
+    first, second = np.cov(x.T), np.cov(y.T)
+    root = linalg.sqrtm(first @ second).real
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(first + second - 2 * root)
+    assert frechet(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_fewer_pictures_than_features_lose_no_digits() -> None:
+    x, y = features(12, 0, width=64), features(10, 1, width=64, mean=0.2)
+    centred = [rows - rows.mean(0) for rows in (x, y)]
+    # Of sets so small the trace of the root is a sum over the pictures, without a covariance.
+    overlap = torch.linalg.svdvals(centred[0] @ centred[1].T).sum() / math.sqrt(11 * 9)
+    traces = sum(rows.square().sum() / (len(rows) - 1) for rows in centred)
+    expected = float((x.mean(0) - y.mean(0)).square().sum() + traces - 2 * overlap)
+    assert frechet(x, y) == pytest.approx(expected, rel=1e-9)
+
+
+def test_moments_are_those_of_all_rows_whatever_the_split_even_far_from_zero() -> None:
+    x = features(500, 0, mean=1e4)
+    for parts in (x.split(500), x.split(7), x.split(64)[::-1]):
+        joined = sum_of([Moments.of(part) for part in parts])
+        assert joined.count == 500
+        torch.testing.assert_close(joined.mean, x.mean(0), rtol=1e-12, atol=0)
+        torch.testing.assert_close(joined.statistics.covariance, torch.cov(x.T), rtol=1e-6, atol=1e-9)
+
+
+def test_the_kernel_distance_is_the_unbiased_sum_over_all_pairs() -> None:
+    x, y = features(23, 0, width=5), features(31, 1, width=5, mean=0.3)
+    assert kernel_distance(x, y) == pytest.approx(plain_kernel_distance(x, y), rel=1e-9)
+    assert kernel_distance(y, x) == pytest.approx(kernel_distance(x, y), rel=1e-9)
+    # Without bias: of two sets of one kind it is below zero about as often as above.
+    signs = [kernel_distance(features(40, seed), features(40, seed + 100)) > 0 for seed in range(30)]
+    assert 6 <= sum(signs) <= 24
+
+
+@pytest.mark.parametrize("neighbours", [1, 3])
+def test_precision_and_recall_are_those_of_brute_force(neighbours: int) -> None:
+    reference, samples = features(60, 0, width=3), 0.4 * features(45, 1, width=3)
+    found = precision_recall(reference, samples, neighbours)
+    assert found == brute_force(reference, samples, neighbours)
+    assert found[0] > found[1] > 0
+    assert precision_recall(samples, reference, neighbours) == found[::-1]
+    assert precision_recall(reference, reference, neighbours) == (1.0, 1.0)
+    assert precision_recall(reference, reference + 1e3, neighbours) == (0.0, 0.0)
+
+
+def test_a_picture_that_is_there_many_times_is_inside_of_itself() -> None:
+    twice = features(4, 0).repeat(5, 1)
+    assert precision_recall(twice, twice[torch.randperm(20, generator=torch.Generator().manual_seed(1))]) == (1.0, 1.0)
+
+
+def test_the_inception_score_is_its_formula_and_lies_between_one_and_the_classes() -> None:
+    logits = 3 * features(50, 0, width=6)
+    assert inception_score(logits) == pytest.approx(plain_inception_score(logits), rel=1e-9)
+    parts = [plain_inception_score(part) for part in logits.split(20)]
+    assert inception_score(logits, split_size=20) == pytest.approx(sum(parts) / 3, rel=1e-9)
+    certain = 1e4 * torch.eye(6, dtype=torch.float64)
+    assert inception_score(certain) == pytest.approx(6, rel=1e-9)
+    assert inception_score(certain[:1].repeat(9, 1)) == pytest.approx(1, rel=1e-9)
+
+
+def all_measures(x: Tensor, y: Tensor) -> list[float]:
+    found = [frechet(x, y), kernel_distance(x, y), *precision_recall(x, y), inception_score(torch.cat([x, y]))]
+    assert len(set(found)) == 5
+    return found
+
+
+@pytest.mark.parametrize("block", [1, 7, 50, 1000])
+def test_no_distance_depends_on_the_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = features(50, 0), features(61, 1, mean=0.05)
+    whole = all_measures(x, y)
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    assert all_measures(x, y) == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_no_distance_depends_on_which_process_saw_a_picture(processes: int) -> None:
+    x, y = features(50, 0), features(61, 1, mean=0.05)
+    # Gathered process by process, each of which has every n-th.
+    gathered = [torch.cat([rows[first::processes] for first in range(processes)]) for rows in (x, y)]
+    assert all_measures(*gathered) == pytest.approx(all_measures(x, y), rel=1e-9)
+    joined = [sum_of([Moments.of(rows[first::processes]) for first in range(processes)]) for rows in (x, y)]
+    assert frechet_distance(joined[0].statistics, joined[1].statistics) == pytest.approx(frechet(x, y), rel=1e-9)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    x = features(10, 0)
+    broken = x.clone()
+    broken[3, 2] = math.nan
+    refused: list[tuple[type[LitconvertError], str, Callable[[], object]]] = [
+        (UsageError, "different networks", lambda: frechet(x, features(10, 1, width=5))),
+        (UsageError, "two pictures", lambda: frechet(x[:1], x)),
+        (UsageError, "too few", lambda: kernel_distance(x, x[:1])),
+        (UsageError, "give 4 at least", lambda: precision_recall(x[:3], x)),
+        (LitconvertError, "NaN", lambda: kernel_distance(broken, x)),
+        (LitconvertError, "NaN", lambda: frechet(x, broken)),
+        (LitconvertError, "no covariance", lambda: frechet_distance(*[Statistics(x[0], -torch.eye(24).double())] * 2)),
+    ]
+    for kind, message, call in refused:
+        with pytest.raises(kind, match=message):
+            call()
+    assert frechet(x, features(10, 1)) > 0
+    assert precision_recall(x[:4], x)[0] > 0

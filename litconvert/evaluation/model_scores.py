@@ -1,0 +1,457 @@
+"""How good any model is: its samples against pictures, stored statistics or its teacher's own, and its agreement."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from litconvert.common.device import default_device, uses_bf16
+from litconvert.common.launch import launched_processes
+from litconvert.common.listener import SILENT, UNSEEN, Listener, Task
+from litconvert.common.quantities import span
+from litconvert.common.seeds import permutation
+from litconvert.conversion.solve_plan import rate_of
+from litconvert.data.prompts import StoredPrompts, read_prompts, store_prompts
+from litconvert.errors import UsageError
+from litconvert.evaluation.agreement import AgreementImages, agreement
+from litconvert.evaluation.image_sets import (
+    ImageSet,
+    NpzFile,
+    folder_of_pictures,
+    read_npz,
+    read_pictures,
+    seen,
+    write_statistics,
+)
+from litconvert.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
+from litconvert.evaluation.networks import DEFAULT, ClipScore, FeatureNetwork, Outputs, open_network
+from litconvert.evaluation.scores import Score, to_json
+from litconvert.families.companions import companions_of
+from litconvert.families.sources import OpenSource, read_model
+from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.model.pipeline_lit import VAE_FACTOR
+from litconvert.model.shapes import count_macs
+from litconvert.recipe.inputs import given
+from litconvert.recipe.packaged import asset_of, recipe_of
+from litconvert.recipe.schema import Guidance, Recipe
+from litconvert.runs.directory import model_of
+from litconvert.sampling.captions import Captions, read_embeddings
+from litconvert.sampling.draw import SamplerSettings, draw, make_scheduler
+from litconvert.sampling.pictures import load_vae, to_images
+from litconvert.sampling.request import open_models
+
+# The settings of published protocols, over the recipe's and under the user's. DiT's (arXiv 2212.09748): 250 steps of
+# DDPM, guidance 1.5 on three of the four latent channels, 50,000 samples.
+PROTOCOLS = {
+    "dit": (
+        "evaluate.scheduler=ddpm",
+        "evaluate.steps=250",
+        "evaluate.guidance=1.5",
+        "evaluate.guidance_channels=3",
+        "evaluate.num_samples=50000",
+        "evaluate.seeds=[0]",
+        "sampling.mixed_precision=no",
+    )
+}
+# Pictures that the ADM evaluator takes an Inception score of at a time.
+ADM_SPLIT = 5000
+# Images of the teacher that agreement is measured on.
+AGREEMENT_IMAGES = 32
+# Inputs at a time: two models' residual streams behind all blocks are held.
+AGREEMENT_BATCH = 16
+# A range of samples to what each is drawn for: labels, or captions.
+Conditions = Callable[[range], Tensor | Captions]
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is to be measured, and against what.
+
+    Attributes:
+        model: run, model directory, any checkpoint, or an NPZ file of samples that are drawn already.
+        teacher: whose samples it is held against where no pictures are given, who is measured beside it, and with whom
+            it is to agree.
+        images, reference: a folder of pictures; an NPZ file of pictures or statistics.
+        features: the network (`networks.open_network`); None: the protocol's, or the one for such pictures.
+        protocol: a name in PROTOCOLS.
+        recipe: whose `evaluate` section, VAE and T5 are used; None: the one recorded with the model, or else the
+            packaged one for what it is.
+        overrides: `key=value`, over recipe and protocol.
+        prompts, embeddings: of a model of captions, a text file, or captions encoded earlier; None: the prompts that
+            ship with litconvert.
+        clip: a CLIP that is to say how well pictures fit their captions.
+        num_attention_heads: a hint for both models.
+        weights: of the model, where it is a training checkpoint.
+        save_statistics: where to write the reference's statistics.
+        agreement_only: draw no samples to be measured.
+    """
+
+    model: str
+    teacher: str | None = None
+    images: Path | None = None
+    reference: Path | None = None
+    features: str | None = None
+    protocol: str | None = None
+    recipe: str | None = None
+    overrides: Sequence[str] = ()
+    prompts: Path | None = None
+    embeddings: Path | None = None
+    clip: str | None = None
+    num_attention_heads: int | None = None
+    weights: str = "auto"
+    save_statistics: Path | None = None
+    agreement_only: bool = False
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the model is a file of samples."""
+        return self.model.endswith(".npz")
+
+    def check(self) -> None:
+        """Raises UsageError for what cannot be meant together."""
+        pictures = self.images or self.reference
+        if self.images and self.reference:
+            raise UsageError("--images and --reference are two sets to be held against; give one of them")
+        if not (self.teacher or pictures):
+            raise UsageError("nothing to be held against: give --teacher, --images or --reference")
+        if self.agreement_only and not self.teacher:
+            raise UsageError("--agreement is agreement with the teacher: name it with --teacher")
+        if self.agreement_only and (pictures or self.features or self.clip or self.save_statistics):
+            raise UsageError("--agreement alone measures no pictures: leave the options for pictures out")
+        if self.is_drawn and (self.teacher or self.clip or not pictures):
+            raise UsageError(
+                f"{self.model} holds samples: give --images or --reference, and neither --teacher nor --clip"
+            )
+        if self.prompts and self.embeddings:
+            raise UsageError("--embeddings are captions encoded already: leave --prompts out")
+        if self.clip and self.embeddings:
+            raise UsageError("--clip reads captions as text, which --embeddings do not hold: give --prompts")
+        if launched_processes() > 1:
+            raise UsageError("evaluate works in one process: start it without a launcher")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How a set of samples is drawn, whatever the model.
+
+    Attributes:
+        recipe: its `evaluate` section.
+        conditions: what each is drawn for.
+        prompts: the captions as text, cycled; none: of a model of classes.
+        vae: decoder of latents.
+    """
+
+    recipe: Recipe
+    conditions: Conditions
+    prompts: Sequence[str] = ()
+    vae: Any | None = None
+
+    def sampler(self, seed: int, batch_size: int | None = None) -> SamplerSettings:
+        """From this seed, so many at a time."""
+        settings = self.recipe.evaluate
+        return SamplerSettings.of(self.recipe, settings, seed=seed, batch_size=batch_size or settings.batch_size)
+
+    def latents(
+        self, model: LiTTransformer2DModel, seed: int, count: int, task: Task
+    ) -> Iterator[tuple[range, Tensor]]:
+        """Batch by batch, with the numbers of its samples."""
+        size = self.recipe.evaluate.batch_size
+        for start in range(0, count, size):
+            some = range(start, min(start + size, count))
+            (batch,) = draw(model, self.conditions(some), self.sampler(seed), first=start, task=task)
+            yield some, batch
+
+    def pictures(
+        self, model: LiTTransformer2DModel, seed: int, task: Task
+    ) -> Iterator[tuple[range, NDArray[np.uint8]]]:
+        """The same decoded, as many as the recipe says."""
+        for some, batch in self.latents(model, seed, self.recipe.evaluate.num_samples, task):
+            yield some, to_images(batch, self.vae)
+
+    def texts(self, some: range) -> list[str]:
+        """The captions of some samples."""
+        return [self.prompts[index % len(self.prompts)] for index in some]
+
+
+def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dict[str, Any]:
+    """Measure a model: distances of its samples to pictures, and its agreement with its teacher.
+
+    Samples are drawn as `sampling.mixed_precision` says and are a function of the seed and their number. Features and
+    agreement are float32, convolutions on a GPU too.
+
+    Returns: {"model", "teacher", "reference": {"name", "count"}, "features": {"name", "kind"}, "settings", "models":
+    {name: {metric: {"mean", "standard_deviation", "values"}}}, "agreement"}; what was not asked for is None.
+
+    Raises UsageError for what cannot be meant, before anything is drawn.
+    """
+    asked.check()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), TemporaryDirectory() as folder:
+        if asked.is_drawn:
+            return _evaluate_file(asked, listener)
+        recipe = recipe_for(asked)
+        sources = open_models(
+            asked.model, asked.teacher, recipe, asked.overrides, asked.num_attention_heads, asked.weights
+        )
+        for source in sources:  # refuses before the work
+            make_scheduler(recipe.evaluate.scheduler, recipe.diffusion.num_timesteps, source.config.prediction)
+        if asked.clip and not sources[-1].config.reads_captions:
+            raise UsageError(f"--clip says how well pictures fit their captions, and {asked.model} draws classes")
+        network = None if asked.agreement_only else open_network(_features(asked, sources[-1]))
+        reference = None if network is None else _given_reference(asked, network, sources[-1], listener)
+        listener.note(_cost(asked, recipe, sources))
+        samples = samples_of(asked, recipe, sources, Path(folder))
+        listener.note(f"reading {' and '.join(source.checkpoint.source for source in sources)}")
+        names = ["model"] if asked.teacher is None else ["teacher", "student"]
+        models = {
+            name: read_model(source, torch.float32).to(default_device())
+            for name, source in zip(names, sources, strict=True)
+        }
+        report: dict[str, Any] = {
+            **_facts(asked, recipe),
+            **({} if network is None else _measure(asked, samples, models, (network, reference), listener)),
+            "agreement": _agree(samples, models, listener) if asked.teacher else None,
+        }
+        return report
+
+
+def recipe_for(asked: EvaluationRequest) -> Recipe:
+    """The recipe that settings are taken from, as the request describes it.
+
+    Its `evaluate` section says how samples are drawn. What that leaves at its default is as in `sample`.
+    """
+    path = model_of(asked.model, raw=asked.weights == "model")
+    overrides = [*PROTOCOLS.get(asked.protocol or "", ()), *asked.overrides]
+    name, beside = asked.recipe or asset_of(asked.model).recipe, companions_of(path)
+    recipe = beside.resolve(name, overrides).recipe
+    if name is None and beside.recipe is None:
+        source = open_models(path, None, recipe, asked.overrides, asked.num_attention_heads, asked.weights)[0]
+        if (packaged := recipe_of(source.reading.family, source.config.values)) is not None:
+            recipe = beside.resolve(packaged, overrides).recipe
+    said = {one.partition("=")[0] for one in overrides}
+    told = given(recipe.evaluate)
+    sampler = {
+        key: getattr(recipe.sample, key)
+        for key in Guidance.model_fields
+        if key not in told and not {"evaluate", f"evaluate.{key}"} & said
+    }
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=sampler)})
+
+
+def _features(asked: EvaluationRequest, source: OpenSource) -> str:
+    """The network: the one asked for, or the one for such pictures."""
+    if asked.features is not None:
+        return asked.features
+    if asked.protocol is not None:
+        return "inception"
+    config = source.config
+    return "digits" if (config.in_channels, config.sample_size, config.num_classes) == (1, 16, 10) else DEFAULT
+
+
+def _cost(asked: EvaluationRequest, recipe: Recipe, sources: Sequence[OpenSource]) -> str:
+    """What drawing takes here, in a sentence; a product of matrices is timed for it."""
+    settings, guided = recipe.evaluate, 2 if recipe.evaluate.guidance != 1 else 1
+    sets = len(sources) * len(settings.seeds) + (asked.images is None and asked.reference is None)
+    count = 0 if asked.agreement_only else sets * settings.num_samples
+    count += AGREEMENT_IMAGES if asked.teacher else 0
+    macs = max(count_macs(source.config, source.config.sample_size) for source in sources)
+    seconds = count * settings.steps * guided * macs / rate_of(str(default_device()), torch.float32)
+    return f"{count:,} samples are drawn in {settings.steps} steps: about {span(seconds)}"
+
+
+def samples_of(
+    asked: EvaluationRequest,
+    recipe: Recipe,
+    sources: Sequence[OpenSource],
+    folder: Path,
+    prompts: Sequence[str] | None = None,
+) -> Samples:
+    """How samples are drawn that all models can draw. T5 is freed before this returns; its features are in the folder.
+
+    Args:
+        asked: whose prompts or embeddings are drawn where no others are given.
+        prompts: all of them are encoded.
+
+    Raises UsageError for prompts of a model of classes, and where T5 or a decoder is missing.
+    """
+    config = sources[-1].config
+    if recipe.source.vae is None and not config.is_pixel_space and not asked.agreement_only:
+        to_images(torch.empty(1, config.in_channels, 1, 1), None)  # refuses, and says what to give
+    vae = None
+    if recipe.source.vae is not None and not asked.agreement_only:
+        vae = load_vae(recipe.source.vae).to(default_device())
+    if not config.reads_captions:
+        if asked.prompts or asked.embeddings:
+            raise UsageError(f"{asked.model} is a model of classes and reads no captions: leave them out")
+        labels = permutation(0, "classes", config.classes)  # so that few samples are of classes of all kinds, too
+        return Samples(recipe, lambda some: labels[torch.tensor(some) % len(labels)], vae=vae)
+    if asked.embeddings is not None and prompts is None:
+        captions = read_embeddings(asked.embeddings).padded(config.caption_tokens, config.caption_width)
+        return Samples(recipe, lambda some: captions[torch.tensor(some) % len(captions)], vae=vae)
+    if recipe.source.text_encoder is None:
+        raise UsageError(
+            "this model draws captions, and no text encoder is named: give one (--set "
+            "source.text_encoder.path=PixArt-alpha/PixArt-XL-2-1024-MS), or encoded captions (--embeddings FILE)"
+        )
+    if prompts is None:
+        most = AGREEMENT_IMAGES if asked.agreement_only else recipe.evaluate.num_samples
+        prompts = read_prompts(str(asked.prompts) if asked.prompts else None)[:most]
+    null = not all(source.config.null_caption for source in sources)
+    store_prompts(folder / "prompts.safetensors", recipe, prompts, config.caption_tokens)
+    stored = StoredPrompts(folder / "prompts.safetensors", prompts)
+    return Samples(recipe, lambda some: stored.captions(some, null=null), prompts, vae)
+
+
+def _facts(asked: EvaluationRequest, recipe: Recipe) -> dict[str, Any]:
+    """What was measured, and how samples were drawn."""
+    settings = recipe.evaluate.model_dump(mode="json", exclude={"features"})
+    precision = "bf16" if uses_bf16(recipe.sampling.mixed_precision) else "float32"
+    return {
+        "model": asked.model,
+        "teacher": asked.teacher,
+        "reference": None,
+        "features": None,
+        "settings": {**settings, "protocol": asked.protocol, "precision": precision},
+        "models": None,
+    }
+
+
+def _measure(
+    asked: EvaluationRequest,
+    samples: Samples,
+    models: dict[str, LiTTransformer2DModel],
+    against: tuple[FeatureNetwork, ImageSet | None],
+    listener: Listener,
+) -> dict[str, Any]:
+    """The distances of each model's samples, a set from each seed, to a reference; None: the teacher draws it."""
+    network, reference = against
+    settings = samples.recipe.evaluate
+    clip = ClipScore(asked.clip) if asked.clip else None
+    sets = len(models) * len(settings.seeds) + (reference is None)
+    with listener.task("draw and measure", sets * samples.sampler(0).steps_of(settings.num_samples)) as task:
+        if reference is None:
+            outputs, _ = _drawn(models["teacher"], samples, settings.reference_seed, network, None, task)
+            reference = ImageSet.of("the teacher's own samples", outputs)
+        if asked.save_statistics is not None:
+            write_statistics(reference, network, asked.save_statistics)
+        split = ADM_SPLIT if asked.protocol == "dit" else None
+        scores: dict[str, Any] = {}
+        for name, model in models.items():
+            found: list[dict[str, float]] = []
+            for seed in settings.seeds:
+                outputs, fits = _drawn(model, samples, seed, network, clip, task)
+                task.advance(0, "distances")
+                found.append({**compare(ImageSet.of(name, outputs), reference, split), **fits})
+            scores[name] = {key: to_json(Score(tuple(one[key] for one in found))) for key in found[0]}
+    return {**_against(reference, network), "models": scores}
+
+
+def _against(reference: ImageSet, network: FeatureNetwork) -> dict[str, Any]:
+    return {
+        "reference": {"name": reference.name, "count": reference.count},
+        "features": {"name": network.name, "kind": network.kind},
+    }
+
+
+def _given_reference(
+    asked: EvaluationRequest, network: FeatureNetwork, source: OpenSource, listener: Listener
+) -> ImageSet | None:
+    """The pictures or statistics that were given; None: the teacher draws them."""
+    if asked.reference is not None:
+        listener.note(f"reading {asked.reference}")
+        return read_npz(asked.reference, network)
+    if asked.images is None:
+        return None
+    config = source.config
+    side = config.sample_size * (1 if config.is_pixel_space else VAE_FACTOR)
+    return _folder(asked.images, side, "L" if config.in_channels == 1 else "RGB", network, listener)
+
+
+def _folder(folder: Path, side: int, mode: str, network: FeatureNetwork, listener: Listener) -> ImageSet:
+    paths = folder_of_pictures(folder)
+    with listener.task("look at the pictures", len(paths)) as task:
+        return ImageSet.of(str(folder), seen(read_pictures(paths, side, mode), network, task))
+
+
+def _drawn(
+    model: LiTTransformer2DModel,
+    samples: Samples,
+    seed: int,
+    network: FeatureNetwork,
+    clip: ClipScore | None,
+    task: Task = UNSEEN,
+) -> tuple[Outputs, dict[str, float]]:
+    """What the network makes of a set of samples, and how well it fits its captions."""
+    parts, fits = [], []
+    for some, batch in samples.pictures(model, seed, task):
+        parts.append(network(batch))
+        if clip is not None:
+            fits.append(clip(batch, samples.texts(some)))
+    return Outputs.joined(parts), {"clip_score": float(torch.cat(fits).mean())} if fits else {}
+
+
+def compare(samples: ImageSet, reference: ImageSet, split: int | None = None) -> dict[str, float]:
+    """Every distance that the two sets allow, by name.
+
+    `frechet_distance` always; `kernel_distance`, `precision` and `recall` where the reference has pictures;
+    `spatial_frechet_distance` (sFID) in Inception's features; `inception_score`, of so many at a time (`split`), where
+    the network knows classes.
+    """
+    assert samples.outputs is not None
+    found = {"frechet_distance": frechet_distance(reference.pooled, samples.pooled)}
+    if samples.spatial is not None and reference.spatial is not None:
+        found["spatial_frechet_distance"] = frechet_distance(reference.spatial, samples.spatial)
+    if reference.outputs is not None:
+        theirs, mine = reference.outputs.features, samples.outputs.features
+        found["kernel_distance"] = kernel_distance(theirs, mine)
+        found["precision"], found["recall"] = precision_recall(theirs, mine)
+    if samples.outputs.logits is not None:
+        found["inception_score"] = inception_score(samples.outputs.logits, split)
+    return found
+
+
+def _agree(samples: Samples, models: dict[str, LiTTransformer2DModel], listener: Listener) -> dict[str, Any]:
+    """The student's agreement with the teacher, on images that the teacher draws."""
+    settings, teacher = samples.recipe.evaluate, models["teacher"]
+    count = AGREEMENT_IMAGES
+    with listener.task("draw for agreement", samples.sampler(0).steps_of(count)) as task:
+        batches = list(samples.latents(teacher, settings.reference_seed, count, task))
+    images = AgreementImages(
+        torch.cat([batch for _, batch in batches]),
+        samples.conditions(range(count)),
+        samples.recipe.diffusion.num_timesteps,
+        settings.reference_seed,
+        min(settings.batch_size, AGREEMENT_BATCH),
+    )
+    with listener.task("agreement", images.passes()) as task:
+        return agreement(teacher, models["student"], images, task)
+
+
+def _evaluate_file(asked: EvaluationRequest, listener: Listener) -> dict[str, Any]:
+    """Samples that are drawn already, against pictures."""
+    network = open_network(asked.features or ("inception" if asked.protocol else DEFAULT))
+    file = NpzFile(Path(asked.model))
+    listener.note(f"reading {asked.model}")
+    samples = ImageSet.of(asked.model, seen(file.pictures(), network))
+    if asked.reference is not None:
+        reference = read_npz(asked.reference, network)
+    else:
+        assert asked.images is not None
+        first = next(file.pictures())
+        reference = _folder(asked.images, first.shape[1], "RGB", network, listener)
+    if asked.save_statistics is not None:
+        write_statistics(reference, network, asked.save_statistics)
+    found = compare(samples, reference, ADM_SPLIT if asked.protocol == "dit" else None)
+    return {
+        "model": asked.model,
+        "teacher": None,
+        **_against(reference, network),
+        "settings": {"num_samples": samples.count, "protocol": asked.protocol},
+        "models": {"model": {key: to_json(Score((value,))) for key, value in found.items()}},
+        "agreement": None,
+    }

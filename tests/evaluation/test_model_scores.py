@@ -1,0 +1,219 @@
+"""`evaluate MODEL`: against its teacher, pictures and statistics, in features of any network, and in agreement."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from litconvert.common.seeds import permutation
+from litconvert.errors import LitconvertError, UsageError
+from litconvert.evaluation.model_scores import AGREEMENT_IMAGES, EvaluationRequest, evaluate_model, recipe_for
+from litconvert.sampling.captions import Captions, write_embeddings
+from tests.helpers.command import command
+from tests.helpers.feature_networks import save_clip, save_dinov2
+from tests.helpers.pretrained import CHANNELS, Pretrained
+
+FEW = ("evaluate.num_samples=8", "evaluate.steps=2", "evaluate.seeds=[7]", "evaluate.batch_size=4")
+
+
+@pytest.fixture
+def dinov2(tmp_path: Path) -> str:
+    """A feature network that is quick."""
+    return str(save_dinov2(tmp_path / "dino"))
+
+
+def means(report: dict[str, Any], name: str) -> dict[str, float]:
+    return {key: score["mean"] for key, score in report["models"][name].items()}
+
+
+def in_agreement(errors: dict[str, Any]) -> list[float]:
+    return [one["error"] for one in (*errors["quantities"].values(), *errors["layers"])]
+
+
+def test_a_student_is_held_against_its_teachers_samples_and_predictions(
+    pico_student: Path, pico_checkpoint: Path, dinov2: str
+) -> None:
+    asked = EvaluationRequest(str(pico_student), teacher=str(pico_checkpoint), features=dinov2, overrides=FEW)
+    report = evaluate_model(asked)
+    assert report["reference"] == {"name": "the teacher's own samples", "count": 8}
+    assert report["features"] == {"name": dinov2, "kind": "dinov2"}
+    assert list(report["models"]) == ["teacher", "student"]
+    assert set(means(report, "student")) == {"frechet_distance", "kernel_distance", "precision", "recall"}
+    # The teacher's other samples lie nearer to its own than those of a student that learned nothing.
+    teacher, student = (means(report, name)["frechet_distance"] for name in ("teacher", "student"))
+    assert 0 < teacher < student
+    assert min(in_agreement(report["agreement"]["student"])) > max(in_agreement(report["agreement"]["precision"])) > 0
+    assert json.loads(json.dumps(report)) == report
+    assert report["settings"]["precision"] == "float32"
+
+    itself = evaluate_model(
+        EvaluationRequest(
+            str(pico_checkpoint), str(pico_checkpoint), features=dinov2, overrides=FEW, num_attention_heads=2
+        )
+    )
+    assert means(itself, "student") == means(itself, "teacher")
+    assert in_agreement(itself["agreement"]["student"]) == [0.0] * 5
+
+
+def test_the_same_pictures_are_at_no_distance_whichever_way_they_come(
+    tmp_path: Path, pico_checkpoint: Path, dinov2: str
+) -> None:
+    classes = ",".join(str(int(label)) for label in permutation(0, "classes", 4))
+    drawn = (
+        "--num-attention-heads",
+        2,
+        "--num",
+        8,
+        "--seed",
+        7,
+        "--steps",
+        2,
+        "--scheduler",
+        "ddim",
+        "--classes",
+        classes,
+    )
+    npz = tmp_path / "samples.npz"
+    sampled = command("sample", pico_checkpoint, *drawn, "--npz", npz, "-o", tmp_path / "sheet.png")
+    assert sampled.code == 0, sampled.err
+    (tmp_path / "pictures").mkdir()
+    with np.load(npz) as arrays:
+        for index, image in enumerate(arrays["arr_0"]):
+            Image.fromarray(image[..., 0]).save(tmp_path / "pictures" / f"{index:02d}.png")
+    places: list[dict[str, Any]] = [{"reference": npz}, {"images": tmp_path / "pictures"}]
+    for place in places:
+        asked = EvaluationRequest(str(pico_checkpoint), features=dinov2, overrides=FEW, num_attention_heads=2, **place)
+        report = evaluate_model(asked)
+        scores = means(report, "model")
+        assert report["reference"]["count"] == 8
+        assert scores["frechet_distance"] == pytest.approx(0, abs=1e-4)
+        assert (scores["precision"], scores["recall"]) == (1.0, 1.0)
+        assert report["agreement"] is None
+
+    files = evaluate_model(EvaluationRequest(str(npz), images=tmp_path / "pictures", features=dinov2))
+    assert means(files, "model")["frechet_distance"] == pytest.approx(0, abs=1e-4)
+    other = EvaluationRequest(
+        str(pico_checkpoint),
+        reference=npz,
+        features=dinov2,
+        overrides=(*FEW, "evaluate.seeds=[8]"),
+        num_attention_heads=2,
+    )
+    assert means(evaluate_model(other), "model")["frechet_distance"] > 1e-3
+
+
+def test_stored_statistics_give_the_distance_of_the_pictures_they_are_of(
+    tmp_path: Path, pico_checkpoint: Path, pico_student: Path, dinov2: str
+) -> None:
+    model, stored = str(pico_student), tmp_path / "statistics.npz"
+    first = EvaluationRequest(model, str(pico_checkpoint), features=dinov2, overrides=FEW, save_statistics=stored)
+    again = EvaluationRequest(model, reference=stored, features=dinov2, overrides=(*FEW, "evaluate.batch_size=3"))
+    by_pictures, by_statistics = means(evaluate_model(first), "student"), means(evaluate_model(again), "model")
+    assert set(by_statistics) == {"frechet_distance"}  # the others need the pictures
+    # Drawn three at a time in place of four: pixels may differ by one of 256.
+    assert by_statistics["frechet_distance"] == pytest.approx(by_pictures["frechet_distance"], rel=1e-3)
+    with pytest.raises(
+        UsageError, match="holds statistics of dinov2, and the features asked for are efficientnet-lite0"
+    ):
+        evaluate_model(EvaluationRequest(model, reference=stored, overrides=FEW))
+
+
+def test_more_seeds_give_a_spread_and_efficientnet_knows_classes(pico_checkpoint: Path, pico_student: Path) -> None:
+    several = (*FEW, "evaluate.seeds=[7, 8]", "evaluate.num_samples=4")
+    report = evaluate_model(EvaluationRequest(str(pico_student), str(pico_checkpoint), overrides=several))
+    assert report["features"]["kind"] == "efficientnet-lite0"
+    score = report["models"]["student"]["inception_score"]
+    assert len(set(score["values"])) == 2
+    assert score["standard_deviation"] > 0
+    assert all(1 <= value <= 4 for value in score["values"])
+
+
+def test_captions_are_drawn_and_pictures_scored_by_them(tmp_path: Path, pretrained: Pretrained, dinov2: str) -> None:
+    recipe = pretrained.recipe(tmp_path / "recipe.yaml")
+    (tmp_path / "prompts.txt").write_text("a red fox\nthe sea\ntwo birds by the house\n")
+    model = str(pretrained.folder / "sigma")
+    asked: dict[str, Any] = {"teacher": model, "features": dinov2, "recipe": str(recipe), "overrides": FEW}
+    clip = str(save_clip(tmp_path / "clip"))
+    report = evaluate_model(EvaluationRequest(model, prompts=tmp_path / "prompts.txt", clip=clip, **asked))
+    scores = means(report, "student")
+    assert 0 <= scores["clip_score"] <= 100
+    # What `evaluate` leaves at its default is as in `sample`.
+    assert (report["settings"]["scheduler"], report["settings"]["guidance"]) == ("dpm-solver++", 3.0)
+    assert max(in_agreement(report["agreement"]["student"])) == 0
+
+    captions = Captions(torch.randn((3, 4, CHANNELS)), torch.ones(3, 4, dtype=torch.int64))
+    write_embeddings(captions, tmp_path / "captions.safetensors")
+    asked["overrides"] = (*FEW, "evaluate.guidance=1.0")
+    encoded = evaluate_model(EvaluationRequest(model, embeddings=tmp_path / "captions.safetensors", **asked))
+    assert encoded["settings"]["guidance"] == 1.0
+    assert means(encoded, "student")["frechet_distance"] != scores["frechet_distance"]
+
+
+def test_the_dit_protocol_is_the_papers_and_what_is_set_wins(pico_checkpoint: Path) -> None:
+    asked = EvaluationRequest(
+        str(pico_checkpoint),
+        images=Path("x"),
+        protocol="dit",
+        overrides=("evaluate.guidance=1.0",),
+        num_attention_heads=2,
+    )
+    settings = recipe_for(asked).evaluate
+    assert (settings.scheduler, settings.steps, settings.num_samples, settings.seeds) == ("ddpm", 250, 50_000, (0,))
+    assert (settings.guidance, settings.guidance_channels) == (1.0, 3)
+    assert recipe_for(EvaluationRequest("asset:dit-digits", images=Path("x"))).evaluate.steps == 8  # its own recipe's
+
+
+def test_the_command_begins_with_the_result_and_ends_with_the_next_step(
+    tmp_path: Path, pico_student: Path, pico_checkpoint: Path, dinov2: str
+) -> None:
+    few = [part for one in FEW for part in ("--set", one)]
+    done = command("evaluate", pico_student, "--teacher", pico_checkpoint, "--features", dinov2, *few)
+    assert done.code == 0, done.err
+    assert done.out.startswith("Fréchet distance of the student to the teacher's own samples: ")
+    assert f"in the features of {dinov2}." in done.out.splitlines()[0]
+    for header in ("kernel distance", "precision", "noise, bfloat16 alone", "900 to 1000", "8 samples a seed"):
+        assert header in done.out
+    assert done.err.splitlines()[-1] == f"next: litconvert sample {pico_student} --teacher {pico_checkpoint}"
+
+    alone = command("evaluate", pico_student, "--teacher", pico_checkpoint, "--agreement", *few)
+    assert alone.code == 0, alone.err
+    assert alone.out.startswith("The student's noise differs from its teacher's by ")
+    assert "Fréchet" not in alone.out
+    assert f"on {10 * AGREEMENT_IMAGES} inputs of {AGREEMENT_IMAGES} images" in alone.out
+    as_json = command("evaluate", pico_student, "--teacher", pico_checkpoint, "--agreement", "--json", *few)
+    assert json.loads(as_json.out)["models"] is None
+
+
+def test_what_cannot_be_meant_is_refused(
+    tmp_path: Path, pico_student: Path, pico_checkpoint: Path, dinov2: str
+) -> None:
+    teacher = ("--teacher", pico_checkpoint)
+    np.savez(tmp_path / "some.npz", np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    (tmp_path / "prompts.txt").write_text("a fox")
+    npz, prompts = tmp_path / "some.npz", tmp_path / "prompts.txt"
+    for words, message in {
+        (pico_student, "--features", dinov2): "--features says how a model is held against another",
+        (pico_student, *teacher, "--force"): "--force measures a run again",
+        (pico_student, "--images", tmp_path, "--reference", npz): "give one of them",
+        (pico_student, "--reference", npz, "--agreement"): "name it with --teacher",
+        (pico_student, *teacher, "--agreement", "--features", dinov2): "--agreement alone measures no pictures",
+        (pico_student, *teacher, "--prompts", prompts): "is a model of classes and reads no captions",
+        (pico_student, *teacher, "--clip", "clip"): "draws classes",
+        (npz, *teacher): "holds samples: give --images or --reference",
+        (pico_student, *teacher, "--features", "inceptoin"): "did you mean 'inception'",
+        (pico_student, *teacher, "--set", "evaluate.scheduler=flow-euler"): "predicts noise",
+        (pico_student, "--reference", prompts): "not a whole NPZ file",
+        (pico_student, "--geneval", prompts): "--geneval FILE says which prompts are drawn and --out DIR where",
+        (pico_student, *teacher, "--geneval", prompts, "--out", tmp_path / "out"): "leave --teacher out",
+        (pico_student, "--geneval", prompts, "--out", tmp_path / "out"): "not an entry of GenEval's",
+    }.items():
+        refused = command("evaluate", *words)
+        assert refused.code in (1, 2), words
+        assert message in refused.err, words
+        assert len(refused.err.splitlines()) <= 2, words
+    with pytest.raises(LitconvertError, match="nothing to be held against"):
+        evaluate_model(EvaluationRequest(str(pico_student)))
