@@ -12,12 +12,11 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from litconvert.common.files import whole_file
 from litconvert.common.listener import UNSEEN, Task
-from litconvert.encoding.images import ImageSample, read_image
+from litconvert.encoding.images import ImageSample, is_image_name, read_image
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.evaluation.metrics import Moments, Statistics
 from litconvert.evaluation.networks import FeatureNetwork, Outputs
@@ -67,12 +66,11 @@ def folder_of_pictures(folder: Path) -> list[Path]:
 
     Raises UsageError where there is none.
     """
-    suffixes = Image.registered_extensions()
     found = [
         Path(place) / name
         for place, _, names in os.walk(folder, followlinks=True)
         for name in names
-        if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
+        if not name.startswith(".") and is_image_name(name)
     ]
     if not found:
         raise UsageError(f"{folder}: holds no picture; name a folder of them, or an NPZ file with --reference")

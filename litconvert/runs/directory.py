@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ from litconvert.common.outputs import (
     DATA_SET,
     RUN,
     UNFINISHED,
+    at_work,
     contents,
     is_filled,
     place_of,
@@ -153,18 +154,21 @@ class RunDirectory:
         found = (self.path / RECORD).is_file()
         if self.path.exists() and not found and not (self.path.is_dir() and self._is_free()):
             refuse_stranger(self.path, "a run")
-        try:
-            if found and replace:
-                refuse_foreign(self.path, RUN)
-                with held(self.path):
-                    _remove(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / UNFINISHED).unlink(missing_ok=True)  # of another command, which was stopped
-        except OSError as error:
-            raise LitconvertError(f"cannot write {self.path}: {system_cause(error) or error}") from error
-        # The record first: what a killed process leaves behind is then still known as a run.
-        write_whole(self.path / RECORD, json.dumps({"format": FORMAT_VERSION, **made_from}, indent=2) + "\n")
-        write_whole(self.path / "recipe.yaml", recipe_yaml)
+        if found and replace:
+            refuse_foreign(self.path, RUN)
+        # Of a new run, that no other command is filling the folder.
+        with nullcontext() if found else at_work(self.path):
+            try:
+                if found and replace:
+                    with held(self.path):
+                        _remove(self.path)
+                self.path.mkdir(parents=True, exist_ok=True)
+                (self.path / UNFINISHED).unlink(missing_ok=True)  # of one that was stopped
+            except OSError as error:
+                raise LitconvertError(f"cannot write {self.path}: {system_cause(error) or error}") from error
+            # The record first: what a killed process leaves behind is then still known as a run.
+            write_whole(self.path / RECORD, json.dumps({"format": FORMAT_VERSION, **made_from}, indent=2) + "\n")
+            write_whole(self.path / "recipe.yaml", recipe_yaml)
 
     def _is_free(self) -> bool:
         """Whether a folder holds nothing but the training set that may be drawn before its run begins."""

@@ -229,7 +229,7 @@ def test_a_walk_that_is_interrupted_in_its_place_goes_on_there(
 @pytest.mark.slow
 @pytest.mark.parametrize("new", [True, False], ids=["a new folder", "a link"])
 def test_a_second_conversion_is_refused_while_the_first_works_and_not_after(
-    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path, new: bool
+    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path, pico_student: Path, data: Path, new: bool
 ) -> None:
     if not new:
         (tmp_path / "behind").mkdir()
@@ -243,6 +243,7 @@ def test_a_second_conversion_is_refused_while_the_first_works_and_not_after(
             assert "another process is at work in out; wait for it or end it" in spoken(second)
         synthesis = ("latents", "synthesize", "out", "--source", pico_checkpoint, "--recipe", pico_recipe)
         assert "another process is at work in out" in spoken(command(*synthesis))
+        assert "another process is at work in out" in spoken(command("distill", "student", "out", "--data", data))
         first.send_signal(signal.SIGCONT)
         assert first.wait() == 0
     found = contents(tmp_path / "out")
