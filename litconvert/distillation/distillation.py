@@ -34,7 +34,7 @@ from litconvert.training.fitting import fit as fit_and_write
 from litconvert.training.objective import TrainingRun
 from litconvert.training.optimization import trained_names
 from litconvert.training.run_inputs import File, RunInputs, goes_on, is_finished
-from litconvert.training.same_encoders import check_same_encoders
+from litconvert.training.same_encoders import check_same_encoders, check_same_teacher
 
 # Of a student's source: where its files are now, and what decodes and encodes beside it.
 MOVABLE = ("path", "vae", "text_encoder", "license")
@@ -178,6 +178,8 @@ def _open_lineage(asked: Request, student: OpenSource, recipe: Recipe, provenanc
     source_file = File.of(source)
     refuse_changed_source(asked.student, provenance, recipe.source.path, source_file.sha256)
     check_teacher(config, teacher.config, recipe, is_source=teacher is source)
+    if recipe.distill.teacher is not None and recipe.distill.teacher.path is not None:
+        check_same_teacher(recipe, companions_of(recipe.distill.teacher.path).resolve(None, ()).recipe)
     for index, stage in enumerate(recipe.distill.stages):
         trained_names(list(student.reading.origins), stage, f"distill.stages.{index}")
     return Lineage(student, source, teacher, source_file, provenance)

@@ -34,6 +34,23 @@ def check_same_encoders(data: LatentDataset, recipe: Recipe, *, whose: str = "th
         _check_text_encoder(theirs, recipe.source.text_encoder, whose)
 
 
+def check_same_teacher(recipe: Recipe, teacher: Recipe) -> None:
+    """Compare what the recipe says of the model with what another model, its teacher, says of itself.
+
+    Raises UsageError where their VAEs scale or shift differently.
+    """
+    mine, theirs = recipe.source.vae, teacher.source.vae
+    if mine is None or theirs is None:
+        return
+    own, told = scaling_told(mine), scaling_told(theirs)
+    if own is not None and told is not None and not all(map(_close, own, told)):
+        raise UsageError(
+            f"the teacher sees latents of the VAE {theirs.path} (scaling {told[0]:g}, shift {told[1]:g}), and the VAE "
+            f"of the model is {mine.path} (scaling {own[0]:g}, shift {own[1]:g}): choose a teacher of the same latents "
+            "(--teacher), or name the VAE that the model was trained with (--set source.vae.path=...)"
+        )
+
+
 def _known(section: type[Section], record: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a record that a section has now: data may be older, or newer."""
     return {key: record[key] for key in section.model_fields if key in record}

@@ -107,3 +107,15 @@ def test_packed_images_are_to_be_unpacked(tmp_path: Path) -> None:
     (tmp_path / "images.zip").write_bytes(b"PK")
     with pytest.raises(UsageError, match=r"images\.zip is packed: unpack it"):
         open_images(str(tmp_path), Encode(), captions=False)
+
+
+def test_names_that_are_not_utf8_are_read_or_refused_in_a_sentence(tmp_path: Path, latent_recipe: Path) -> None:
+    place = folders(tmp_path / "photos", "a", "b\udcff", "c\n")
+    (place / "a" / "broken\udcfe.png").write_bytes(b"no image")
+    arguments = ("latents", "encode", place, tmp_path / "data", "-r", latent_recipe)
+    outcome = command(*arguments)
+    assert outcome.code == 1
+    assert "not a whole image" in outcome.err
+    assert command(*arguments, "--skip-broken").code == 0
+    for json in ([], ["--json"]):
+        assert command("latents", "show", tmp_path / "data", *json).code == 0

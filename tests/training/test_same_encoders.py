@@ -9,7 +9,7 @@ import pytest
 from litconvert.data.dataset import open_latents
 from litconvert.errors import UsageError
 from litconvert.recipe.schema import Recipe, Vae
-from litconvert.training.same_encoders import check_same_encoders, scaling_told
+from litconvert.training.same_encoders import check_same_encoders, check_same_teacher, scaling_told
 from tests.helpers.images import encoded, png
 
 
@@ -72,3 +72,13 @@ def test_captions_of_another_t5_are_refused(tmp_path: Path, latents: Path) -> No
     check_same_encoders(data, recipe(text_encoder={"path": str(tmp_path / "same")}))
     with pytest.raises(UsageError, match=r"theirs \(num_layers 2\).*other \(num_layers 4\)"):
         check_same_encoders(data, recipe(text_encoder={"path": str(tmp_path / "other")}))
+
+
+def test_a_teacher_of_other_latents_is_refused(tmp_path: Path) -> None:
+    mine = recipe(vae={"path": folder(tmp_path / "mine", scaling_factor=0.18215)})
+    check_same_teacher(mine, recipe())
+    check_same_teacher(recipe(), mine)
+    check_same_teacher(mine, recipe(vae={"path": folder(tmp_path / "copy", scaling_factor=0.18215)}))
+    for config in ({"scaling_factor": 0.13025}, {"scaling_factor": 0.18215, "shift_factor": 0.06}):
+        with pytest.raises(UsageError, match=r"the teacher sees latents of the VAE .*other"):
+            check_same_teacher(mine, recipe(vae={"path": folder(tmp_path / "other", **config)}))
