@@ -230,7 +230,7 @@ def convert(
         place = out.resolve()
         # Of a student in the current folder the run goes beside that.
         runs = Path("../runs" if Path.cwd().is_relative_to(place) else "runs")
-        console.next_step("distill", out, runs / place.name)
+        console.next_step("distill", out, runs / (out.name or place.name))
 
 
 def _rewrite(settings: "Recipe", out: Path, to: str, *, dry_run: bool, force: bool, as_json: bool) -> None:

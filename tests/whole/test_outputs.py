@@ -86,7 +86,10 @@ def test_a_conversion_fills_its_place_with_the_very_files(
 ) -> None:
     arguments = ("convert", pico_checkpoint, place, "--recipe", pico_recipe)
     expected = litconvert.convert(pico_checkpoint, tmp_path / "ordinary", str(pico_recipe))
-    assert command(*arguments).code == 0
+    first = command(*arguments)
+    assert first.code == 0
+    name = "../runs/elsewhere" if place == "." else f"runs/{Path(place).name}"
+    assert f"next: litconvert distill {place} {name}\n" in first.err
     assert contents(Path(place)) == contents(expected)
     again = command(*arguments)
     assert (again.code, "already done" in again.err) == (0, True)
