@@ -11,6 +11,8 @@ from litconvert.common.versions import versions
 from litconvert.errors import LitconvertError, UsageError
 
 FORMAT_VERSION = 1
+# What a push adds to the record that goes up: its files with their hashes. It is of that repository, not of the model.
+PUSHED = "pushed"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Provenance:
         """Of plain data, of which any part may be missing."""
         known = {one.name for one in fields(cls)} - {"others"}
         values: dict[str, Any] = {name: record[name] for name in known if record.get(name) is not None}
-        others = {name: value for name, value in record.items() if name not in known | {"format"}}
+        others = {name: value for name, value in record.items() if name not in known | {"format", PUSHED}}
         return cls(**{"versions": {}, **values, "others": others})
 
     @classmethod

@@ -103,7 +103,7 @@ def planned_changes(asked: Publication, destination: Destination) -> Changes:
         with _write_errors(asked.repo_id), no_hub_bars():
             try:
                 if not is_offline_mode():
-                    repository = Repository.read(api, asked.repo_id, destination.revision).with_card(api)
+                    repository = Repository.read(api, asked.repo_id, destination.revision).with_texts(api)
             except RepositoryNotFoundError:
                 repository = Repository(asked.repo_id)  # or one that is not ours to see
             except HfHubHTTPError:
@@ -151,7 +151,7 @@ def _upload(going: Mapping[str, Outgoing], repo_id: str, destination: Destinatio
     api = HfApi(token=True)
     # None leaves the choice to the owner's default: an organisation's may be private.
     url = str(api.create_repo(repo_id, private=destination.private or None, exist_ok=True))
-    repository = Repository.read(api, repo_id, destination.revision).with_card(api)
+    repository = Repository.read(api, repo_id, destination.revision).with_texts(api)
     _check_private(repository, destination)
     changes = Changes.of(going, repository, destination)
     changes.refuse()

@@ -1,7 +1,7 @@
 """A repository on the Hub: what it holds, what a push makes of that, and whether it came to be so."""
 
 import hashlib
-import re
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from litconvert.checkpoints.remote import RemoteFile
+from litconvert.common.files import read_json
+from litconvert.conversion.provenance import PUSHED
 from litconvert.errors import LitconvertError
 from litconvert.publishing.card import is_own_card
 from litconvert.publishing.loaders import in_the_way
@@ -17,19 +19,9 @@ from litconvert.publishing.publication import Destination
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-CARD = "README.md"
-# What a push writes at the root and, of a pipeline, in its folders: of an earlier one of ours, what the next does not
-# write again is deleted.
-_WEIGHTS = r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-_ROOT = (
-    r"litconvert\.json|recipe\.yaml|modeling_lit\.py|images/(comparison|curves|teacher|before|after|step-\d{8})\.png"
-)
-_MODEL = re.compile(rf"{_ROOT}|config\.json|diffusion_pytorch_model{_WEIGHTS}")
-_PIPELINE = re.compile(
-    rf"{_ROOT}|model_index\.json|pipeline_lit(_text)?\.py|scheduler/scheduler_config\.json|tokenizer/.+"
-    rf"|transformer/(config\.json|modeling_lit\.py)|vae/config\.json|text_encoder/(generation_)?config\.json"
-    rf"|(transformer|vae)/diffusion_pytorch_model{_WEIGHTS}|text_encoder/model{_WEIGHTS}"
-)
+CARD, RECORD = "README.md", "litconvert.json"
+# The Hub keeps larger files in its large file storage, and smaller ones in git or there, as it decides.
+LARGE_BYTES = 10_000_000
 
 Change = Literal["added", "changed", "unchanged", "deleted", "kept", "in the way", "not compared"]
 
@@ -51,11 +43,11 @@ class Outgoing:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @cached_property
-    def blob(self) -> str:
-        """Git's name for the content."""
-        digest = hashlib.sha1(b"blob %d\0" % self.nbytes, usedforsecurity=False)
-        digest.update(self.file.read_bytes())
-        return digest.hexdigest()
+    def blob(self) -> str | None:
+        """Git's name for the content; None of a file that is too large for git."""
+        if self.nbytes > LARGE_BYTES:
+            return None
+        return hashlib.sha1(b"blob %d\0" % self.nbytes + self.file.read_bytes(), usedforsecurity=False).hexdigest()
 
     @cached_property
     def header(self) -> bytes:
@@ -66,9 +58,17 @@ class Outgoing:
 
 
 def outgoing_in(folder: Path) -> dict[str, Outgoing]:
-    """The files of a folder by their path in the repository."""
+    """The files of a folder that is laid out, by their path in the repository.
+
+    Their hashes are put into litconvert.json, by which the next push knows what it may replace.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {name: Outgoing(name, path) for path in paths for name in [path.relative_to(folder).as_posix()]}
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    going = {name: Outgoing(name, path) for name, path in names.items()}
+    pushed = {name: [one.sha256, one.blob] for name, one in going.items() if name not in (CARD, RECORD)}
+    record = {**read_json(names[RECORD]), PUSHED: pushed}
+    names[RECORD].write_text(json.dumps(record, indent=2) + "\n")
+    return {**going, RECORD: Outgoing(RECORD, names[RECORD])}
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Repository:
     Attributes:
         commit: None: there is no such repository yet.
         card: text of README.md, where there is one.
+        pushed: what the latest push put there: path to SHA-256 and Git's name.
     """
 
     repo_id: str
@@ -105,10 +106,11 @@ class Repository:
     private: bool = False
     files: Mapping[str, Held] = field(default_factory=dict)
     card: str | None = None
+    pushed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, api: "HfApi", repo_id: str, revision: str | None) -> "Repository":
-        """As the Hub says it is now; its card is not read."""
+        """As the Hub says it is now; none of its files is read."""
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         files = {
             one.rfilename: Held(one.size or 0, one.blob_id, None if one.lfs is None else one.lfs.sha256)
@@ -116,22 +118,28 @@ class Repository:
         }
         return cls(repo_id, info.sha, bool(info.private), files)
 
-    def with_card(self, api: "HfApi") -> "Repository":
-        """The same with its card."""
-        if CARD not in self.files:
-            return self
-        found = api.hf_hub_download(self.repo_id, CARD, revision=self.commit)
-        return replace(self, card=Path(found).read_text(encoding="utf-8", errors="replace"))
+    def with_texts(self, api: "HfApi") -> "Repository":
+        """The same with its card, and with what the latest push recorded."""
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether litconvert pushed to it."""
-        return "litconvert.json" in self.files
+        def text_of(name: str) -> str | None:
+            if name not in self.files:
+                return None
+            found = api.hf_hub_download(self.repo_id, name, revision=self.commit)
+            return Path(found).read_text(encoding="utf-8", errors="replace")
+
+        try:
+            pushed = json.loads(text_of(RECORD) or "{}").get(PUSHED)
+        except (ValueError, AttributeError):  # of somebody else
+            pushed = None
+        return replace(self, card=text_of(CARD), pushed=pushed if isinstance(pushed, dict) else {})
 
     def written_by_us(self, path: str) -> bool:
-        """Whether a file is one that an earlier push wrote, told by the layout of that push."""
-        pattern = _PIPELINE if "model_index.json" in self.files else _MODEL
-        return self.is_ours and pattern.fullmatch(path) is not None
+        """Whether a file is as the latest push left it."""
+        if path == RECORD:
+            return bool(self.pushed)
+        sha256, blob = entry if isinstance(entry := self.pushed.get(path), list) and len(entry) == 2 else (None, None)
+        held = self.files[path]
+        return (held.blob == blob if held.sha256 is None else held.sha256 == sha256) and bool(sha256)
 
 
 @dataclass(frozen=True)
@@ -207,7 +215,7 @@ def _row_of(one: Outgoing, repository: Repository, asked: Destination) -> Row:
     if one.path == CARD:
         if asked.replace_card or is_own_card(repository.card or ""):
             return Row(one.path, one.nbytes, "changed")
-        edited = "edited since litconvert wrote it" if repository.is_ours else "not litconvert's"
+        edited = "edited since litconvert wrote it" if repository.pushed else "not litconvert's"
         return Row(one.path, held.nbytes, "kept", f"{edited}; --replace-card overwrites it")
     if asked.replace or repository.written_by_us(one.path):
         return Row(one.path, one.nbytes, "changed")
@@ -234,8 +242,8 @@ def check_commit(api: "HfApi", revision: str, going: Mapping[str, Outgoing], cha
     wrong += [one.path for one in sent if one.path not in wrong and not _same_header(repo_id, str(now.commit), one)]
     if wrong:
         raise LitconvertError(
-            f"{repo_id} at {str(now.commit)[:7]} does not hold what was sent: {_listed(wrong)} differs; run the same "
-            "command again, and do not use this commit"
+            f"{repo_id} at {str(now.commit)[:7]} does not hold what was sent: {_listed(wrong)} differs; do not use "
+            "this commit, and run the same command again with --replace"
         )
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import litconvert
 from litconvert.publishing.layout import prepare
 from litconvert.publishing.publication import Publication
+from litconvert.publishing.repository import outgoing_in
 from tests.helpers.checkpoint_files import dit_state
 from tests.helpers.hub_server import Blob, HubServer, Repository
 
@@ -55,8 +56,9 @@ def planned_files(directory: Path, repo_id: str, **options: Any) -> list[tuple[s
     """Path and bytes of every file that a push sends to an empty repository."""
     with TemporaryDirectory() as temporary:
         prepare(Publication(Path(directory), repo_id, offline=True, **options), temporary)
-        paths = sorted(path for path in Path(temporary).rglob("*") if path.is_file())
-        return [(path.relative_to(temporary).as_posix(), path.stat().st_size) for path in paths]
+        return [
+            (one.path, one.nbytes) for one in sorted(outgoing_in(Path(temporary)).values(), key=lambda one: one.path)
+        ]
 
 
 RECIPE = """

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import litconvert
+from litconvert.conversion.provenance import Provenance
 from litconvert.errors import LitconvertError, UsageError
 from tests.helpers.command import command
 from tests.helpers.hub import Picos, card_of, planned_files, put, sent
@@ -141,6 +142,40 @@ def test_what_others_add_to_a_repository_of_ours_is_theirs_too(hub: HubServer, p
     litconvert.push(picos.pixels, "tester/m", replace=True)
     assert {"vae/config.json", "images/mine.png"} <= set(sent(hub, "tester/m"))
     assert f"{STEM}.fp16.safetensors" not in sent(hub, "tester/m")
+
+
+@pytest.mark.parametrize("kind", ["shards", "a config", "weights"])
+def test_what_others_put_over_a_push_of_ours_is_not_taken_for_ours(hub: HubServer, picos: Picos, kind: str) -> None:
+    litconvert.push(picos.pixels, "tester/m")
+    theirs = {
+        "shards": foreign_shards(picos.pixels),
+        "a config": {"config.json": b'{"_class_name": "DiTTransformer2DModel"}'},
+        "weights": {WEIGHTS: b"their weights"},
+    }[kind]
+    put(hub, "tester/m", theirs)
+    with pytest.raises(LitconvertError, match="in the way") as caught:
+        litconvert.push(picos.pixels, "tester/m", pipeline=True)
+    assert all(path in str(caught.value) for path in theirs)
+    litconvert.push(picos.pixels, "tester/m", replace=True)
+    held = sent(hub, "tester/m")
+    assert set(held) == {path for path, _ in planned_files(picos.pixels, "tester/m")}
+    assert held[WEIGHTS] == (picos.pixels / WEIGHTS).read_bytes()
+
+
+def test_the_record_of_a_push_stays_in_its_repository(hub: HubServer, picos: Picos, tmp_path: Path) -> None:
+    litconvert.push(picos.pixels, "tester/m")
+    record = json.loads(sent(hub, "tester/m")["litconvert.json"])
+    assert set(record["pushed"]) == set(sent(hub, "tester/m")) - {"README.md", "litconvert.json"}
+    for path, data in sent(hub, "tester/m").items():
+        (tmp_path / path).write_bytes(data)
+    litconvert.push(tmp_path, "tester/other")
+    assert json.loads(sent(hub, "tester/other")["litconvert.json"])["pushed"] == record["pushed"]
+    assert Provenance.read(tmp_path).others == {}
+    # A record that is somebody else's, or none, makes nothing ours.
+    for content in (b"[]", b"{", b'{"pushed": ["config.json"]}', b'{"pushed": {"config.json": [null, null]}}'):
+        put(hub, "tester/wrong", {"litconvert.json": content, "config.json": b"theirs"})
+        with pytest.raises(LitconvertError, match=r"config\.json"):
+            litconvert.push(picos.pixels, "tester/wrong")
 
 
 def test_a_push_of_shards_replaces_the_single_file_of_an_earlier_push(
@@ -307,11 +342,9 @@ def test_what_the_hub_did_not_store_as_it_was_sent_is_found(hub: HubServer, pico
         "cut short": (WEIGHTS, content[:-100]),
     }[kind]
     hub.damage_next(path, data)
-    with pytest.raises(
-        LitconvertError, match=f"does not hold what was sent: {path} differs; run the same command again"
-    ):
+    with pytest.raises(LitconvertError, match=f"does not hold what was sent: {path} differs; do not use this commit"):
         litconvert.push(picos.pixels, "tester/m")
-    litconvert.push(picos.pixels, "tester/m")
+    litconvert.push(picos.pixels, "tester/m", replace=True)
     assert sent(hub, "tester/m")[path] != data
 
 
