@@ -290,6 +290,10 @@ def evaluate(
         str | None,
         typer.Option("--clip", metavar="NAME|PATH", help="Score pictures by their captions with this CLIP."),
     ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option("--samples", help="Keep the samples in this folder; launched processes share the work."),
+    ] = None,
     save_statistics: Annotated[
         Path | None,
         typer.Option("--save-statistics", help="Write those of the reference (NPZ).", callback=a_new_file),
@@ -321,7 +325,7 @@ def evaluate(
         raise UsageError("--geneval FILE says which prompts are drawn and --out DIR where to: give both or neither")
     against = {"--teacher": teacher, "--images": images, "--reference": reference}
     measured = {"--features": features, "--num-samples": num_samples, "--agreement": agreement, "--prompts": prompts}
-    measured |= {"--embeddings": embeddings, "--clip": clip, "--save-statistics": save_statistics}
+    measured |= {"--embeddings": embeddings, "--clip": clip, "--save-statistics": save_statistics, "--samples": samples}
     if geneval is not None:
         if told := next((name for name, value in {**against, **measured}.items() if value), None):
             raise UsageError(f"--geneval draws pictures for GenEval's own tool, and measures nothing: leave {told} out")
@@ -344,7 +348,7 @@ def evaluate(
     from litconvert.cli.reports import show_evaluation
     from litconvert.evaluation.model_scores import EvaluationRequest, evaluate_model
 
-    console.be_quiet(quiet)
+    console.be_quiet(quiet or not is_first())
     use_device(device)
     asked = EvaluationRequest(
         model,
@@ -360,12 +364,15 @@ def evaluate(
         clip=clip,
         num_attention_heads=num_attention_heads,
         weights=weights,
+        samples=samples,
         save_statistics=save_statistics,
         agreement_only=agreement,
     )
     if geneval is not None and out is not None:
         return _draw_geneval(asked, geneval, out, as_json=as_json)
     report = evaluate_model(asked, screen())
+    if not is_first():
+        return
     if as_json:
         console.data(report)
         return

@@ -1,7 +1,7 @@
 """How good any model is: its samples against pictures, stored statistics or its teacher's own, and its agreement."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from litconvert.common.device import default_device, uses_bf16
+from litconvert.common.files import digest_of
 from litconvert.common.launch import launched_processes
 from litconvert.common.listener import SILENT, UNSEEN, Listener, Task
 from litconvert.common.quantities import span
@@ -43,6 +44,8 @@ from litconvert.recipe.schema import Guidance, Recipe
 from litconvert.runs.directory import model_of
 from litconvert.sampling.captions import Captions, read_embeddings
 from litconvert.sampling.draw import SamplerSettings, draw, make_scheduler
+from litconvert.sampling.parts import Group, launched_group
+from litconvert.sampling.picture_set import PictureSet, draw_npz
 from litconvert.sampling.pictures import load_vae, to_images
 from litconvert.sampling.request import open_models
 
@@ -88,6 +91,7 @@ class EvaluationRequest:
         clip: a CLIP that is to say how well pictures fit their captions.
         num_attention_heads: a hint for both models.
         weights: of the model, where it is a training checkpoint.
+        samples: a folder to keep the samples in, which several processes may draw; None: they are not kept.
         save_statistics: where to write the reference's statistics.
         agreement_only: draw no samples to be measured.
     """
@@ -105,6 +109,7 @@ class EvaluationRequest:
     clip: str | None = None
     num_attention_heads: int | None = None
     weights: str = "auto"
+    samples: Path | None = None
     save_statistics: Path | None = None
     agreement_only: bool = False
 
@@ -132,8 +137,13 @@ class EvaluationRequest:
             raise UsageError("--embeddings are captions encoded already: leave --prompts out")
         if self.clip and self.embeddings:
             raise UsageError("--clip reads captions as text, which --embeddings do not hold: give --prompts")
-        if launched_processes() > 1:
-            raise UsageError("evaluate works in one process: start it without a launcher")
+        if launched_processes() > 1 and self.samples is None:
+            raise UsageError(
+                "several processes draw samples into a folder that they share: name one with --samples DIR, or start "
+                "without a launcher"
+            )
+        if self.samples and (self.is_drawn or self.agreement_only):
+            raise UsageError("--samples keeps the samples that are drawn, and none are: leave it out")
 
 
 @dataclass(frozen=True)
@@ -145,12 +155,14 @@ class Samples:
         conditions: what each is drawn for.
         prompts: the captions as text, cycled; none: of a model of classes.
         vae: decoder of latents.
+        kept: where they are kept; None: nowhere.
     """
 
     recipe: Recipe
     conditions: Conditions
     prompts: Sequence[str] = ()
     vae: Any | None = None
+    kept: Path | None = None
 
     def sampler(self, seed: int, batch_size: int | None = None) -> SamplerSettings:
         """From this seed, so many at a time."""
@@ -167,16 +179,63 @@ class Samples:
             (batch,) = draw(model, self.conditions(some), self.sampler(seed), first=start, task=task)
             yield some, batch
 
-    def pictures(
-        self, model: LiTTransformer2DModel, seed: int, task: Task
-    ) -> Iterator[tuple[range, NDArray[np.uint8]]]:
-        """The same decoded, as many as the recipe says."""
-        for some, batch in self.latents(model, seed, self.recipe.evaluate.num_samples, task):
+    def pictures(self, drawn: "Drawn", seed: int, task: Task) -> Iterator[tuple[range, NDArray[np.uint8]]]:
+        """The same decoded, as many as the recipe says: those that are kept, or drawn now."""
+        if self.kept is not None:
+            start, channels = 0, 1 if drawn.model.config.in_channels == 1 else 3
+            for images in NpzFile(self.file(drawn, seed)).pictures():
+                yield range(start, start := start + len(images)), images[..., :channels]
+                task.advance(len(images))
+            return
+        for some, batch in self.latents(drawn.model, seed, self.recipe.evaluate.num_samples, task):
             yield some, to_images(batch, self.vae)
+
+    def file(self, drawn: "Drawn", seed: int) -> Path:
+        """Where those of a model and a seed are kept."""
+        assert self.kept is not None
+        return self.kept / f"{drawn.name}-{seed}.npz"
+
+    def keep(self, drawn: "Drawn", seed: int, group: Group, listener: Listener) -> None:
+        """Draw the samples of a model and a seed into their file, unless they are there. Every process calls it."""
+        settings = self.recipe.evaluate
+        sampler = self.sampler(seed)
+        pictures = PictureSet(
+            drawn.model, self.conditions, settings.num_samples, sampler, self.vae, self.recipe.sampling.shard_size
+        )
+        # Of what is drawn for, the first tells it from others: prompts, labels or embeddings.
+        first = self.conditions(range(min(64, settings.num_samples)))
+        told = (first,) if isinstance(first, Tensor) else (first.features, first.mask)
+        digest = digest_of(
+            {
+                "model": drawn.digest,
+                "conditions": [digest_of(one.float().tolist()) for one in told],
+                "prompts": list(self.prompts),
+                "count": settings.num_samples,
+                "guidance": given(Guidance(**{key: getattr(settings, key) for key in Guidance.model_fields})),
+                "sampler": [sampler.num_timesteps, sampler.seed, sampler.bf16],
+                "vae": given(self.recipe.source.vae),
+                "shard_size": self.recipe.sampling.shard_size,
+            }
+        )
+        draw_npz(pictures, self.file(drawn, seed), digest, group, listener, f"draw {drawn.name}, seed {seed}")
 
     def texts(self, some: range) -> list[str]:
         """The captions of some samples."""
         return [self.prompts[index % len(self.prompts)] for index in some]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A model that is measured.
+
+    Attributes:
+        name: `teacher`, `student`, or `model` where there is no teacher.
+        digest: of its weights and config.
+    """
+
+    name: str
+    model: LiTTransformer2DModel
+    digest: str
 
 
 def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dict[str, Any]:
@@ -205,19 +264,42 @@ def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dic
         network = None if asked.agreement_only else open_network(_features(asked, sources[-1]))
         reference = None if network is None else _given_reference(asked, network, sources[-1], listener)
         listener.note(_cost(asked, recipe, sources))
-        samples = samples_of(asked, recipe, sources, Path(folder))
+        samples = replace(samples_of(asked, recipe, sources, Path(folder)), kept=asked.samples)
         listener.note(f"reading {' and '.join(source.checkpoint.source for source in sources)}")
         names = ["model"] if asked.teacher is None else ["teacher", "student"]
-        models = {
-            name: read_model(source, torch.float32).to(default_device())
+        group = launched_group() if asked.samples else None
+        device = default_device() if group is None else group.device
+        models = [
+            Drawn(name, read_model(source, torch.float32).to(device), _digest(source, kept=group is not None))
             for name, source in zip(names, sources, strict=True)
-        }
+        ]
+        if group is not None:
+            _keep_all(samples, models, group, listener, reference=reference is None)
+            if group.process:
+                return {}
         report: dict[str, Any] = {
             **_facts(asked, recipe),
             **({} if network is None else _measure(asked, samples, models, (network, reference), listener)),
             "agreement": _agree(samples, models, listener) if asked.teacher else None,
         }
         return report
+
+
+def _digest(source: OpenSource, *, kept: bool) -> str:
+    """Of a model's weights and config, where its samples are kept: weights are read whole for it."""
+    checkpoint = source.checkpoint
+    return digest_of([checkpoint.sha256(), checkpoint.weights, source.config.given]) if kept else ""
+
+
+def _keep_all(samples: Samples, models: Sequence[Drawn], group: Group, listener: Listener, *, reference: bool) -> None:
+    """Every process draws its share of all sets: each model's of each seed and, where it is asked for, the teacher's
+    that they are held against."""
+    settings = samples.recipe.evaluate
+    wanted = [(drawn, seed) for drawn in models for seed in settings.seeds]
+    if reference:
+        wanted.insert(0, (models[0], settings.reference_seed))
+    for drawn, seed in wanted:
+        samples.keep(drawn, seed, group, listener)
 
 
 def recipe_for(asked: EvaluationRequest) -> Recipe:
@@ -324,7 +406,7 @@ def _facts(asked: EvaluationRequest, recipe: Recipe) -> dict[str, Any]:
 def _measure(
     asked: EvaluationRequest,
     samples: Samples,
-    models: dict[str, LiTTransformer2DModel],
+    models: Sequence[Drawn],
     against: tuple[FeatureNetwork, ImageSet | None],
     listener: Listener,
 ) -> dict[str, Any]:
@@ -333,21 +415,22 @@ def _measure(
     settings = samples.recipe.evaluate
     clip = ClipScore(asked.clip) if asked.clip else None
     sets = len(models) * len(settings.seeds) + (reference is None)
-    with listener.task("draw and measure", sets * samples.sampler(0).steps_of(settings.num_samples)) as task:
+    each = samples.sampler(0).steps_of(settings.num_samples) if samples.kept is None else settings.num_samples
+    with listener.task("draw and measure" if samples.kept is None else "measure", sets * each) as task:
         if reference is None:
-            outputs, _ = _drawn(models["teacher"], samples, settings.reference_seed, network, None, task)
+            outputs, _ = _drawn(models[0], samples, settings.reference_seed, network, None, task)
             reference = ImageSet.of("the teacher's own samples", outputs)
         if asked.save_statistics is not None:
             write_statistics(reference, network, asked.save_statistics)
         split = ADM_SPLIT if asked.protocol == "dit" else None
         scores: dict[str, Any] = {}
-        for name, model in models.items():
+        for drawn in models:
             found: list[dict[str, float]] = []
             for seed in settings.seeds:
-                outputs, fits = _drawn(model, samples, seed, network, clip, task)
+                outputs, fits = _drawn(drawn, samples, seed, network, clip, task)
                 task.advance(0, "distances")
-                found.append({**compare(ImageSet.of(name, outputs), reference, split), **fits})
-            scores[name] = {key: to_json(Score(tuple(one[key] for one in found))) for key in found[0]}
+                found.append({**compare(ImageSet.of(drawn.name, outputs), reference, split), **fits})
+            scores[drawn.name] = {key: to_json(Score(tuple(one[key] for one in found))) for key in found[0]}
     return {**_against(reference, network), "models": scores}
 
 
@@ -379,7 +462,7 @@ def _folder(folder: Path, side: int, mode: str, network: FeatureNetwork, listene
 
 
 def _drawn(
-    model: LiTTransformer2DModel,
+    drawn: Drawn,
     samples: Samples,
     seed: int,
     network: FeatureNetwork,
@@ -388,7 +471,7 @@ def _drawn(
 ) -> tuple[Outputs, dict[str, float]]:
     """What the network makes of a set of samples, and how well it fits its captions."""
     parts, fits = [], []
-    for some, batch in samples.pictures(model, seed, task):
+    for some, batch in samples.pictures(drawn, seed, task):
         parts.append(network(batch))
         if clip is not None:
             fits.append(clip(batch, samples.texts(some)))
@@ -415,9 +498,9 @@ def compare(samples: ImageSet, reference: ImageSet, split: int | None = None) ->
     return found
 
 
-def _agree(samples: Samples, models: dict[str, LiTTransformer2DModel], listener: Listener) -> dict[str, Any]:
+def _agree(samples: Samples, models: Sequence[Drawn], listener: Listener) -> dict[str, Any]:
     """The student's agreement with the teacher, on images that the teacher draws."""
-    settings, teacher = samples.recipe.evaluate, models["teacher"]
+    settings, (teacher, student) = samples.recipe.evaluate, (drawn.model for drawn in models)
     count = AGREEMENT_IMAGES
     with listener.task("draw for agreement", samples.sampler(0).steps_of(count)) as task:
         batches = list(samples.latents(teacher, settings.reference_seed, count, task))
@@ -429,7 +512,7 @@ def _agree(samples: Samples, models: dict[str, LiTTransformer2DModel], listener:
         min(settings.batch_size, AGREEMENT_BATCH),
     )
     with listener.task("agreement", images.passes()) as task:
-        return agreement(teacher, models["student"], images, task)
+        return agreement(teacher, student, images, task)
 
 
 def _evaluate_file(asked: EvaluationRequest, listener: Listener) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Pictures by the thousand: drawn part by part by several processes, and written for the ADM evaluator."""
 
+import json
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from litconvert.common.files import require_space, whole_file
-from litconvert.common.listener import UNSEEN, Task
+from litconvert.common.files import read_json, require_space, whole_file, write_whole
+from litconvert.common.listener import UNSEEN, Listener, Task
+from litconvert.errors import LitconvertError
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.sampling.captions import Captions
 from litconvert.sampling.draw import SamplerSettings, draw
-from litconvert.sampling.parts import Parts
+from litconvert.sampling.parts import Group, Parts, written
 from litconvert.sampling.pictures import to_images
 
 IMAGES = "images.npy"
@@ -28,7 +30,7 @@ class PictureSet:
 
     Attributes:
         model: on its device.
-        conditions: classes or captions, taken in turn.
+        conditions: of a range of indices, classes or captions.
         count: of pictures.
         sampler: how they are drawn.
         vae: which decodes them; None: the model's are pixels.
@@ -36,7 +38,7 @@ class PictureSet:
     """
 
     model: LiTTransformer2DModel
-    conditions: Tensor | Captions
+    conditions: Callable[[range], Tensor | Captions]
     count: int
     sampler: SamplerSettings
     vae: Any | None
@@ -57,8 +59,7 @@ class PictureSet:
 
     def images(self, indices: range, task: Task = UNSEEN) -> NDArray[np.uint8]:
         """Pictures (N, H, W, C) of these indices; `task` is advanced with each step of each batch."""
-        some = self.conditions[torch.arange(indices.start, indices.stop) % len(self.conditions)]
-        batches = draw(self.model, some, self.sampler, first=indices.start, task=task)
+        batches = draw(self.model, self.conditions(indices), self.sampler, first=indices.start, task=task)
         return np.concatenate([to_images(batch, self.vae) for batch in batches])
 
     def draw(self, parts: Parts, name: str = "sample") -> None:
@@ -70,6 +71,45 @@ class PictureSet:
             for part in own:
                 with parts.make(part) as folder:
                     np.save(folder / IMAGES, self.images(self.indices(part), task))
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The class of each; None: they are of captions."""
+        conditions = self.conditions(range(self.count))
+        return None if isinstance(conditions, Captions) else conditions
+
+
+def in_turn(conditions: Tensor | Captions) -> Callable[[range], Tensor | Captions]:
+    """A few classes or captions, each in its turn."""
+    return lambda indices: conditions[torch.arange(indices.start, indices.stop) % len(conditions)]
+
+
+def draw_npz(pictures: PictureSet, npz: Path, digest: str, group: Group, listener: Listener, name: str) -> None:
+    """Draw into an NPZ file and keep the digest beside it, unless the file is there already. Every process calls it.
+
+    Args:
+        digest: of all that determines the pictures.
+        name: of the work, for the listener.
+
+    Raises LitconvertError for a file that is there and was drawn from something else.
+    """
+    record = npz.with_suffix(".json")
+    if npz.exists():
+        if record.is_file() and read_json(record).get("digest") == digest:
+            return
+        raise LitconvertError(
+            f"{npz} is there and holds other samples: another model's, of other settings, or of a file that changed; "
+            "name another folder, or remove it"
+        )
+    parts = Parts(npz, [digest], pictures.parts, group, listener)
+    with written(npz), parts.begun():
+        pictures.draw(parts, name)
+
+        def join(folders: Sequence[Path]) -> None:
+            write_whole(record, json.dumps({"digest": digest}) + "\n")
+            save_npz(folders, pictures.labels, npz)
+
+        parts.finish(join)
 
 
 def read_parts(folders: Sequence[Path]) -> Iterator[NDArray[np.uint8]]:

@@ -28,7 +28,7 @@ from litconvert.runs.directory import model_of
 from litconvert.sampling.captions import Captions, encode_prompts, read_embeddings, write_embeddings
 from litconvert.sampling.draw import SamplerSettings, cycled, draw, make_scheduler
 from litconvert.sampling.parts import Parts, launched_group, written
-from litconvert.sampling.picture_set import PictureSet, read_parts, save_npz
+from litconvert.sampling.picture_set import PictureSet, in_turn, read_parts, save_npz
 from litconvert.sampling.pictures import NUM_IMAGES, described, load_vae, to_images
 from litconvert.sampling.sheets import Part, save_sheet
 
@@ -198,18 +198,17 @@ def _draw_many(request: SampleRequest, ready: Ready, listener: Listener) -> list
         listener.note(f"reading {' and '.join(source.checkpoint.source for source in ready.sources)}")
     *teachers, model = [read_model(source, torch.float32).to(group.device) for source in ready.sources]
     vae = None if ready.vae is None else ready.vae.to(group.device)
-    pictures = PictureSet(model, ready.conditions, ready.count, ready.sampler, vae, sampling.shard_size)
+    pictures = PictureSet(model, in_turn(ready.conditions), ready.count, ready.sampler, vae, sampling.shard_size)
     passes = ready.sampler.passes_of(ready.count) // group.processes
     compile_for(passes, [model], sampling.compile)
     parts = Parts(request.npz, [ready.digest], pictures.parts, group, listener)
     sheet = range(min(NPZ_SHEET, ready.count))
     with written(request.npz), parts.begun(lambda: refuse_existing(*request.written, force=request.force)):
         pictures.draw(parts)
-        labels = None if isinstance(ready.conditions, Captions) else cycled(ready.conditions, ready.count)
 
         def join(folders: Sequence[Path]) -> None:
             assert request.npz is not None
-            save_npz(folders, labels, request.npz)
+            save_npz(folders, pictures.labels, request.npz)
             shown = [replace(pictures, model=one).images(sheet) for one in teachers]
             mine = np.concatenate([piece for piece, _ in zip(read_parts(folders), sheet, strict=False)])[: len(sheet)]
             prompts = ready.recipe.sample.prompts if request.embeddings is None else ()

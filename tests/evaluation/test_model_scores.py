@@ -1,6 +1,7 @@
 """`evaluate MODEL`: against its teacher, pictures and statistics, in features of any network, and in agreement."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from litconvert.sampling.captions import Captions, write_embeddings
 from tests.helpers.command import command
 from tests.helpers.feature_networks import save_clip, save_dinov2
 from tests.helpers.pretrained import CHANNELS, Pretrained
+from tests.helpers.processes import Forker
 
 FEW = ("evaluate.num_samples=8", "evaluate.steps=2", "evaluate.seeds=[7]", "evaluate.batch_size=4")
 
@@ -217,3 +219,44 @@ def test_what_cannot_be_meant_is_refused(
         assert len(refused.err.splitlines()) <= 2, words
     with pytest.raises(LitconvertError, match="nothing to be held against"):
         evaluate_model(EvaluationRequest(str(pico_student)))
+
+
+def test_samples_that_are_kept_are_drawn_once_and_measured_the_same(
+    tmp_path: Path, pico_student: Path, pico_checkpoint: Path, dinov2: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = EvaluationRequest(str(pico_student), str(pico_checkpoint), features=dinov2, overrides=FEW)
+    apart = evaluate_model(asked)
+    kept = replace(asked, samples=tmp_path / "samples")
+    report = evaluate_model(kept)
+    for name in ("teacher", "student"):
+        assert means(report, name) == pytest.approx(means(apart, name), rel=1e-5)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        f"{name}.{ending}" for name in ("student-7", "teacher-7", "teacher-99") for ending in ("json", "npz")
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr("litconvert.sampling.picture_set.draw", None)  # nothing is drawn again
+        assert evaluate_model(kept)["models"] == report["models"]
+    with pytest.raises(LitconvertError, match=r"teacher-99\.npz is there and holds other samples"):
+        evaluate_model(replace(kept, overrides=[*FEW, "evaluate.steps=3"]))
+    with pytest.raises(UsageError, match="leave it out"):
+        evaluate_model(replace(kept, agreement_only=True, features=None))
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_is_measured(
+    tmp_path: Path, pico_student: Path, pico_checkpoint: Path, dinov2: str
+) -> None:
+    options = ["--teacher", pico_checkpoint, "--features", dinov2, "--json", "--set", "sampling.shard_size=2"]
+    options += [part for one in FEW for part in ("--set", one)]
+    command_line = [str(part) for part in ("evaluate", pico_student, *options)]
+    alone = json.loads(command(*command_line, "-q").out)
+    with Forker() as forker:
+        both = [*command_line, "--samples", str(tmp_path / "samples")]
+        workers = forker.launch(both, tmp_path / "log", processes=2)
+        assert workers.wait() == [0, 0], workers.log.read_text()
+        workers = forker.launch(command_line, tmp_path / "refused", processes=2)
+        assert workers.wait() == [2, 2]
+    said = (tmp_path / "log").read_text()
+    report = json.loads(said[said.index("\n{") :])
+    assert means(report, "student") == pytest.approx(means(alone, "student"), rel=1e-4)
+    assert "--samples DIR" in (tmp_path / "refused").read_text()
