@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from litconvert.encoding.class_folders import File
-from litconvert.encoding.images import ImageSample, is_image_name
+from litconvert.encoding.images import ImageSample, as_label, is_dropping, is_image_name, no_number
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.recipe.schema import Encode
 
@@ -43,16 +43,15 @@ class Archives:
     """
 
     classes: Sequence[str] | None = None
-    remarks: Sequence[str] = ()
 
     def __init__(self, folder: Path, files: Sequence[File], settings: Encode, *, captions: bool) -> None:
-        self.folder, self.captions = folder, captions
+        self.folder, self.captions, self.remarks = folder, captions, list[str]()
         self.listing: Any = list(files)
         self.paths = [folder / name for name, _ in files]
         self.limits: list[int | None] = [None] * len(self.paths)
+        self.image, self.condition = self._fields(settings)
         if settings.num_samples is not None:
             self._limit(settings.num_samples)
-        self.image, self.condition = self._fields(settings)
 
     @property
     def parts(self) -> int:
@@ -64,7 +63,7 @@ class Archives:
         limits: list[int | None] = []
         for path in self.paths:
             with opened(path) as tar:
-                here = sum(1 for _ in samples(path, tar))
+                here = sum(1 for _, sample in samples(path, tar) if self._is_sample(sample))
             limits.append(min(here, count))
             count -= here
             if count <= 0:
@@ -76,7 +75,7 @@ class Archives:
         path = self.paths[0]
         try:
             with opened(path) as tar:
-                members = [member.name for member in tar if member.isfile()]
+                members = [member.name for member in tar if member.isfile() and not _is_dropping(member)]
         except DAMAGE as error:
             raise _not_whole(path, str(error)) from error
         pairs = [match.groups() for match in map(MEMBER.fullmatch, members) if match]
@@ -107,11 +106,11 @@ class Archives:
         path, limit = self.paths[part], self.limits[part]
         name = path.relative_to(self.folder)
         with opened(path) as tar:
-            for index, (key, sample) in enumerate(samples(path, tar)):
+            whole = ((key, sample) for key, sample in samples(path, tar) if self._is_sample(sample))
+            for index, (key, sample) in enumerate(whole):
                 if limit is not None and index >= limit:
                     return
-                where = f"{self.folder}, {name}, {key}"
-                images = [one for one in sample if (one.lower() in IMAGES if self.image is None else one == self.image)]
+                where, images = f"{self.folder}, {name}, {key}", self._images(sample)
                 if len(images) > 1:
                     raise UsageError(
                         f"{where}: has {len(images)} images ({', '.join(images)}): set data.encode.image_column to one"
@@ -120,6 +119,14 @@ class Archives:
                 condition, fault = self._condition(tar, sample)
                 yield ImageSample(f"{where}.{images[0]}" if images else where, data, condition, fault)
 
+    def _images(self, sample: Sample) -> list[str]:
+        """The fields of its images."""
+        return [one for one in sample if (one.lower() in IMAGES if self.image is None else one == self.image)]
+
+    def _is_sample(self, sample: Sample) -> bool:
+        """Whether it has an image or a condition: a README has neither."""
+        return self.condition in sample or bool(self._images(sample))
+
     def _condition(self, tar: tarfile.TarFile, sample: Sample) -> tuple[int | str, str | None]:
         """A sample's class or caption, and what is wrong with it."""
         if self.condition not in sample:
@@ -127,11 +134,16 @@ class Archives:
         content = _bytes_of(tar, sample[self.condition])
         try:
             text = content.decode()
-            return (text if self.captions else int(text)), None
         except UnicodeDecodeError:
             return ("" if self.captions else -1), f"its {self.condition} is not text in UTF-8"
-        except ValueError:
-            return -1, f"its {self.condition} says {text[:40]!r}, which is no whole number"
+        if self.captions:
+            return text, None
+        label = as_label(text)
+        return (label, None) if label is not None else (-1, f"its {self.condition} says {no_number(text)}")
+
+
+def _is_dropping(member: tarfile.TarInfo) -> bool:
+    return any(map(is_dropping, (part for part in member.name.split("/") if part not in ("", ".", ".."))))
 
 
 def opened(path: Path) -> tarfile.TarFile:
@@ -150,7 +162,7 @@ def samples(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, Sample]]:
     seen, key, sample = set[str](), "", Sample()
     try:
         for member in tar:
-            match = MEMBER.fullmatch(member.name)
+            match = None if _is_dropping(member) else MEMBER.fullmatch(member.name)
             if match is None or not (member.isfile() or member.islnk() or member.issym()):
                 continue
             if not member.isfile() or member.issparse():

@@ -12,7 +12,11 @@ from litconvert.recipe.schema import ClassOrder, Encode
 
 # A name of one number, whatever stands around it.
 NUMBERED = re.compile(r"(\D*)(\d+)(\D*)", re.ASCII)
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+NUMBERS = re.compile(r"(\d+)", re.ASCII)
+# What the parts of data sets are called: train, val2017, test_1.
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""As `datasets` calls lists of images."""
+SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval)[-_ ]?\d*", re.IGNORECASE)
 File = tuple[str, int]
 """Path inside a folder, with slashes, and size in bytes."""
 
@@ -30,35 +34,42 @@ def in_class_order(place: str, names: Sequence[str], order: ClassOrder | None) -
     by_name = sorted(names)
     if order == "name":
         return by_name
-    matches = [NUMBERED.fullmatch(name) for name in names]
-    numbers = {name: int(match[2]) for name, match in zip(names, matches, strict=True) if match}
-    # Names that are alike but for their number: 0, 1, 2 or class-0, class-1, class-2.
-    numbered = len(numbers) == len(names) and len({(match[1], match[3]) for match in matches if match}) == 1
-    if not numbered:
-        if order == "number":
-            odd = next((name for name in by_name if name not in numbers), by_name[-1])
-            raise UsageError(
-                f"{place}: data.encode.class_order=number, and the classes are not called by numbers ({odd!r}); leave "
-                "it out"
-            )
-        return by_name
-    by_number = sorted(by_name, key=numbers.__getitem__)
+    by_number = sorted(by_name, key=_natural)
     if order is None and by_number != by_name:
         at = next(i for i, pair in enumerate(zip(by_name, by_number, strict=True)) if pair[0] != pair[1])
         raise UsageError(
-            f"{place}: the classes are called by numbers, and their order gives the labels: sorted as text they are "
+            f"{place}: the names of the classes hold numbers, and their order gives the labels: as text they are "
             f"{_around(by_name, at)}, as numbers {_around(by_number, at)}; set data.encode.class_order=name (as "
             "torchvision, and so DiT's own training, sorts folders) or =number"
         )
     if order == "number":
-        for before, after in pairwise(by_number):
-            if numbers[after] != numbers[before] + 1:
-                raise UsageError(
-                    f"{place}: data.encode.class_order=number, and {after!r} follows {before!r}: labels are counted "
-                    "without a gap; add or rename what is missing, or give labels in a metadata.jsonl (file_name and "
-                    "label)"
-                )
+        _refuse_gaps(place, by_number)
     return by_number
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key that sorts the numbers in names as numbers."""
+    return [int(part) if index % 2 else part for index, part in enumerate(NUMBERS.split(name))]
+
+
+def _refuse_gaps(place: str, names: Sequence[str]) -> None:
+    """Raise UsageError for names without a number and, of names that are alike but for it, for one that is missing."""
+    if odd := next((name for name in names if not NUMBERS.search(name)), None):
+        if not any(map(NUMBERS.search, names)):
+            raise UsageError(
+                f"{place}: data.encode.class_order=number, and the classes are not called by numbers ({odd!r}); leave "
+                "it out"
+            )
+        return
+    matches = [NUMBERED.fullmatch(name) for name in names]
+    if len({match and (match[1], match[3]) for match in matches}) > 1:
+        return
+    for (before, one), (after, other) in pairwise(zip(names, matches, strict=True)):
+        if one and other and int(other[2]) != int(one[2]) + 1:
+            raise UsageError(
+                f"{place}: data.encode.class_order=number, and {after!r} follows {before!r}: labels are counted "
+                "without a gap; add or rename what is missing, or give labels in a metadata.jsonl (file_name and label)"
+            )
 
 
 def _around(names: Sequence[str], index: int) -> str:
@@ -101,8 +112,9 @@ class ClassFolders:
         self.shard_size = settings.shard_size
         self.parts = -(-len(self.files) // self.shard_size)
         self.listing: Any = images
-        others = [name for name, _ in files if not is_image_name(name)]
-        self.remarks: Sequence[str] = [left_out(others, "no images")] if others else []
+        # A list is spoken of by whoever looked at it.
+        others = [name for name, _ in files if not is_image_name(name) and not name.endswith(METADATA)]
+        self.remarks: list[str] = [left_out(others, "no images")] if others else []
 
     def read(self, part: int) -> Iterator[ImageSample]:
         """The images of a part, always in the same order."""
@@ -120,16 +132,18 @@ def left_out(names: Sequence[str], what: str) -> str:
 def refuse_splits(folder: Path, files: Sequence[File]) -> None:
     """Raise UsageError where the folders in a folder are parts of a data set, or one that holds them all."""
     inner = sorted({name.partition("/")[0] for name, _ in files if "/" in name})
-    deep = [name for name, _ in files if name.count("/") > 1]
-    if len(inner) > 1 and all(name.lower() in SPLITS for name in inner):
+    deep = {name.partition("/")[0] for name, _ in files if name.count("/") > 1}
+    parts = [name for name in inner if SPLIT.fullmatch(name)]
+    if len(parts) > 1 or deep.intersection(parts):
+        chosen = next((name for name in parts if name.lower().startswith("train")), parts[0])
         raise UsageError(
-            f"{folder}: holds {', '.join(inner)}, which are parts of a data set and no classes; name one of them, "
-            f"for example {folder / next((name for name in inner if name.lower().startswith('train')), inner[0])}"
+            f"{folder}: holds {', '.join(parts)}, parts of a data set, which are no classes; name one, for example "
+            f"{folder / chosen}"
         )
-    if len(inner) == 1 and len(deep) == len(files):
+    if len(inner) == 1 and all(name.count("/") > 1 for name, _ in files):
         raise UsageError(
-            f"{folder}: all is in one folder of it, {inner[0]}, which holds folders itself; name "
-            f"that: {folder / inner[0]}"
+            f"{folder}: all is in one folder of it, {inner[0]}, which holds folders itself; name that: "
+            f"{folder / inner[0]}"
         )
 
 

@@ -136,6 +136,8 @@ class Encoding:
             "source": {"vae": given(vae), "text_encoder": given(text_encoder)},
             "skip_broken": self.skip_broken,
         }
+        if given(recipe.data.encode, include=set(SINCE_FORMAT_1)):
+            return Inputs(values)  # the first data sets had no such key, and so are none of these
         first = {
             "images": self.images.listing,
             "encode": recipe.data.encode.model_dump(exclude={"batch_size", *SINCE_FORMAT_1}),
@@ -160,7 +162,14 @@ class Encoding:
 
     def facts(self, scaling: tuple[float, float] | None, shards: Sequence[Path]) -> dict[str, Any]:
         """What the record says of the data, given the VAE's scaling and shift, and the data's shards."""
-        skipped = sum(read_json(shard / SKIPPED)["count"] for shard in shards)
+        left_out = [read_json(shard / SKIPPED) for shard in shards]
+        skipped = sum(one["count"] for one in left_out)
+        if skipped and not any(file for shard in shards for file in shard.glob("*.arrow")):
+            first = next(name for one in left_out for name in one["names"])
+            raise UsageError(
+                f"all {skipped:,} images were left out as broken, {first} the first of them; run it without "
+                "--skip-broken to see why"
+            )
         facts: dict[str, Any] = {"kind": "latents", "condition": self.condition, "pixels": True, "skipped": skipped}
         if (vae := self.recipe.source.vae) is not None:
             assert scaling is not None

@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 from litconvert.data.dataset import DATA_RECORD
 from litconvert.encoding.archives import Archives
-from litconvert.encoding.class_folders import ClassFolders, File, left_out, refuse_splits
-from litconvert.encoding.images import ImageSample, is_image_name
-from litconvert.encoding.lists import LISTS, ListedImages, columns_of, is_list
-from litconvert.encoding.streams import from_disk, from_files, from_hub
+from litconvert.encoding.class_folders import METADATA, ClassFolders, File, left_out, refuse_splits
+from litconvert.encoding.images import ImageSample, is_dropping, is_image_name
+from litconvert.encoding.lists import ListedImages, MetadataFile
+from litconvert.encoding.streams import StreamedImages, from_disk, from_hub, from_tables
 from litconvert.errors import UsageError
 from litconvert.recipe.schema import Encode
 
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TABLES = (".parquet", ".arrow")
 
 
@@ -36,7 +37,7 @@ class ImageSource(Protocol):
 
     listing: Any
     classes: Sequence[str] | None
-    remarks: Sequence[str]
+    remarks: list[str]
 
     def read(self, part: int) -> Iterator[ImageSample]:
         """The images of a part, always in the same order."""
@@ -65,48 +66,60 @@ def open_images(images: str, settings: Encode, *, captions: bool, out: Path | No
     found = _found(folder, out)
     if {"state.json", "dataset_dict.json"} & {name for name, _ in found.files}:
         return from_disk(folder, settings, found.files, captions)
-    packed = found.archives or found.tables
-    if packed and found.archives and found.tables:
+    files = [MetadataFile.read(folder, name) for name, _ in found.lists]
+    lists = [one for one in files if one.is_list]
+    wanted = settings.caption_column if captions else settings.label_column
+    if lists and (captions or not found.is_classes or any(wanted in one.columns for one in lists)):
+        listed = ListedImages(folder, lists, found.files, settings, captions=captions)
+        listed.remarks += _left_out(found.packed, "images are those of the list")
+        return listed
+    if found.packed and (captions or not found.is_classes):
+        return _packed(folder, found, settings, captions=captions)
+    if captions or not found.is_classes:
+        _refuse_no_list(folder, files, settings, captions=captions)
+    source = ClassFolders(folder, found.files, found.folders, settings)
+    for one in files:
+        reason = f"it has no column {wanted}, so that classes are those of the folders" if one.is_list else one.reason
+        source.remarks.append(f"{one.name} is left out: {reason}")
+    return source
+
+
+def _packed(folder: Path, found: "_Found", settings: Encode, *, captions: bool) -> ImageSource:
+    """Images in archives or in tables. Raises UsageError for both, and beside folders of images that may be classes."""
+    if found.archives and found.tables:
         raise UsageError(
-            f"{images}: holds tar files ({found.archives[0][0]}) and tables ({found.tables[0][0]}), of which one kind "
+            f"{folder}: holds tar files ({found.archives[0][0]}) and tables ({found.tables[0][0]}), of which one kind "
             "is read at a time; name the folder of one"
         )
-    if packed and not captions and found.classes > 1:
-        if found.loose or found.without_images:
-            raise UsageError(
-                f"{images}: holds {packed[0][0]} and folders of images, and it is not clear which is the data; move "
-                "one of them elsewhere, or name the folder of the other"
-            )
-        return _remarking(_classes(folder, found, settings), left_out([name for name, _ in packed], "packed images"))
+    if not captions and found.classes > 1:
+        raise UsageError(
+            f"{folder}: holds {found.packed[0][0]} and folders of images, and it is not clear which is the data; move "
+            "one of them elsewhere, or name the folder of the other"
+        )
+    source: Archives | StreamedImages
     if found.archives:
-        refuse_splits(folder, found.archives) if all("/" in name for name, _ in found.archives) else None
-        return Archives(folder, found.archives, settings, captions=captions)
-    if found.tables:
-        return from_files(folder, settings, found.files, captions)
-    return _listed_or_classes(folder, found, settings, captions)
+        if all("/" in name for name, _ in found.archives):
+            refuse_splits(folder, found.archives)
+        source = Archives(folder, found.archives, settings, captions=captions)
+    else:
+        source = from_tables(folder, settings, found.tables, found.files, captions)
+    source.remarks += _left_out(found.images, "images are those that are packed")
+    return source
 
 
-def _listed_or_classes(folder: Path, found: "_Found", settings: Encode, captions: bool) -> ImageSource:
-    """Images that a list goes with, or class folders."""
-    lists = [name for name, _ in found.lists if is_list(folder / name)]
-    wanted = settings.caption_column if captions else settings.label_column
-    if lists and (captions or not found.classes or any(wanted in columns_of(folder / name) for name in lists)):
-        return ListedImages(folder, lists, found.files, settings, captions=captions)
+def _refuse_no_list(folder: Path, files: Sequence[MetadataFile], settings: Encode, *, captions: bool) -> None:
+    """Raise UsageError for captions that are nowhere, and where a list that is none is all there is."""
+    if files:
+        raise UsageError(f"{folder / files[0].name}: is not read, since {files[0].reason}")
     if captions:
         raise UsageError(
             f"{folder}: class folders hold no captions, which the model reads: add a metadata.jsonl with file_name and "
             f"{settings.caption_column}, or give webdataset shards (*.tar) of images and texts"
         )
-    return _classes(folder, found, settings)
 
 
-def _classes(folder: Path, found: "_Found", settings: Encode) -> ClassFolders:
-    return ClassFolders(folder, found.files, found.folders, settings)
-
-
-def _remarking(source: ClassFolders, remark: str) -> ClassFolders:
-    source.remarks = [*source.remarks, remark]
-    return source
+def _left_out(files: Sequence[File], why: str) -> list[str]:
+    return [left_out([name for name, _ in files], why)] if files else []
 
 
 @dataclass(frozen=True)
@@ -123,11 +136,11 @@ class _Found:
 
     @property
     def archives(self) -> list[File]:
-        return [entry for entry in self.files if entry[0].lower().endswith(".tar")]
+        return [entry for entry in self.files if entry[0].lower().endswith(ARCHIVES)]
 
     @property
     def lists(self) -> list[File]:
-        return [entry for entry in self.files if os.path.basename(entry[0]) in LISTS]
+        return [entry for entry in self.files if os.path.basename(entry[0]) in METADATA]
 
     @property
     def tables(self) -> list[File]:
@@ -135,19 +148,25 @@ class _Found:
         return [entry for entry in self.files if entry[0].lower().endswith(TABLES) and entry not in lists]
 
     @property
-    def loose(self) -> bool:
-        """Images are right in it."""
-        return any("/" not in name and is_image_name(name) for name, _ in self.files)
+    def packed(self) -> list[File]:
+        return [*self.archives, *self.tables]
+
+    @property
+    def images(self) -> list[File]:
+        return [entry for entry in self.files if is_image_name(entry[0])]
 
     @property
     def classes(self) -> int:
         """How many folders hold images."""
-        return len({name.partition("/")[0] for name, _ in self.files if "/" in name and is_image_name(name)})
+        return len({name.partition("/")[0] for name, _ in self.images if "/" in name})
 
     @property
-    def without_images(self) -> bool:
-        """A folder holds none."""
-        return self.classes < len(self.folders)
+    def is_classes(self) -> bool:
+        """Whether it is class folders and nothing else; where nothing is packed, whatever holds images in folders."""
+        if not self.packed:
+            return self.classes > 0
+        loose = any("/" not in name for name, _ in self.images)
+        return self.classes > 1 and not loose and self.classes == len(self.folders)
 
 
 def _found(folder: Path, out: Path | None) -> _Found:
@@ -159,13 +178,13 @@ def _found(folder: Path, out: Path | None) -> _Found:
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".")
+            if not is_dropping(name)
             and not os.path.lexists(os.path.join(place, name, DATA_RECORD))
             and (made is None or Path(place, name).resolve() != made)
         ]
         inner = inner or (list(folders) if place == str(folder) else [])
         for name in names:
-            if not name.startswith("."):
+            if not is_dropping(name):
                 path = os.path.join(place, name)
                 try:
                     size = os.stat(path).st_size

@@ -2,12 +2,14 @@
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +41,25 @@ class ImageSample:
     data: Path | str | bytes
     condition: int | str
     fault: str | None = None
+
+
+def is_dropping(name: str) -> bool:
+    """Whether a file or folder is one that a system or an appliance puts beside those of people."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini")
+
+
+def as_label(value: Any) -> int | None:
+    """A class label as tables, lists and shards write it: a whole number, as a number or a text. None: it is none."""
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,18}\s*", value, re.ASCII):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return int(value) if isinstance(value, float) and value.is_integer() else None
+
+
+def no_number(value: Any) -> str:
+    """What is wrong with a value that is no label, as a sentence's part."""
+    return f"{str(value)[:40]!r}, which is no whole number"
 
 
 @cache
@@ -120,6 +141,16 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
 
 
+def _refuse_strip(sample: ImageSample, image: Image.Image, height: int, width: int, max_pixels: int | None) -> None:
+    """Raise BrokenSample for an image so thin that it would take gigabytes to be resized until it covers its crop."""
+    scale = max(width / image.width, height / image.height)
+    if max_pixels is not None and scale > 1 and image.width * image.height * scale**2 > max_pixels:
+        raise BrokenSample(
+            f"{sample.name}: is {image.width:,} x {image.height:,} pixels, too thin to cover {width} x {height}; "
+            "replace or remove it, or leave such out with --skip-broken"
+        )
+
+
 def read_image(
     sample: ImageSample, mode: str, sizes: Sequence[tuple[int, int]], max_pixels: int | None = None
 ) -> NDArray[np.uint8]:
@@ -142,6 +173,7 @@ def read_image(
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert(mode)
             height, width = nearest_size((image.height, image.width), sizes)
+            _refuse_strip(sample, image, height, width, max_pixels)
             cropped = np.asarray(center_crop(image, height, width))
     except (MemoryError, BrokenSample):
         raise

@@ -1,17 +1,23 @@
 """Images that `datasets` reads: tables, what it saved, and data sets on the Hub."""
 
-import tarfile
+import glob
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from litconvert.common.hub import hub_errors
-from litconvert.encoding.class_folders import File, in_class_order
-from litconvert.encoding.images import ImageSample
+from litconvert.encoding.class_folders import File, in_class_order, left_out
+from litconvert.encoding.images import ImageSample, as_label, no_number
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.recipe.schema import Encode
 
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 WEBDATASET_KEY = "__key__"
 """A column of every webdataset, on the Hub too."""
 
@@ -26,12 +32,11 @@ class StreamedImages:
         captions: captions are needed, not classes.
     """
 
-    remarks: Sequence[str] = ()
-
     def __init__(self, name: str, data: Any, listing: Any, settings: Encode, captions: bool) -> None:
         from datasets import Image as ImageFeature
 
         self.name, self.listing, self.settings, self.captions = name, listing, settings, captions
+        self.remarks: list[str] = []
         features = data.features or {}
         self.images = _image_columns(name, features, settings)
         self.column = _condition_column(name, features, settings, captions=captions)
@@ -89,10 +94,11 @@ class StreamedImages:
                 path = picture.get("path")
                 name = f"{where} {index}{f' ({path})' if path else ''}"
                 data = picture.get("bytes") or (self._place(path) if path else b"")
-                yield ImageSample(name, data, self._condition(row[self.column]))
-        except (OSError, ValueError, KeyError, tarfile.TarError) as error:
-            if isinstance(error, LitconvertError):
-                raise
+                condition, fault = self._condition(row[self.column])
+                yield ImageSample(name, data, condition, fault)
+        except LitconvertError:
+            raise
+        except Exception as error:  # datasets raises many kinds for what it cannot read
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise LitconvertError(f"{self.name}: part {part} cannot be read ({reason}); repair or remove it") from error
 
@@ -100,16 +106,19 @@ class StreamedImages:
         """Where an image is whose path a table holds: beside the table, unless it says otherwise."""
         return path if "://" in path else Path(self.name) / path
 
-    def _condition(self, value: Any) -> int | str:
-        """A row's caption, of several the first, or its class; nothing or -1 where it has none."""
+    def _condition(self, value: Any) -> tuple[int | str, str | None]:
+        """A row's caption, of several the first, or its class, nothing or -1 where it has none; and what is wrong."""
         if isinstance(value, list):
             value = value[0] if value else None
-        if value is None:
-            return "" if self.captions else -1
+        if value is None or value != value:  # a table's NaN is a value that is missing
+            return ("" if self.captions else -1), None
         if self.captions:
-            return str(value)
-        label = int(value)
-        return self._labels[label] if self._labels is not None and 0 <= label < len(self._labels) else label
+            return str(value), None
+        label = as_label(value)
+        if label is None:
+            return -1, f"its {self.column} is {no_number(value)}"
+        known = self._labels is not None and 0 <= label < len(self._labels)
+        return (self._labels[label] if self._labels is not None and known else label), None
 
 
 def _image_columns(name: str, features: Any, settings: Encode) -> list[str]:
@@ -153,7 +162,8 @@ def _condition_column(name: str, features: Any, settings: Encode, *, captions: b
     kind = features[column]
     if captions and not _is_text(kind):
         raise UsageError(f"{name}: the column {column} does not hold texts: set data.encode.caption_column")
-    if not captions and not isinstance(kind, ClassLabel) and not (isinstance(kind, Value) and "int" in kind.dtype):
+    numbers = isinstance(kind, Value) and kind.dtype.startswith(("int", "uint", "float", "string", "large_string"))
+    if not captions and not isinstance(kind, ClassLabel) and not numbers:
         raise UsageError(f"{name}: the column {column} does not hold classes, which are whole numbers")
     return column
 
@@ -167,10 +177,33 @@ def _is_text(kind: Any) -> bool:
     return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
 
 
-def from_files(folder: Path, settings: Encode, files: Sequence[File], captions: bool) -> StreamedImages:
-    """Tables in a folder."""
-    data = _load(str(folder), str(folder), split=settings.split)
-    return StreamedImages(str(folder), data, list(files), settings, captions)
+def from_tables(
+    folder: Path, settings: Encode, tables: Sequence[File], files: Sequence[File], captions: bool
+) -> StreamedImages:
+    """Tables in a folder, those of the split that is asked for. Raises UsageError where there are none of it."""
+    kinds = {name.lower().rpartition(".")[2] for name, _ in tables}
+    if len(kinds) > 1:
+        raise UsageError(f"{folder}: holds tables of two kinds ({', '.join(sorted(kinds))}); name the folder of one")
+    splits = {name: split_of(name) for name, _ in tables}
+    asked = split_of(settings.split) or settings.split
+    chosen = [name for name, split in splits.items() if split == asked]
+    if not chosen and asked == "train":
+        chosen = [name for name, split in splits.items() if split is None]
+    if not chosen:
+        known = sorted({split or "train" for split in splits.values()})
+        raise UsageError(f"{folder}: has no tables of the split {settings.split!r}: set data.encode.split={known[0]}")
+    paths = [glob.escape(str(folder / name)) for name in chosen]
+    data = _load(kinds.pop(), str(folder), data_files={"train": paths})
+    source = StreamedImages(str(folder), data, list(files), settings, captions)
+    if others := [name for name in splits if name not in chosen]:
+        source.remarks.append(left_out(others, f"not of the split {settings.split}"))
+    return source
+
+
+def split_of(name: str) -> str | None:
+    """The split that a path names, as `datasets` understands names of files; None: it names none."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((split for split, names in SPLITS.items() if any(word in names for word in words)), None)
 
 
 def from_disk(folder: Path, settings: Encode, files: Sequence[File], captions: bool) -> StreamedImages:

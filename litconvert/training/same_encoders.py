@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from litconvert.common.files import read_json
-from litconvert.common.hub import download
+from litconvert.common.hub import download, split_revision
 from litconvert.data.dataset import LatentDataset
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.recipe.schema import Recipe, Section, TextEncoder, Vae
@@ -93,7 +93,9 @@ def scaling_told(vae: Vae) -> tuple[float, float] | None:
     if config is None and vae.scaling_factor is None:
         return None
     config = config or {}
-    scaling = vae.scaling_factor if vae.scaling_factor is not None else config.get("scaling_factor", DEFAULT_SCALING)
+    scaling = (
+        vae.scaling_factor if vae.scaling_factor is not None else (config.get("scaling_factor") or DEFAULT_SCALING)
+    )
     shift = vae.shift_factor if vae.shift_factor is not None else config.get("shift_factor")
     return float(scaling), float(shift or 0.0)
 
@@ -104,7 +106,8 @@ def _config(path: str, subfolder: str | None) -> dict[str, Any] | None:
     try:
         if folder.exists():
             return read_json(folder / (subfolder or "") / "config.json")
-        return read_json(download(path, f"{subfolder}/config.json" if subfolder else "config.json", revision=None))
+        name, revision = split_revision(path)
+        return read_json(download(name, f"{subfolder}/config.json" if subfolder else "config.json", revision=revision))
     except LitconvertError:
         return None
 

@@ -151,3 +151,9 @@ def test_captions_are_texts_of_any_field_that_is_asked_for(tmp_path: Path) -> No
     assert [one.condition for one in read(tmp_path / "shards", captions=True)] == ["ein Fuchs über Schnee"]
     with pytest.raises(UsageError, match="json does not hold texts"):
         read(tmp_path / "shards", captions=True, settings=Encode(caption_column="json"))
+
+
+def test_what_is_no_sample_is_passed_over(tmp_path: Path) -> None:
+    names = ["README.md", "a/._0001.png", "a/.DS_Store", "__MACOSX/a/0001.png", "a/0001.png", "a/0001.cls"]
+    write_members(tmp_path / "shards" / "0.tar", names)
+    assert [(one.name.rpartition(", ")[2], one.condition) for one in read(tmp_path / "shards")] == [("a/0001.png", 1)]

@@ -1,6 +1,7 @@
 """What a folder of images is taken for, whatever lies beside them."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from litconvert.encoding.archives import Archives
 from litconvert.encoding.class_folders import ClassFolders
 from litconvert.encoding.image_sources import open_images
 from litconvert.encoding.lists import ListedImages
-from litconvert.errors import UsageError
+from litconvert.errors import LitconvertError, UsageError
 from litconvert.recipe.schema import Encode
 from tests.helpers.images import encoded, png, write_tar
 
@@ -99,3 +100,64 @@ def test_a_folder_that_is_in_itself_by_a_link_is_refused(classes: Path) -> None:
     (classes / "a" / "again").symlink_to(classes)
     with pytest.raises(UsageError, match="a link to a folder that it is in itself"):
         open_images(str(classes), Encode(), captions=False)
+
+
+def test_a_list_is_the_data_whatever_is_packed_beside_it(tmp_path: Path) -> None:
+    write_tar(tmp_path / "photos" / "orig.tar", SAMPLES)
+    (tmp_path / "photos" / "statistics.parquet").write_bytes(b"PAR1")
+    (tmp_path / "photos" / "images").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "photos" / "images" / f"{name}.png").write_bytes(png((0, 9, 0)))
+    rows = [{"file_name": f"images/{name}.png", "caption": name, "label": 3} for name in ("a", "b")]
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for captions in (False, True):
+        source = open_images(str(tmp_path / "photos"), Encode(), captions=captions)
+        assert isinstance(source, ListedImages)
+        assert [one.condition for one in source.read(0)] == (["a", "b"] if captions else [3, 3])
+        assert any("orig.tar" in remark for remark in source.remarks)
+
+
+def test_what_lies_beside_what_is_packed_is_said(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", SAMPLES)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "x.png").write_bytes(png((0, 9, 0)))
+    source = open_images(str(tmp_path), Encode(), captions=False)
+    assert isinstance(source, Archives)
+    assert source.remarks == ["one/x.png is left out: images are those that are packed"]
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "one" / "x.png", "1.png")
+        (tmp_path / "cls").write_text("2")
+        tar.add(tmp_path / "cls", "1.cls")
+    source = open_images(str(tmp_path), Encode(), captions=False)
+    assert [one.condition for part in range(source.parts) for one in source.read(part)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'[{"file_name": "a/1.png", "label": 1}]', "holds no rows that can be read"),
+        (b'{"image": "a/1.png", "label": 1}', "no column file_name"),
+    ],
+)
+def test_a_list_that_is_none_is_never_passed_over_in_silence(classes: Path, content: bytes, said: str) -> None:
+    (classes / "metadata.jsonl").write_bytes(content)
+    with pytest.raises(LitconvertError, match=said):
+        open_images(str(classes), Encode(), captions=True)
+    source = open_images(str(classes), Encode(), captions=False)
+    assert isinstance(source, ClassFolders)
+    assert any(said in remark for remark in source.remarks)
+
+
+def test_a_list_in_another_encoding_is_no_reason_to_take_the_folders(classes: Path) -> None:
+    (classes / "metadata.jsonl").write_bytes('{"file_name": "a/1.png", "label": 1}'.encode("utf-16"))
+    for captions in (False, True):
+        with pytest.raises(LitconvertError, match=r"metadata\.jsonl: cannot be read"):
+            open_images(str(classes), Encode(), captions=captions)
+
+
+def test_what_appliances_put_beside_images_is_none_of_them(classes: Path) -> None:
+    for name in ("@eaDir", "__MACOSX", ".thumbs"):
+        (classes / name).mkdir()
+        (classes / name / "1.png").write_bytes(png((0, 9, 0)))
+    source = open_images(str(classes), Encode(), captions=False)
+    assert source.classes == ["a", "b"]

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from litconvert.encoding.images import FORMATS, BrokenSample, ImageSample, is_image_name, pillow_unbounded, read_image
+from litconvert.encoding.images import (
+    FORMATS,
+    BrokenSample,
+    ImageSample,
+    as_label,
+    is_image_name,
+    pillow_unbounded,
+    read_image,
+)
 from litconvert.errors import LitconvertError
 from tests.helpers.images import encoded, png
 
@@ -53,3 +61,18 @@ def test_a_very_large_image_is_read_up_to_the_limit_that_is_set(
     encoded(tmp_path / "photos", tmp_path / "other", str(latent_recipe), ["data.encode.max_pixels=6400"])
     with pillow_unbounded(), pytest.raises(BrokenSample, match="max_pixels=10"):
         read_image(ImageSample("x", png((9, 0, 0), (4, 4)), 0), "RGB", [(8, 8)], 10)
+
+
+def test_an_image_that_is_a_line_is_named_before_it_takes_the_memory() -> None:
+    line = png((9, 0, 0), (60_000, 1))
+    with pytest.raises(BrokenSample, match=r"is 60,000 x 1 pixels, too thin to cover 512 x 512"):
+        read_image(ImageSample("x", line, 0), "RGB", [(512, 512)], 178_956_970)
+    assert read_image(ImageSample("x", png((9, 0, 0), (600, 10)), 0), "RGB", [(16, 16)], 20_000).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [(3, 3), ("3", 3), (" -1\n", -1), (2.0, 2), (True, None), ("1_0", None), ("--5", None), (1.5, None), ("", None)],
+)
+def test_a_label_is_a_whole_number_as_any_reader_finds_it(value: object, label: int | None) -> None:
+    assert as_label(value) == label

@@ -96,3 +96,35 @@ def test_a_list_without_the_column_says_which_it_has(images: Path) -> None:
     write(images, "jsonl", ROWS)
     with pytest.raises(UsageError, match=r"no column 'text' of captions; its columns are caption, file_name, label"):
         opened(images, caption_column="text")
+
+
+def test_a_comma_in_a_text_without_quotes_is_a_bad_row(tmp_path: Path, images: Path, text_recipe: Path) -> None:
+    (images / "metadata.csv").write_text("file_name,caption\n0.png,a red fox, in the snow\n2.png,a cat\n")
+    first, second = opened(images).read(0)
+    assert first.fault == "the row has more cells than the header: put quotes around texts that hold commas"
+    assert second.condition == "a cat"
+    with pytest.raises(UsageError, match="no column 'text' of captions"):
+        opened(images, caption_column="text")
+
+
+def test_two_lists_of_one_folder_are_refused(images: Path) -> None:
+    write(images, "jsonl", ROWS)
+    write(images, "csv", ROWS)
+    with pytest.raises(UsageError, match=r"metadata\.csv and metadata\.jsonl list the same folder"):
+        opened(images)
+
+
+def test_a_column_that_a_later_row_has_counts(images: Path) -> None:
+    rows = [{"file_name": "2.png"}, *ROWS]
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [sample.condition for sample in opened(images, captions=False).read(0)] == [-1, 2, 0]
+
+
+def test_names_of_classes_are_no_labels(tmp_path: Path, images: Path, latent_recipe: Path) -> None:
+    rows = [{"file_name": "0.png", "label": "cat"}, {"file_name": "2.png", "label": "--5"}]
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UsageError, match=r"holds no class that is a number: the first is 'cat'"):
+        opened(images, captions=False)
+    (images / "metadata.jsonl").write_text('{"file_name": "9.png", "label": 1}')
+    with pytest.raises(UsageError, match=r"all 1 images were left out as broken, .*row 1"):
+        encoded(images, tmp_path / "data", str(latent_recipe), skip_broken=True)

@@ -20,7 +20,7 @@ BYTES = pyarrow.struct([("bytes", pyarrow.binary())])
 BOTH = pyarrow.struct([("bytes", pyarrow.large_binary()), ("path", pyarrow.string())])
 
 
-def write(folder: Path, kind: Any, values: list[Any], labels: list[int | None] | None = None) -> Path:
+def write(folder: Path, kind: Any, values: list[Any], labels: list[Any] | None = None) -> Path:
     folder.mkdir()
     columns = {"image": pyarrow.array(values, kind), "label": pyarrow.array(labels or [2, 0, 1])}
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "0.parquet")
@@ -88,3 +88,65 @@ def test_class_names_that_are_numbers_sorted_as_text_are_ambiguous(tmp_path: Pat
     assert found(text, class_order="number") == [2, 0, 1]
     assert found(saved(["8", "9", "10"])) == [0, 1, 2]  # somebody chose it
     assert found(saved(["dog", "cat", "ant"])) == [0, 1, 2]
+
+
+def test_every_table_of_the_split_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    def table(name: str, label: int) -> None:
+        column = pyarrow.array([label])
+        pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array(IMAGES[:1]), "label": column}), name)
+
+    def found(folder: Path, **settings: Any) -> tuple[list[int | str], list[str]]:
+        source = open_images(str(folder), Encode(**settings), captions=False)
+        labels = [sample.condition for part in range(source.parts) for sample in source.read(part)]
+        return labels, source.remarks
+
+    (tmp_path / "plain").mkdir()
+    for label, name in enumerate(("a.parquet", "b[1].PARQUET", "c.parquet")):
+        table(str(tmp_path / "plain" / name), label)
+    (tmp_path / "plain" / "notes.json").write_text("{}")
+    (tmp_path / "plain" / "more.json").write_text("[]")
+    assert found(tmp_path / "plain") == ([0, 1, 2], [])
+    (tmp_path / "splits").mkdir()
+    for label, name in enumerate(("train-0.parquet", "test-0.parquet", "extra.parquet")):
+        table(str(tmp_path / "splits" / name), label)
+    assert found(tmp_path / "splits") == (
+        [0],
+        ["2 files are left out, extra.parquet the first of them: not of the split train"],
+    )
+    assert found(tmp_path / "splits", split="test")[0] == [1]
+    with pytest.raises(UsageError, match=r"no tables of the split 'dev': set data\.encode\.split=test"):
+        found(tmp_path / "splits", split="dev")
+
+
+def test_data_made_inside_the_tables_leave_them_as_they_were(tmp_path: Path, latent_recipe: Path) -> None:
+    table = write(tmp_path / "table", pyarrow.binary(), IMAGES)
+    first = open_latents(encoded(table, table / "out", str(latent_recipe)))
+    assert open_latents(encoded(table, table / "out", str(latent_recipe))).digest == first.digest
+    assert len(open_latents(encoded(table, tmp_path / "other", str(latent_recipe)))) == 3
+
+
+def test_labels_are_numbers_however_a_table_writes_them(tmp_path: Path) -> None:
+    for name, labels in (("text", ["2", " 0", "-1"]), ("floats", [2.0, 0.0, float("nan")])):
+        source = open_images(str(write(tmp_path / name, pyarrow.binary(), IMAGES, labels)), Encode(), captions=False)
+        assert [sample.condition for sample in source.read(0)] == [2, 0, -1]
+    table = write(tmp_path / "wrong", pyarrow.binary(), IMAGES, ["2", "1_0", "1.5"])
+    faults = [sample.fault for sample in open_images(str(table), Encode(), captions=False).read(0)]
+    assert faults == [
+        None,
+        "its label is '1_0', which is no whole number",
+        "its label is '1.5', which is no whole number",
+    ]
+
+
+def test_tables_of_unlike_columns_are_named(tmp_path: Path) -> None:
+    table = write(tmp_path / "table", pyarrow.binary(), IMAGES)
+    other = pyarrow.table({"image": pyarrow.array([{"bytes": IMAGES[0]}], BYTES), "label": pyarrow.array([1])})
+    pyarrow.parquet.write_table(other, table / "1.parquet")
+
+    def read() -> None:
+        source = open_images(str(table), Encode(), captions=False)
+        for part in range(source.parts):
+            list(source.read(part))
+
+    with pytest.raises(LitconvertError, match=r"table: (part|`datasets`)"):
+        read()

@@ -82,3 +82,16 @@ def test_a_teacher_of_other_latents_is_refused(tmp_path: Path) -> None:
     for config in ({"scaling_factor": 0.13025}, {"scaling_factor": 0.18215, "shift_factor": 0.06}):
         with pytest.raises(UsageError, match=r"the teacher sees latents of the VAE .*other"):
             check_same_teacher(mine, recipe(vae={"path": folder(tmp_path / "other", **config)}))
+
+
+def test_a_revision_of_a_repository_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = Path(folder(tmp_path / "vae", scaling_factor=None)) / "config.json"
+    asked: list[tuple[Any, ...]] = []
+
+    def download(*arguments: Any, revision: str | None) -> Path:
+        asked.append((*arguments, revision))
+        return place
+
+    monkeypatch.setattr("litconvert.training.same_encoders.download", download)
+    assert scaling_told(Vae(path="owner/name@abc", subfolder="vae")) == (0.18215, 0.0)
+    assert asked == [("owner/name", "vae/config.json", "abc")]
