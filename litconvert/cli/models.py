@@ -339,8 +339,11 @@ def evaluate(
         console.be_quiet(quiet)
         use_device(device)
         return _evaluate_run(model, settings, weights, force=force, as_json=as_json)
-    if force:
-        raise UsageError("--force measures a run again whose scores are kept; of another model none are: leave it out")
+    if force and save_statistics is None:
+        raise UsageError(
+            "--force measures a run again whose scores are kept, or replaces the file of --save-statistics: leave it "
+            "out"
+        )
     a_file(Path(model)) if model.endswith(".npz") else a_source(model)
     overrides = [*(sets or []), *assignments({"evaluate.num_samples": num_samples})]
     check_overrides(recipe or recorded_recipe(model_of(model)), overrides, model)
@@ -367,6 +370,7 @@ def evaluate(
         samples=samples,
         save_statistics=save_statistics,
         agreement_only=agreement,
+        force=force,
     )
     if geneval is not None and out is not None:
         return _draw_geneval(asked, geneval, out, as_json=as_json)

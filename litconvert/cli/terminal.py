@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 import logging
+import math
 import os
 import shlex
 import sys
@@ -94,8 +95,17 @@ def next_step(*words: object) -> None:
 
 
 def data(value: Any) -> None:
-    """JSON on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    """JSON on stdout, which has no NaN and no infinities: null stands for them."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with None for numbers that are none."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def line(text: str) -> None:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from litconvert.common.listener import SILENT, Listener
@@ -79,6 +80,22 @@ def require_file_name(path: Path) -> None:
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a device or a pipe"
         raise UsageError(f"{path} is {what}, and a file is written: name a file")
+
+
+def require_writable(path: Path) -> None:
+    """Raise before the work where a file cannot be written; nothing is left behind. Its folder need not be there yet.
+
+    Raises UsageError for the name of a folder, LitconvertError for a place that takes no file.
+    """
+    require_file_name(path)
+    folder = Path(os.path.realpath(path)).parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LitconvertError(f"cannot write {path}: {system_cause(error) or error.strerror or error}") from error
 
 
 def refuse_existing(*paths: Path | None, force: bool) -> None:

@@ -18,7 +18,7 @@ from litconvert.common.files import whole_file
 from litconvert.common.listener import UNSEEN, Task
 from litconvert.encoding.images import ImageSample, is_image_name, read_image
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.evaluation.metrics import Moments, Statistics
+from litconvert.evaluation.metrics import NEIGHBOURS, Moments, Statistics
 from litconvert.evaluation.networks import FeatureNetwork, Outputs
 
 # Pictures at a time; it changes rounding alone.
@@ -130,25 +130,39 @@ class NpzFile:
             return None
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
-                values = [torch.from_numpy(np.asarray(arrays[key], dtype=np.float64)) for key in (mean, covariance)]
+                stored = arrays[mean], arrays[covariance]
         except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
             raise LitconvertError(f"{self.path}: its {mean} and {covariance} cannot be read; get it again") from error
-        return self._checked(values[0], values[1], mean, covariance)
+        if any(array.dtype.kind not in "fiu" for array in stored):
+            raise LitconvertError(
+                f"{self.path}: {mean} {stored[0].dtype} and {covariance} {stored[1].dtype} are no real numbers; get it "
+                "again"
+            )
+        values = [torch.from_numpy(array.astype(np.float64)) for array in stored]
+        return self._checked(values[0], values[1], (mean, covariance))
 
-    def _checked(self, mean: Tensor, covariance: Tensor, *names: str) -> Statistics:
-        if mean.dim() != 1 or covariance.shape != (len(mean),) * 2 or not covariance.isfinite().all():
+    def _checked(self, mean: Tensor, covariance: Tensor, names: tuple[str, str]) -> Statistics:
+        if mean.dim() != 1 or covariance.shape != (len(mean),) * 2:
             raise LitconvertError(
                 f"{self.path}: {names[0]} {tuple(mean.shape)} and {names[1]} {tuple(covariance.shape)} are no mean (D,)"
                 " and covariance (D, D)"
             )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise LitconvertError(f"{self.path}: {names[0]} or {names[1]} has NaN or infinite values; get it again")
         return Statistics(mean, (covariance + covariance.T) / 2)
 
     def features(self) -> str | None:
-        """The network of the statistics, where litconvert wrote them."""
+        """The network of the statistics, where litconvert wrote them; others call other things so."""
         if "features" not in self.arrays():
             return None
-        with np.load(self.path, allow_pickle=False) as arrays:
-            return str(arrays["features"])
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                name = arrays["features"]
+        except ValueError:  # objects
+            return None
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise LitconvertError(f"{self.path}: not a whole NPZ file ({error}); download or write it again") from error
+        return str(name) if name.ndim == 0 and name.dtype.kind == "U" else None
 
 
 @contextmanager
@@ -188,6 +202,20 @@ def read_npz(path: Path, network: FeatureNetwork, task: Task = UNSEEN) -> ImageS
         return ImageSet(path.name, None, None, pooled, spatial)
     found = ImageSet.of(path.name, seen(file.pictures(), network, task))
     return ImageSet(path.name, found.count, found.outputs, pooled or found.pooled, spatial or found.spatial)
+
+
+def check_reference(reference: ImageSet, network: FeatureNetwork, shape: tuple[int, int, int]) -> None:
+    """Raise UsageError for a reference that samples (H, W, C) cannot be held against, before they are drawn: too few
+    pictures, and statistics of another network."""
+    if reference.count is not None and reference.count <= NEIGHBOURS:
+        raise UsageError(f"{reference.name}: too few pictures to be held against: give {NEIGHBOURS + 1} at least")
+    seen = network(np.zeros((1, *shape), dtype=np.uint8))
+    for stored, made in ((reference.pooled, seen.features), (reference.spatial, seen.spatial)):
+        if stored is not None and made is not None and len(stored.mean) != made.shape[1]:
+            raise UsageError(
+                f"{reference.name}: its statistics are of {len(stored.mean):,} features, and {network.name} makes "
+                f"{made.shape[1]:,}: they are of different networks (--features)"
+            )
 
 
 def write_statistics(images: ImageSet, network: FeatureNetwork, path: Path) -> None:

@@ -1,5 +1,6 @@
 """How good any model is: its samples against pictures, stored statistics or its teacher's own, and its agreement."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,25 +13,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from litconvert.common.device import default_device, uses_bf16
-from litconvert.common.files import digest_of
+from litconvert.common.files import digest_of, refuse_existing, refuse_source, require_writable
 from litconvert.common.launch import launched_processes
 from litconvert.common.listener import SILENT, UNSEEN, Listener, Task
 from litconvert.common.quantities import span
 from litconvert.common.seeds import permutation
 from litconvert.conversion.solve_plan import rate_of
 from litconvert.data.prompts import StoredPrompts, read_prompts, store_prompts
-from litconvert.errors import UsageError
+from litconvert.errors import LitconvertError, UsageError
 from litconvert.evaluation.agreement import AgreementImages, agreement
 from litconvert.evaluation.image_sets import (
     ImageSet,
     NpzFile,
+    check_reference,
     folder_of_pictures,
     read_npz,
     read_pictures,
     seen,
     write_statistics,
 )
-from litconvert.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
+from litconvert.evaluation.metrics import (
+    NEIGHBOURS,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from litconvert.evaluation.networks import DEFAULT, ClipScore, FeatureNetwork, Outputs, open_network
 from litconvert.evaluation.scores import Score, to_json
 from litconvert.families.companions import companions_of
@@ -93,6 +101,7 @@ class EvaluationRequest:
         weights: of the model, where it is a training checkpoint.
         samples: a folder to keep the samples in, which several processes may draw; None: they are not kept.
         save_statistics: where to write the reference's statistics.
+        force: replace a file that is there.
         agreement_only: draw no samples to be measured.
     """
 
@@ -112,6 +121,7 @@ class EvaluationRequest:
     samples: Path | None = None
     save_statistics: Path | None = None
     agreement_only: bool = False
+    force: bool = False
 
     @property
     def is_drawn(self) -> bool:
@@ -250,6 +260,7 @@ def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dic
     Raises UsageError for what cannot be meant, before anything is drawn.
     """
     asked.check()
+    _check_saved(asked)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), TemporaryDirectory() as folder:
         if asked.is_drawn:
             return _evaluate_file(asked, listener)
@@ -257,12 +268,15 @@ def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dic
         sources = open_models(
             asked.model, asked.teacher, recipe, asked.overrides, asked.num_attention_heads, asked.weights
         )
+        if asked.save_statistics is not None:
+            refuse_source(asked.save_statistics, [file for source in sources for file in source.checkpoint.files])
         for source in sources:  # refuses before the work
             make_scheduler(recipe.evaluate.scheduler, recipe.diffusion.num_timesteps, source.config.prediction)
         if asked.clip and not sources[-1].config.reads_captions:
             raise UsageError(f"--clip says how well pictures fit their captions, and {asked.model} draws classes")
         network = None if asked.agreement_only else open_network(_features(asked, sources[-1]))
         reference = None if network is None else _given_reference(asked, network, sources[-1], listener)
+        _check_counts(recipe, network, reference)
         listener.note(_cost(asked, recipe, sources))
         samples = replace(samples_of(asked, recipe, sources, Path(folder)), kept=asked.samples)
         listener.note(f"reading {' and '.join(source.checkpoint.source for source in sources)}")
@@ -283,6 +297,26 @@ def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dic
             "agreement": _agree(samples, models, listener) if asked.teacher else None,
         }
         return report
+
+
+def _check_saved(asked: EvaluationRequest) -> None:
+    """Refuse before the work to write statistics over what is there, over what is read, and where nothing can be."""
+    if asked.save_statistics is None:
+        return
+    given = [path for path in (asked.reference, asked.prompts, asked.embeddings) if path is not None]
+    pictures = folder_of_pictures(asked.images) if asked.images is not None else []
+    refuse_source(asked.save_statistics, [*given, *pictures, *([Path(asked.model)] if asked.is_drawn else [])])
+    refuse_existing(asked.save_statistics, force=asked.force)
+    require_writable(asked.save_statistics)
+
+
+def _check_counts(recipe: Recipe, network: FeatureNetwork | None, reference: ImageSet | None) -> None:
+    """Refuse before the work to draw fewer samples than can be measured against pictures."""
+    pictures = reference is None or reference.outputs is not None
+    if network is not None and recipe.evaluate.num_samples < (least := NEIGHBOURS + 1 if pictures else 2):
+        raise UsageError(
+            f"{recipe.evaluate.num_samples} samples are too few to be measured: draw {least} at least (--num-samples)"
+        )
 
 
 def _digest(source: OpenSource, *, kept: bool) -> str:
@@ -444,15 +478,22 @@ def _against(reference: ImageSet, network: FeatureNetwork) -> dict[str, Any]:
 def _given_reference(
     asked: EvaluationRequest, network: FeatureNetwork, source: OpenSource, listener: Listener
 ) -> ImageSet | None:
-    """The pictures or statistics that were given; None: the teacher draws them."""
-    if asked.reference is not None:
-        listener.note(f"reading {asked.reference}")
-        return read_npz(asked.reference, network)
-    if asked.images is None:
-        return None
+    """The pictures or statistics that were given; None: the teacher draws them.
+
+    Raises UsageError for what samples cannot be held against.
+    """
     config = source.config
     side = config.sample_size * (1 if config.is_pixel_space else VAE_FACTOR)
-    return _folder(asked.images, side, "L" if config.in_channels == 1 else "RGB", network, listener)
+    channels = 1 if config.in_channels == 1 else 3
+    if asked.reference is not None:
+        listener.note(f"reading {asked.reference}")
+        reference = read_npz(asked.reference, network)
+    elif asked.images is not None:
+        reference = _folder(asked.images, side, "L" if channels == 1 else "RGB", network, listener)
+    else:
+        return None
+    check_reference(reference, network, (side, side, channels))
+    return reference
 
 
 def _folder(folder: Path, side: int, mode: str, network: FeatureNetwork, listener: Listener) -> ImageSet:
@@ -484,6 +525,8 @@ def compare(samples: ImageSet, reference: ImageSet, split: int | None = None) ->
     `frechet_distance` always; `kernel_distance`, `precision` and `recall` where the reference has pictures;
     `spatial_frechet_distance` (sFID) in Inception's features; `inception_score`, of so many at a time (`split`), where
     the network knows classes.
+
+    Raises LitconvertError where one is no finite number.
     """
     assert samples.outputs is not None
     found = {"frechet_distance": frechet_distance(reference.pooled, samples.pooled)}
@@ -495,6 +538,12 @@ def compare(samples: ImageSet, reference: ImageSet, split: int | None = None) ->
         found["precision"], found["recall"] = precision_recall(theirs, mine)
     if samples.outputs.logits is not None:
         found["inception_score"] = inception_score(samples.outputs.logits, split)
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise LitconvertError(
+                f"the {name.replace('_', ' ')} of {samples.name} to {reference.name} is {value}: features or "
+                "statistics are too large to be measured; get the reference again, or use another network (--features)"
+            )
     return found
 
 
@@ -520,13 +569,15 @@ def _evaluate_file(asked: EvaluationRequest, listener: Listener) -> dict[str, An
     network = open_network(asked.features or ("inception" if asked.protocol else DEFAULT))
     file = NpzFile(Path(asked.model))
     listener.note(f"reading {asked.model}")
+    _, *sides = next(file.pictures()).shape
+    shape = (sides[0], sides[1], sides[2])
     samples = ImageSet.of(asked.model, seen(file.pictures(), network))
     if asked.reference is not None:
         reference = read_npz(asked.reference, network)
     else:
         assert asked.images is not None
-        first = next(file.pictures())
-        reference = _folder(asked.images, first.shape[1], "RGB", network, listener)
+        reference = _folder(asked.images, shape[0], "RGB", network, listener)
+    check_reference(reference, network, shape)
     if asked.save_statistics is not None:
         write_statistics(reference, network, asked.save_statistics)
     found = compare(samples, reference, ADM_SPLIT if asked.protocol == "dit" else None)

@@ -3,6 +3,7 @@
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from litconvert.evaluation import image_sets
 from litconvert.evaluation.image_sets import (
     ImageSet,
     NpzFile,
+    check_reference,
     folder_of_pictures,
     read_npz,
     read_pictures,
@@ -111,6 +113,38 @@ def test_statistics_that_are_written_are_read_for_the_same_network_alone(tmp_pat
         read_npz(path, network("other"))
 
 
+@pytest.mark.parametrize("features", [np.array([{}], dtype=object), np.arange(9.0), np.array(["corner"])])
+def test_what_others_call_features_is_no_network(features: NDArray[Any], tmp_path: Path) -> None:
+    path = tmp_path / "statistics.npz"
+    np.savez(path, mu=np.arange(5.0), sigma=np.eye(5), features=features)
+    assert NpzFile(path).features() is None
+    assert read_npz(path, network("inception")).count is None
+    with pytest.raises(UsageError, match="holds statistics of inception, and"):
+        read_npz(path, network())
+
+
+def test_a_reference_that_samples_cannot_be_held_against_is_known_before_they_are_drawn(tmp_path: Path) -> None:
+    few, enough = (ImageSet.of("pictures", seen([pictures(count)], network())) for count in (3, 4))
+    check_reference(enough, network(), (8, 8, 3))
+    with pytest.raises(UsageError, match="pictures: too few pictures to be held against: give 4 at least"):
+        check_reference(few, network(), (8, 8, 3))
+    for width, spatial in ((5, 4), (6, 4), (5, 3)):
+        np.savez(
+            tmp_path / "some.npz",
+            mu=np.zeros(width),
+            sigma=np.eye(width),
+            mu_s=np.zeros(spatial),
+            sigma_s=np.eye(spatial),
+        )
+        inception = network("inception", spatial=True)
+        stored = read_npz(tmp_path / "some.npz", inception)
+        if (width, spatial) == (5, 4):
+            check_reference(stored, inception, (8, 8, 3))
+        else:
+            with pytest.raises(UsageError, match="they are of different networks"):
+                check_reference(stored, inception, (8, 8, 3))
+
+
 def test_a_folder_is_read_in_order_cropped_as_training_images_are(tmp_path: Path) -> None:
     for index, name in enumerate(["b/2.png", "a/10.png", "a/1.webp", "top.png"]):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -138,6 +172,8 @@ def test_what_is_no_reference_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "others.npz", other=np.zeros(3))
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.zeros((3, 2)))
     np.savez(tmp_path / "objects.npz", mu=np.array([{}], dtype=object), sigma=np.zeros((1, 1)))
+    np.savez(tmp_path / "complex.npz", mu=np.zeros(3, dtype=complex), sigma=np.eye(3))
+    np.savez(tmp_path / "nan.npz", mu=np.array([0, np.nan]), sigma=np.eye(2))
     whole = io.BytesIO()
     np.save(whole, pictures(5))
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
@@ -150,6 +186,8 @@ def test_what_is_no_reference_is_refused(tmp_path: Path) -> None:
         "odd.npz": r"sigma \(3, 2\) are no mean",
         "objects.npz": "mu and sigma cannot be read",
         "short.npz": "ends after 0 of 5 pictures",
+        "complex.npz": "mu complex128 and sigma float64 are no real numbers",
+        "nan.npz": "mu or sigma has NaN or infinite values",
     }.items():
         with pytest.raises(LitconvertError, match=message):
             read_npz(tmp_path / name, network("inception"))

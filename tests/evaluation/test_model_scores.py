@@ -10,9 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
+from litconvert.cli.terminal import data
 from litconvert.common.seeds import permutation
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.evaluation.model_scores import AGREEMENT_IMAGES, EvaluationRequest, evaluate_model, recipe_for
+from litconvert.evaluation.image_sets import ImageSet
+from litconvert.evaluation.metrics import Statistics
+from litconvert.evaluation.model_scores import (
+    AGREEMENT_IMAGES,
+    EvaluationRequest,
+    compare,
+    evaluate_model,
+    recipe_for,
+)
+from litconvert.evaluation.networks import Outputs
 from litconvert.sampling.captions import Captions, write_embeddings
 from tests.helpers.command import command
 from tests.helpers.feature_networks import save_clip, save_dinov2
@@ -200,6 +210,7 @@ def test_what_cannot_be_meant_is_refused(
     for words, message in {
         (pico_student, "--features", dinov2): "--features says how a model is held against another",
         (pico_student, *teacher, "--force"): "--force measures a run again",
+        (pico_student, *teacher, "--set", "evaluate.num_samples=3"): "3 samples are too few to be measured: draw 4",
         (pico_student, "--images", tmp_path, "--reference", npz): "give one of them",
         (pico_student, "--reference", npz, "--agreement"): "name it with --teacher",
         (pico_student, *teacher, "--agreement", "--features", dinov2): "--agreement alone measures no pictures",
@@ -219,6 +230,72 @@ def test_what_cannot_be_meant_is_refused(
         assert len(refused.err.splitlines()) <= 2, words
     with pytest.raises(LitconvertError, match="nothing to be held against"):
         evaluate_model(EvaluationRequest(str(pico_student)))
+
+
+def test_statistics_are_written_over_nothing_but_what_force_lets_go(
+    tmp_path: Path, pico_student: Path, pico_checkpoint: Path, dinov2: str
+) -> None:
+    few = [part for one in FEW for part in ("--set", one)]
+    reference, notes, stored = tmp_path / "reference.npz", tmp_path / "notes.npz", tmp_path / "new" / "stored.npz"
+    np.savez(reference, np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
+    notes.write_text("mine")
+    before = reference.read_bytes()
+    words = ("evaluate", pico_student, "--reference", reference, "--features", dinov2, *few)
+    weights = pico_student / "diffusion_pytorch_model.safetensors"
+    for place, message in {
+        reference: "is the source itself",
+        weights: "is the source itself",
+        notes / "statistics.npz": "a part of the path is a file",
+    }.items():
+        for force in ((), ("--force",)):
+            refused = command(*words, "--save-statistics", place, *force)
+            assert refused.code in (1, 2)
+            if place != weights or force:
+                assert message in refused.err
+            assert "samples are drawn" not in refused.err
+    assert reference.read_bytes() == before
+    refused = command(*words, "--save-statistics", notes)
+    assert (refused.code, notes.read_text()) == (1, "mine")
+    assert "replace it with --force" in refused.err
+    for place, force in ((stored, ()), (notes, ("--force",))):
+        done = command(*words, "--save-statistics", place, *force)
+        assert done.code == 0, done.err
+    with np.load(stored) as first, np.load(notes) as second:
+        assert set(first) == {"mu", "sigma", "features"}
+        assert np.array_equal(first["mu"], second["mu"])
+
+
+def test_a_bad_reference_is_refused_before_anything_is_drawn(
+    tmp_path: Path, pico_checkpoint: Path, dinov2: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    for index in range(3):
+        Image.new("L", (16, 16), index).save(tmp_path / "pictures" / f"{index}.png")
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(3), sigma=np.eye(3), features=np.array("dinov2"))
+    asked = EvaluationRequest(str(pico_checkpoint), features=dinov2, overrides=FEW, num_attention_heads=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("litconvert.evaluation.model_scores.draw", None)
+        with pytest.raises(UsageError, match="too few pictures to be held against: give 4 at least"):
+            evaluate_model(replace(asked, images=tmp_path / "pictures"))
+        with pytest.raises(UsageError, match="its statistics are of 3 features, and"):
+            evaluate_model(replace(asked, reference=tmp_path / "wide.npz"))
+    Image.new("L", (16, 16), 3).save(tmp_path / "pictures" / "3.png")
+    assert evaluate_model(replace(asked, images=tmp_path / "pictures"))["reference"]["count"] == 4
+
+
+def test_a_distance_that_is_no_number_is_refused_and_json_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = ImageSet.of("samples", Outputs(torch.arange(8.0).reshape(4, 2)))
+    far = ImageSet(
+        "far", None, None, Statistics(torch.tensor([1e200, 0.0], dtype=torch.float64), torch.eye(2).double())
+    )
+    near = ImageSet("near", None, None, Statistics(torch.zeros(2).double(), torch.eye(2).double()))
+    with pytest.raises(LitconvertError, match="the frechet distance of samples to far is inf"):
+        compare(some, far)
+    assert compare(some, near)["frechet_distance"] > 0
+    data({"distance": float("nan"), "several": [1.5, float("inf")]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"distance": None, "several": [1.5, None]}
 
 
 def test_samples_that_are_kept_are_drawn_once_and_measured_the_same(
