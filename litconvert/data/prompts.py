@@ -18,8 +18,11 @@ from litconvert.sampling.captions import Captions, encode_to_store, free_memory,
 PACKAGED = Path(__file__).parents[1] / "assets" / "prompts.txt"
 
 
-def read_prompts(path: str | None) -> list[str]:
+def read_prompts(path: str | None, advice: str = "set data.synthesize.prompts to one") -> list[str]:
     """Prompts of a text file, one a line; None: the list that ships with litconvert.
+
+    Args:
+        advice: how the caller's user names another file.
 
     Raises UsageError for a file that cannot be read or holds none.
     """
@@ -27,7 +30,7 @@ def read_prompts(path: str | None) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: not a text file of prompts ({error}); set data.synthesize.prompts to one") from error
+        raise UsageError(f"{file}: not a text file of prompts ({error}); {advice}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"{file}: holds no prompt; write one a line")

@@ -205,3 +205,11 @@ def _refuse_circle(place: str, ancestors: dict[str, tuple[tuple[int, int], ...]]
     if here in above:
         raise UsageError(f"{place}: a link to a folder that it is in itself; remove it")
     ancestors[place] = (*above, here)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Every file in a folder and those in it, but hidden ones.
+
+    Raises UsageError for a folder that is in itself by a link, and for a file that cannot be read.
+    """
+    return [folder / name for name, _ in _found(folder, None).files]

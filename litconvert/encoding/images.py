@@ -152,9 +152,16 @@ def _refuse_strip(sample: ImageSample, image: Image.Image, height: int, width: i
 
 
 def read_image(
-    sample: ImageSample, mode: str, sizes: Sequence[tuple[int, int]], max_pixels: int | None = None
+    sample: ImageSample,
+    mode: str,
+    sizes: Sequence[tuple[int, int]],
+    max_pixels: int | None = None,
+    otherwise: str = ", or leave broken ones out with --skip-broken",
 ) -> NDArray[np.uint8]:
     """An image as its viewer shows it, on white where it is transparent, cropped to the nearest size: (C, H, W).
+
+    Args:
+        otherwise: what else the caller's user can do about a broken image than replace or remove it.
 
     Raises BrokenSample for an image that cannot be read whole, or has more than `max_pixels`.
     """
@@ -181,8 +188,5 @@ def read_image(
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if isinstance(error, UnidentifiedImageError):
             reason = "it is of none of the formats that are read: " + ", ".join(_formats())
-        raise BrokenSample(
-            f"{sample.name}: not a whole image ({reason}); replace or remove it, or leave broken ones out with "
-            "--skip-broken"
-        ) from error
+        raise BrokenSample(f"{sample.name}: not a whole image ({reason}); replace or remove it{otherwise}") from error
     return cropped[None] if cropped.ndim == 2 else cropped.transpose(2, 0, 1)

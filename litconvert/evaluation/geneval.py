@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from litconvert.common.device import default_device
+from litconvert.common.device import default_device, uses_bf16
 from litconvert.common.files import read_json, write_whole
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.outputs import whole_directory
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.evaluation.model_scores import EvaluationRequest, recipe_for, samples_of
-from litconvert.families.sources import read_model
+from litconvert.families.sources import OpenSource, read_model
 from litconvert.recipe.inputs import Inputs, given
+from litconvert.recipe.schema import Recipe
 from litconvert.sampling.captions import Captions
 from litconvert.sampling.draw import draw
 from litconvert.sampling.pictures import to_images
@@ -40,7 +41,11 @@ class Prompt:
 def read_metadata(path: Path) -> list[Prompt]:
     """GenEval's prompts. Raises UsageError for a file that is none of them."""
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a text file ({error}); give GenEval's evaluation_metadata.jsonl") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -87,8 +92,7 @@ def draw_geneval(asked: EvaluationRequest, metadata: Path, out: Path, listener: 
     if not source.config.reads_captions:
         raise UsageError(f"GenEval's prompts are captions, and {asked.model} draws classes")
     settings = recipe.evaluate
-    made_from = {"evaluate": given(settings, exclude={"batch_size", "num_samples"}), "source": given(recipe.source)}
-    _begin(out, Inputs({**made_from, "model": source.checkpoint.sha256(), "prompts": [one.line for one in prompts]}))
+    _begin(out, _inputs(recipe, source, prompts))
     missing = [index for index in range(len(prompts)) if not _folder(out, index).is_dir()]
     if not missing:
         listener.note(f"already done: {out}")
@@ -115,6 +119,22 @@ def draw_geneval(asked: EvaluationRequest, metadata: Path, out: Path, listener: 
                         _write(_folder(out, index), prompts[index], images[PER_PROMPT * place :][:PER_PROMPT])
                         task.advance()
     return len(prompts)
+
+
+def _inputs(recipe: Recipe, source: OpenSource, prompts: Sequence[Prompt]) -> Inputs:
+    """What determines the pictures. The size of a batch changes rounding alone."""
+    checkpoint = source.checkpoint
+    return Inputs(
+        {
+            "file": {"sha256": checkpoint.sha256(), "weights": checkpoint.weights, "config": source.config.given},
+            "evaluate": given(recipe.evaluate, exclude={"batch_size", "num_samples"}),
+            "diffusion": given(recipe.diffusion, include={"num_timesteps"}),
+            # As it is on this device.
+            "sampling": {"mixed_precision": "bf16" if uses_bf16(recipe.sampling.mixed_precision) else "no"},
+            "source": given(recipe.source),
+            "prompts": [one.line for one in prompts],
+        }
+    )
 
 
 def _folder(out: Path, index: int) -> Path:

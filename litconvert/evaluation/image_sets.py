@@ -1,6 +1,5 @@
 """What samples are held against: pictures of a folder or an NPZ file, batch by batch, or stored statistics of some."""
 
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from litconvert.common.files import whole_file
 from litconvert.common.listener import UNSEEN, Task
-from litconvert.encoding.images import ImageSample, is_image_name, read_image
+from litconvert.encoding.image_sources import files_in
+from litconvert.encoding.images import ImageSample, is_image_name, pillow_unbounded, read_image
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.evaluation.metrics import NEIGHBOURS, Moments, Statistics
 from litconvert.evaluation.networks import FeatureNetwork, Outputs
@@ -62,23 +62,18 @@ def seen(pictures: Iterable[NDArray[np.uint8]], network: FeatureNetwork, task: T
 
 
 def folder_of_pictures(folder: Path) -> list[Path]:
-    """Every picture in a folder and those in it, sorted.
+    """Every picture in a folder and those in it, but hidden ones, sorted.
 
-    Raises UsageError where there is none.
+    Raises UsageError where there is none, and for a folder that is in itself by a link.
     """
-    found = [
-        Path(place) / name
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if not name.startswith(".") and is_image_name(name)
-    ]
+    found = [path for path in files_in(folder) if is_image_name(path.name)]
     if not found:
         raise UsageError(f"{folder}: holds no picture; name a folder of them, or an NPZ file with --reference")
     return sorted(found)
 
 
 def read_pictures(paths: Iterable[Path], side: int, mode: str) -> Pictures:
-    """Pictures, each cropped to a square of `side` pixels as training images are.
+    """Pictures of any size, each cropped to a square of `side` pixels as training images are.
 
     Args:
         mode: `RGB`, or `L` for grey ones.
@@ -87,7 +82,9 @@ def read_pictures(paths: Iterable[Path], side: int, mode: str) -> Pictures:
     """
     batch: list[NDArray[np.uint8]] = []
     for path in paths:
-        batch.append(read_image(ImageSample(str(path), path, -1), mode, [(side, side)]).transpose(1, 2, 0))
+        with pillow_unbounded():
+            image = read_image(ImageSample(str(path), path, -1), mode, [(side, side)], otherwise="")
+        batch.append(image.transpose(1, 2, 0))
         if len(batch) == BATCH_SIZE:
             yield np.stack(batch)
             batch = []

@@ -416,7 +416,7 @@ def samples_of(
         )
     if prompts is None:
         most = AGREEMENT_IMAGES if asked.agreement_only else recipe.evaluate.num_samples
-        prompts = read_prompts(str(asked.prompts) if asked.prompts else None)[:most]
+        prompts = read_prompts(str(asked.prompts) if asked.prompts else None, "name one with --prompts")[:most]
     null = not all(source.config.null_caption for source in sources)
     store_prompts(folder / "prompts.safetensors", recipe, prompts, config.caption_tokens)
     stored = StoredPrompts(folder / "prompts.safetensors", prompts)

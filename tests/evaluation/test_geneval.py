@@ -65,10 +65,17 @@ def test_every_prompt_has_its_folder_with_its_line_and_four_pictures(
 
 def test_another_folder_is_not_drawn_into(tmp_path: Path, pretrained: Pretrained, metadata: Path) -> None:
     out = tmp_path / "out"
-    draw_geneval(request(pretrained, tmp_path), metadata, out)
-    assert draw_geneval(request(pretrained, tmp_path, "evaluate.batch_size=4"), metadata, out) == 3
+    draw_geneval(request(pretrained, tmp_path, "sampling.mixed_precision=no"), metadata, out)
+    smaller = request(pretrained, tmp_path, "sampling.mixed_precision=no", "evaluate.batch_size=4")
+    assert draw_geneval(smaller, metadata, out) == 3
     with pytest.raises(LitconvertError, match=r"made from other inputs \(evaluate\.guidance was"):
         draw_geneval(request(pretrained, tmp_path, "evaluate.guidance=2.0"), metadata, out)
+    for override, message in {
+        "sampling.mixed_precision=bf16": r"sampling\.mixed_precision was no and is bf16",
+        "diffusion.num_timesteps=500": r"diffusion\.num_timesteps was the default and is 500",
+    }.items():
+        with pytest.raises(LitconvertError, match=message):
+            draw_geneval(request(pretrained, tmp_path, override), metadata, out)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(LitconvertError, match="holds something else"):
@@ -86,5 +93,8 @@ def test_what_is_no_prompt_of_geneval_is_refused(tmp_path: Path, metadata: Path,
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(UsageError, match=message):
             read_metadata(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=r"bad\.jsonl: not a text file"):
+        read_metadata(tmp_path / "bad.jsonl")
     with pytest.raises(UsageError, match="draws classes"):
         draw_geneval(EvaluationRequest(str(pico_checkpoint), num_attention_heads=2), metadata, tmp_path / "out")

@@ -161,8 +161,27 @@ def test_a_folder_is_read_in_order_cropped_as_training_images_are(tmp_path: Path
     with pytest.raises(UsageError, match="holds no picture"):
         folder_of_pictures(tmp_path / "empty")
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(LitconvertError, match="not a whole image"):
+    with pytest.raises(LitconvertError, match=r"not a whole image .*; replace or remove it$"):
         list(read_pictures(folder_of_pictures(tmp_path), 8, "RGB"))
+
+
+def test_hidden_pictures_do_not_count_and_a_folder_in_itself_is_refused(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/.2.png", ".thumbs/1.png", "a/.cache/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert folder_of_pictures(tmp_path) == [tmp_path / "a" / "1.png", tmp_path / "b" / "1.png"]
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="a link to a folder that it is in itself"):
+        folder_of_pictures(tmp_path)
+
+
+def test_a_picture_may_be_larger_than_pillow_lets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (80, 80), (9, 0, 0)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # as if the image had 200 million
+    (batch,) = read_pictures(folder_of_pictures(tmp_path), 8, "RGB")
+    assert (batch == [9, 0, 0]).all()
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 def test_what_is_no_reference_is_refused(tmp_path: Path) -> None:

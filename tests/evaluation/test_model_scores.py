@@ -157,6 +157,10 @@ def test_captions_are_drawn_and_pictures_scored_by_them(tmp_path: Path, pretrain
     assert (report["settings"]["scheduler"], report["settings"]["guidance"]) == ("dpm-solver++", 3.0)
     assert max(in_agreement(report["agreement"]["student"])) == 0
 
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe a fox")
+    with pytest.raises(UsageError, match=r"bad\.txt: not a text file of prompts .*; name one with --prompts$"):
+        evaluate_model(EvaluationRequest(model, prompts=tmp_path / "bad.txt", **asked))
+
     captions = Captions(torch.randn((3, 4, CHANNELS)), torch.ones(3, 4, dtype=torch.int64))
     write_embeddings(captions, tmp_path / "captions.safetensors")
     asked["overrides"] = (*FEW, "evaluate.guidance=1.0")
