@@ -20,6 +20,7 @@ from litconvert.data.prompts import StoredPrompts, read_prompts, store_prompts
 from litconvert.data.shards import Assembly, is_finished, shard_writer
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.sources import OpenSource, open_teacher, read_model
+from litconvert.model.compilation import compile_for
 from litconvert.model.config import ModelConfig, is_pixel_space
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.model.shapes import count_macs, count_parameters
@@ -131,7 +132,8 @@ def drawing_cost(recipe: Recipe, config: ModelConfig) -> str:
     """What drawing the training set takes here, in a sentence; a product of matrices is timed for it."""
     settings = recipe.data.synthesize
     passes = settings.num_samples * settings.steps * (2 if settings.guidance != 1 else 1)
-    seconds = passes * count_macs(config, config.sample_size) / rate_of(str(default_device()), torch.float32)
+    dtype = torch.bfloat16 if uses_bf16(recipe.sampling.mixed_precision) else torch.float32
+    seconds = passes * count_macs(config, config.sample_size) / rate_of(str(default_device()), dtype)
     shape = (config.in_channels, config.sample_size, config.sample_size)
     disk = 4 * settings.num_samples * int(torch.Size(shape).numel())
     return (
@@ -178,6 +180,12 @@ class Drawing:
     labels: Tensor | None
     prompts: StoredPrompts | None
 
+    @property
+    def sampler(self) -> SamplerSettings:
+        """How it draws."""
+        settings = self.recipe.data.synthesize
+        return SamplerSettings.of(self.recipe, settings, seed=settings.seed, batch_size=settings.batch_size)
+
     def columns(self, samples: range) -> dict[str, Any]:
         """The columns of some samples, one batch."""
         if self.prompts is not None:
@@ -189,9 +197,7 @@ class Drawing:
 
     def _draw(self, conditions: Tensor | Captions, first: int) -> Tensor:
         """One batch (N, C, H, W), each sample from the noise of its index in the whole set."""
-        settings = self.recipe.data.synthesize
-        sampler = SamplerSettings.of(self.recipe, settings, seed=settings.seed, batch_size=settings.batch_size)
-        batches = draw(self.model, conditions, sampler, first=first)
+        batches = draw(self.model, conditions, self.sampler, first=first)
         latents = torch.cat(list(batches))
         if not torch.isfinite(latents).all():
             raise LitconvertError(
@@ -219,8 +225,10 @@ def _draw_shards(assembly: Assembly, drawing: Drawing, name: str) -> None:
         for index in range(group.process, assembly.count, group.processes)
     }
     total = sum(map(len, shards.values()))
+    left = [len(shards[index]) for index in assembly.own]
+    compile_for(sum(map(drawing.sampler.passes_of, left)), [drawing.model], drawing.recipe.sampling.compile)
     with assembly.task(name, total) as task:
-        task.advance(total - sum(len(shards[index]) for index in assembly.own))
+        task.advance(total - sum(left))
         for index in assembly.own:
             with assembly.make(index) as folder:
                 _write_shard(folder, drawing, shards[index], task)

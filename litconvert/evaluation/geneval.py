@@ -19,6 +19,7 @@ from litconvert.common.outputs import whole_directory
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.evaluation.model_scores import EvaluationRequest, recipe_for, samples_of
 from litconvert.families.sources import OpenSource, read_model
+from litconvert.model.compilation import compile_for
 from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.schema import Recipe
 from litconvert.sampling.captions import Captions
@@ -101,6 +102,8 @@ def draw_geneval(asked: EvaluationRequest, metadata: Path, out: Path, listener: 
         samples = samples_of(asked, recipe, sources, Path(folder), [one.text for one in prompts])
         listener.note(f"reading {source.checkpoint.source}")
         model = read_model(source, torch.float32).to(default_device())
+        passes = samples.sampler(settings.seeds[0]).passes_of(PER_PROMPT * len(missing))
+        compile_for(passes, [model], recipe.sampling.compile)
         together = max(1, settings.batch_size // PER_PROMPT)
         with listener.task("draw for GenEval", len(missing)) as task:
             for start in range(0, len(prompts), together):

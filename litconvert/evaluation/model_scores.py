@@ -43,6 +43,7 @@ from litconvert.evaluation.networks import DEFAULT, ClipScore, FeatureNetwork, O
 from litconvert.evaluation.scores import Score, to_json
 from litconvert.families.companions import companions_of
 from litconvert.families.sources import OpenSource, read_model
+from litconvert.model.compilation import compile_for
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.model.pipeline_lit import VAE_FACTOR
 from litconvert.model.shapes import count_macs
@@ -287,6 +288,7 @@ def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dic
             Drawn(name, read_model(source, torch.float32).to(device), _digest(source, kept=group is not None))
             for name, source in zip(names, sources, strict=True)
         ]
+        _compile(asked, samples, models, 1 if group is None else group.processes)
         if group is not None:
             _keep_all(samples, models, group, listener, reference=reference is None)
             if group.process:
@@ -323,6 +325,21 @@ def _digest(source: OpenSource, *, kept: bool) -> str:
     """Of a model's weights and config, where its samples are kept: weights are read whole for it."""
     checkpoint = source.checkpoint
     return digest_of([checkpoint.sha256(), checkpoint.weights, source.config.given]) if kept else ""
+
+
+def _compile(asked: EvaluationRequest, samples: Samples, models: Sequence[Drawn], processes: int) -> None:
+    """Compile the models that are to draw so much that it is repaid, or as the recipe says."""
+    settings, sampler = samples.recipe.evaluate, samples.sampler(0)
+    for drawn in models:
+        seeds = [] if asked.agreement_only else list(settings.seeds)
+        draws_reference = drawn.name == "teacher" and asked.images is None and asked.reference is None
+        if draws_reference and not asked.agreement_only:
+            seeds.append(settings.reference_seed)
+        sets = sum(samples.kept is None or not samples.file(drawn, seed).exists() for seed in seeds)
+        passes = sets * sampler.passes_of(settings.num_samples) // processes
+        if drawn.name == "teacher":
+            passes += sampler.passes_of(AGREEMENT_IMAGES)
+        compile_for(passes, [drawn.model], samples.recipe.sampling.compile)
 
 
 def _keep_all(samples: Samples, models: Sequence[Drawn], group: Group, listener: Listener, *, reference: bool) -> None:
@@ -376,7 +393,8 @@ def _cost(asked: EvaluationRequest, recipe: Recipe, sources: Sequence[OpenSource
     count = 0 if asked.agreement_only else sets * settings.num_samples
     count += AGREEMENT_IMAGES if asked.teacher else 0
     macs = max(count_macs(source.config, source.config.sample_size) for source in sources)
-    seconds = count * settings.steps * guided * macs / rate_of(str(default_device()), torch.float32)
+    dtype = torch.bfloat16 if uses_bf16(recipe.sampling.mixed_precision) else torch.float32
+    seconds = count * settings.steps * guided * macs / rate_of(str(default_device()), dtype)
     return f"{count:,} samples are drawn in {settings.steps} steps: about {span(seconds)}"
 
 

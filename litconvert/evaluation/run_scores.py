@@ -14,9 +14,11 @@ from litconvert.conversion.provenance import Provenance
 from litconvert.evaluation.scores import evaluate, evaluation_passes, reference_samples
 from litconvert.families.companions import local_model
 from litconvert.families.sources import open_student, open_teacher, read_model
+from litconvert.model.compilation import compile_for
 from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.schema import Recipe
 from litconvert.runs.directory import model_of
+from litconvert.sampling.draw import SamplerSettings
 
 
 def score_run(
@@ -51,6 +53,9 @@ def score_run(
     listener.note(f"reading {folder} and its teacher")
     student = read_model(open_student(folder, weights), torch.float32)
     teacher = read_model(open_teacher(recipe), torch.float32)
+    sampler = SamplerSettings.of(recipe, settings, seed=0, batch_size=settings.batch_size)
+    each = sampler.passes_of(settings.num_samples) * len(settings.seeds)
+    compile_for(each, [student, teacher], recipe.sampling.compile)
     models = {"student": student, "teacher against itself": teacher}
     with listener.task("evaluate", evaluation_passes(settings, len(models))) as task:
         reference = reference_samples(teacher, recipe, task)

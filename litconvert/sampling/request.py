@@ -138,6 +138,7 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
     drawn = sources[-1:] if request.latents else sources
     listener.note(f"reading {' and '.join(source.checkpoint.source for source in drawn)}")
     models = [read_model(source, torch.float32).to(device) for source in drawn]
+    compile_for(sampler.passes_of(count), models, settings.sampling.compile)
     conditions = cycled(conditions, count)
     with listener.task("sample", len(models) * sampler.steps_of(len(conditions))) as task:
         if request.latents is not None:

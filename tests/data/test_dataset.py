@@ -25,6 +25,7 @@ from litconvert.sampling.captions import encode, encode_texts, encode_to_store, 
 from litconvert.sampling.draw import noise_of
 from litconvert.sampling.pictures import to_images
 from tests.helpers.arrow import everything
+from tests.helpers.compiled import counted_passes
 from tests.helpers.listener import Hearing
 from tests.helpers.pretrained import CHANNELS, Pretrained
 from tests.helpers.processes import kept_by_another_process
@@ -177,6 +178,26 @@ def test_synthesis_resumes_after_a_crash_to_the_same_data(
     assert second is not None
     assert torch.equal(first, second)
     assert not list(tmp_path.glob(".data*"))
+
+
+def test_the_teacher_is_compiled_for_as_many_passes_as_are_left(
+    tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path
+) -> None:
+    def stop(done: int, total: int) -> None:
+        if done > 6:
+            raise KeyboardInterrupt
+
+    blocks = ["sampling.compile=blocks", "data.synthesize.guidance=1.0"]
+    place, recipe = tmp_path / "data", str(pico_recipe)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        counted_passes("litconvert.data.synthesize") as whole,
+    ):
+        synthesize(pico_checkpoint, place, recipe, blocks, listener=Hearing(task=stop))
+    with counted_passes("litconvert.data.synthesize") as rest:
+        synthesize(pico_checkpoint, place, recipe, blocks)
+    assert rest[0][0] == rest[0][1] > 0
+    assert whole[0][0] == 2 * rest[0][0]  # half of it was kept
 
 
 def test_synthesis_of_other_inputs_is_refused_beside_the_same_ones(

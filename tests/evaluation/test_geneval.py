@@ -11,6 +11,7 @@ from litconvert.errors import LitconvertError, UsageError
 from litconvert.evaluation.geneval import draw_geneval, geneval_commands, read_metadata
 from litconvert.evaluation.model_scores import EvaluationRequest
 from tests.helpers.command import command
+from tests.helpers.compiled import counted_passes
 from tests.helpers.pretrained import Pretrained
 
 ENTRIES = [
@@ -61,6 +62,13 @@ def test_every_prompt_has_its_folder_with_its_line_and_four_pictures(
     assert [path for path in times if path.stat().st_mtime_ns != times[path]] == [
         path for path in times if "00001" in path.parts
     ]
+
+    shutil.rmtree(out / "00000")
+    shutil.rmtree(out / "00001")
+    again = request(pretrained, tmp_path, "evaluate.batch_size=4", "sampling.compile=blocks")
+    with counted_passes("litconvert.evaluation.geneval") as found:
+        draw_geneval(again, metadata, out)
+    assert found[0][0] == 2 * found[0][1] == 8  # with guidance a pass is of two batches in one
 
 
 def test_another_folder_is_not_drawn_into(tmp_path: Path, pretrained: Pretrained, metadata: Path) -> None:

@@ -25,6 +25,7 @@ from litconvert.evaluation.model_scores import (
 from litconvert.evaluation.networks import Outputs
 from litconvert.sampling.captions import Captions, write_embeddings
 from tests.helpers.command import command
+from tests.helpers.compiled import counted_passes
 from tests.helpers.feature_networks import save_clip, save_dinov2
 from tests.helpers.pretrained import CHANNELS, Pretrained
 from tests.helpers.processes import Forker
@@ -300,6 +301,48 @@ def test_a_distance_that_is_no_number_is_refused_and_json_has_none(
     assert compare(some, near)["frechet_distance"] > 0
     data({"distance": float("nan"), "several": [1.5, float("inf")]})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"distance": None, "several": [1.5, None]}
+
+
+def test_models_are_compiled_for_as_many_passes_as_are_drawn(
+    tmp_path: Path, pico_student: Path, pico_checkpoint: Path, dinov2: str
+) -> None:
+    blocks = (*FEW, "evaluate.seeds=[7, 8]", "evaluate.guidance=1.0", "sampling.compile=blocks")
+    asked = EvaluationRequest(str(pico_student), str(pico_checkpoint), features=dinov2, overrides=blocks)
+    stored, kept = tmp_path / "stored.npz", tmp_path / "kept"
+    with counted_passes("litconvert.evaluation.model_scores") as found:
+        evaluate_model(replace(asked, samples=kept, save_statistics=stored))
+    teacher, student = found
+    # Agreement is measured on ten tenths of the timesteps, in as many batches as it is drawn in; the teacher's in bf16,
+    # too.
+    of_agreement = 10 * AGREEMENT_IMAGES // 4
+    assert [teacher[0], student[0]] == [(3 * 2 + AGREEMENT_IMAGES // 4) * 2, 2 * 2 * 2]
+    assert [teacher[1] - teacher[0], student[1] - student[0]] == [2 * of_agreement, of_agreement]
+    alone = replace(asked, teacher=None, reference=stored)
+    with counted_passes("litconvert.evaluation.model_scores") as found:
+        evaluate_model(alone)
+    assert found == [[2 * 2 * 2] * 2]
+    with counted_passes("litconvert.evaluation.model_scores") as found:
+        evaluate_model(replace(asked, agreement_only=True, features=None))
+    assert [passes for passes, _ in found] == [AGREEMENT_IMAGES // 4 * 2, 0]
+    with counted_passes("litconvert.evaluation.model_scores") as found:
+        evaluate_model(replace(asked, samples=kept))  # which are drawn
+    assert [passes for passes, _ in found] == [AGREEMENT_IMAGES // 4 * 2, 0]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_drawing_costs_is_told_for_its_precision(
+    bf16: bool, pico_student: Path, pico_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[torch.dtype] = []
+
+    def rate(device: str, dtype: torch.dtype) -> float:
+        timed.append(dtype)
+        return 1e9
+
+    monkeypatch.setattr("litconvert.evaluation.model_scores.rate_of", rate)
+    overrides = (*FEW, f"sampling.mixed_precision={'bf16' if bf16 else 'no'}")
+    evaluate_model(EvaluationRequest(str(pico_student), str(pico_checkpoint), overrides=overrides, agreement_only=True))
+    assert timed == [torch.bfloat16 if bf16 else torch.float32]
 
 
 def test_samples_that_are_kept_are_drawn_once_and_measured_the_same(
