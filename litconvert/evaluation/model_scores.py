@@ -206,6 +206,12 @@ class Samples:
         assert self.kept is not None
         return self.kept / f"{drawn.name}-{seed}.npz"
 
+    def files(self, models: Sequence["Drawn"]) -> list[Path]:
+        """Where all that may be drawn are kept."""
+        settings = self.recipe.evaluate
+        seeds = (settings.reference_seed, *settings.seeds)
+        return [self.file(drawn, seed) for drawn in models for seed in seeds]
+
     def keep(self, drawn: "Drawn", seed: int, group: Group, listener: Listener) -> None:
         """Draw the samples of a model and a seed into their file, unless they are there. Every process calls it."""
         settings = self.recipe.evaluate
@@ -290,6 +296,8 @@ def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dic
         ]
         _compile(asked, samples, models, 1 if group is None else group.processes)
         if group is not None:
+            if asked.save_statistics is not None:
+                refuse_source(asked.save_statistics, samples.files(models))
             _keep_all(samples, models, group, listener, reference=reference is None)
             if group.process:
                 return {}

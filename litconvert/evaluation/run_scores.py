@@ -54,8 +54,9 @@ def score_run(
     student = read_model(open_student(folder, weights), torch.float32)
     teacher = read_model(open_teacher(recipe), torch.float32)
     sampler = SamplerSettings.of(recipe, settings, seed=0, batch_size=settings.batch_size)
-    each = sampler.passes_of(settings.num_samples) * len(settings.seeds)
-    compile_for(each, [student, teacher], recipe.sampling.compile)
+    # The teacher draws the reference, too.
+    for model, sets in ((student, len(settings.seeds)), (teacher, len(settings.seeds) + 1)):
+        compile_for(sets * sampler.passes_of(settings.num_samples), [model], recipe.sampling.compile)
     models = {"student": student, "teacher against itself": teacher}
     with listener.task("evaluate", evaluation_passes(settings, len(models))) as task:
         reference = reference_samples(teacher, recipe, task)

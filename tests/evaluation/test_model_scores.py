@@ -364,6 +364,10 @@ def test_samples_that_are_kept_are_drawn_once_and_measured_the_same(
         evaluate_model(replace(kept, overrides=[*FEW, "evaluate.steps=3"]))
     with pytest.raises(UsageError, match="leave it out"):
         evaluate_model(replace(kept, agreement_only=True, features=None))
+    before = (tmp_path / "samples" / "student-7.npz").read_bytes()
+    with pytest.raises(UsageError, match="is the source itself"):
+        evaluate_model(replace(kept, save_statistics=tmp_path / "samples" / "student-7.npz", force=True))
+    assert (tmp_path / "samples" / "student-7.npz").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from litconvert.sampling.pictures import load_vae, to_images
 from litconvert.sampling.request import parse_classes
 from tests.helpers.checkpoint_files import dit_state
 from tests.helpers.command import command
+from tests.helpers.compiled import counted_passes
 
 SCHEDULERS = ("ddim", "ddpm", "dpm-solver++")
 
@@ -542,6 +543,22 @@ def test_a_fused_model_saves_the_same_tensors(tmp_path: Path, pico_student: Path
     names = list(model.state_dict())
     model.fuse_qkv_projections()
     assert list(model.state_dict()) == names
+
+
+def test_sheets_and_the_scores_of_a_run_are_drawn_by_compiled_models(tmp_path: Path) -> None:
+    sets = ("evaluate.num_samples=70", "evaluate.steps=2", "evaluate.guidance=1.0", "evaluate.batch_size=64")
+    sets += ("evaluate.seeds=[1, 2]", "sample.steps=3", "sample.guidance=1.0", "sampling.compile=blocks")
+    told = [part for one in sets for part in ("--set", one)]
+    model = tmp_path / "lit"
+    assert command("convert", "asset:dit-digits", model, "--no-solve").code == 0
+    with counted_passes("litconvert.sampling.request") as found:
+        done = command("sample", model, "--teacher", "asset:dit-digits", "-n", 4, "-o", tmp_path / "a.png", *told)
+    assert done.code == 0, done.err
+    assert found == [[3, 3], [3, 3]]
+    with counted_passes("litconvert.evaluation.run_scores") as found:
+        done = command("evaluate", model, *told)
+    assert done.code == 0, done.err
+    assert found == [[2 * 2 * 2] * 2, [3 * 2 * 2] * 2]  # the teacher draws the reference, too
 
 
 def test_one_setting_says_in_what_precision_everything_draws(
