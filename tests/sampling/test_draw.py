@@ -546,8 +546,8 @@ def test_a_fused_model_saves_the_same_tensors(tmp_path: Path, pico_student: Path
 
 
 def test_sheets_and_the_scores_of_a_run_are_drawn_by_compiled_models(tmp_path: Path) -> None:
-    sets = ("evaluate.num_samples=70", "evaluate.steps=2", "evaluate.guidance=1.0", "evaluate.batch_size=64")
-    sets += ("evaluate.seeds=[1, 2]", "sample.steps=3", "sample.guidance=1.0", "sampling.compile=blocks")
+    sets = ["evaluate.num_samples=70", "evaluate.steps=2", "evaluate.guidance=1.0", "evaluate.batch_size=64"]
+    sets += ["evaluate.seeds=[1, 2]", "sample.steps=3", "sample.guidance=1.0", "sampling.compile=blocks"]
     told = [part for one in sets for part in ("--set", one)]
     model = tmp_path / "lit"
     assert command("convert", "asset:dit-digits", model, "--no-solve").code == 0
