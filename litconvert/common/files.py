@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from litconvert.common.listener import SILENT, Listener
 from litconvert.errors import LitconvertError, UsageError, system_cause
 
 LOCK = ".lock"
+# The number of a process, as names of temporary files end in it.
+PROCESS = r"[0-9]{1,9}"
 HANDOVER_SECONDS = 15.0
 OUTPUT_SECONDS = 1.0
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -126,7 +129,8 @@ def whole_file(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
             pid = stale.name.rsplit("-", 1)[1]
-            if not pid.isdigit() or not is_alive(int(pid)):
+            # Anything else is a lock, or a user's.
+            if re.fullmatch(PROCESS, pid) and not is_alive(int(pid)):
                 stale.unlink(missing_ok=True)
         yield temporary
         with temporary.open("rb") as file:
