@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from litconvert.common.device import default_device
+from litconvert.common.device import default_device, uses_bf16
 from litconvert.common.files import read_json, write_whole
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.outputs import whole_directory
@@ -87,7 +87,13 @@ def draw_geneval(asked: EvaluationRequest, metadata: Path, out: Path, listener: 
     if not source.config.reads_captions:
         raise UsageError(f"GenEval's prompts are captions, and {asked.model} draws classes")
     settings = recipe.evaluate
-    made_from = {"evaluate": given(settings, exclude={"batch_size", "num_samples"}), "source": given(recipe.source)}
+    made_from = {
+        "evaluate": given(settings, exclude={"batch_size", "num_samples"}),
+        "source": given(recipe.source),
+        "diffusion": given(recipe.diffusion),
+        # As it comes out on this device: another may draw in another precision.
+        "sampling": {"mixed_precision": "bf16" if uses_bf16(recipe.sampling.mixed_precision) else "no"},
+    }
     _begin(out, Inputs({**made_from, "model": source.checkpoint.sha256(), "prompts": [one.line for one in prompts]}))
     missing = [index for index in range(len(prompts)) if not _folder(out, index).is_dir()]
     if not missing:

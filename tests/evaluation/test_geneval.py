@@ -69,10 +69,24 @@ def test_another_folder_is_not_drawn_into(tmp_path: Path, pretrained: Pretrained
     assert draw_geneval(request(pretrained, tmp_path, "evaluate.batch_size=4"), metadata, out) == 3
     with pytest.raises(LitconvertError, match=r"made from other inputs \(evaluate\.guidance was"):
         draw_geneval(request(pretrained, tmp_path, "evaluate.guidance=2.0"), metadata, out)
+    with pytest.raises(LitconvertError, match=r"\(diffusion\.num_timesteps was the default and is 500\)"):
+        draw_geneval(request(pretrained, tmp_path, "diffusion.num_timesteps=500"), metadata, out)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(LitconvertError, match="holds something else"):
         draw_geneval(request(pretrained, tmp_path), metadata, tmp_path / "other")
+
+
+def test_pictures_of_two_precisions_are_not_mixed_whoever_chose_them(
+    tmp_path: Path, pretrained: Pretrained, metadata: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, by_device = tmp_path / "out", request(pretrained, tmp_path, "sampling.mixed_precision=auto")
+    monkeypatch.setenv("LITCONVERT_BF16", "0")
+    draw_geneval(by_device, metadata, out)
+    assert draw_geneval(request(pretrained, tmp_path, "sampling.mixed_precision=no"), metadata, out) == 3
+    monkeypatch.setenv("LITCONVERT_BF16", "1")
+    with pytest.raises(LitconvertError, match=r"\(sampling\.mixed_precision was no and is bf16\)"):
+        draw_geneval(by_device, metadata, out)
 
 
 def test_what_is_no_prompt_of_geneval_is_refused(tmp_path: Path, metadata: Path, pico_checkpoint: Path) -> None:
