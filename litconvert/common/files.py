@@ -92,6 +92,17 @@ def refuse_existing(*paths: Path | None, force: bool) -> None:
         raise LitconvertError(f"{' and '.join(there)} {verb}; choose another name, or replace {them} with --force")
 
 
+def refuse_same(*paths: Path | None) -> None:
+    """Raise UsageError for files to be written that are one and the same: the second would replace the first."""
+    places: dict[str, Path] = {}
+    for path in paths:
+        if path is not None and (other := places.setdefault(os.path.realpath(path), path)) is not path:
+            named = str(path) if str(path) == str(other) else f"{other} and {path}"
+            raise UsageError(
+                f"{named}: one file for two outputs, of which the second would replace the first; name two"
+            )
+
+
 def printable(text: str) -> str:
     """Text as UTF-8 can hold it: bytes of a name that are none are written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.device import default_device
-from litconvert.common.files import digest_of, refuse_existing, refuse_source, whole_file
+from litconvert.common.files import digest_of, refuse_existing, refuse_same, refuse_source, whole_file
 from litconvert.common.launch import launched_processes
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.outputs import place_of, work_paths
@@ -103,6 +103,7 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
 
     Returns: the files written.
     """
+    refuse_same(*request.written)
     _refuse_taken(request, [] if request.npz is None else work_paths(request.npz, "shards-"))
     path = model_of(request.model, raw=request.weights == "model")
     if path != request.model and Path(path).name != "model":
