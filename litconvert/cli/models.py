@@ -206,8 +206,10 @@ def sample(
     }
     overrides = [*(sets or []), *assignments(named)]
     check_overrides(recipe or recorded_recipe(model_of(model)), overrides, model)
-    # Before torch is imported; what else the request refuses comes after that.
-    refuse_existing(None if latents else out, npz, latents, save_embeddings, force=force)
+    # Before torch is imported; what else the request refuses comes after that. Beside an NPZ file it knows which files
+    # an interrupted command left.
+    if npz is None:
+        refuse_existing(None if latents else out, latents, save_embeddings, force=force)
     sheet = out or (SHEET if force else free_name(SHEET))
     from litconvert.cli.live import screen
     from litconvert.sampling.request import SampleRequest, sample_to_files

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ from litconvert.common.listener import SILENT, Listener
 from litconvert.errors import LitconvertError, UsageError, system_cause
 
 LOCK = ".lock"
+# The number of a process, as names of temporary files end in it.
+PROCESS = r"[0-9]{1,9}"
 HANDOVER_SECONDS = 15.0
 OUTPUT_SECONDS = 1.0
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -106,6 +109,17 @@ def refuse_existing(*paths: Path | None, force: bool) -> None:
         raise LitconvertError(f"{' and '.join(there)} {verb}; choose another name, or replace {them} with --force")
 
 
+def refuse_same(*paths: Path | None) -> None:
+    """Raise UsageError for files to be written that are one and the same: the second would replace the first."""
+    places: dict[str, Path] = {}
+    for path in paths:
+        if path is not None and (other := places.setdefault(os.path.realpath(path), path)) is not path:
+            named = str(path) if str(path) == str(other) else f"{other} and {path}"
+            raise UsageError(
+                f"{named}: one file for two outputs, of which the second would replace the first; name two"
+            )
+
+
 def printable(text: str) -> str:
     """Text as UTF-8 can hold it: bytes of a name that are none are written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
@@ -143,7 +157,8 @@ def whole_file(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
             pid = stale.name.rsplit("-", 1)[1]
-            if not pid.isdigit() or not is_alive(int(pid)):
+            # Anything else is a lock, or a user's.
+            if re.fullmatch(PROCESS, pid) and not is_alive(int(pid)):
                 stale.unlink(missing_ok=True)
         yield temporary
         with temporary.open("rb") as file:

@@ -15,15 +15,20 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from litconvert.common.files import held, is_alive, require_utf8
+from litconvert.common.files import PROCESS, held, is_alive, require_utf8
 from litconvert.common.listener import SILENT, Listener
 from litconvert.errors import LitconvertError, UsageError, system_cause
 
 UNFINISHED = ".unfinished"
 LOCK = "partial-lock"
-# What is being made, beside an output (.NAME.partial-123) or in a folder that is filled (.partial-123), and locks.
-_PASSING = re.compile(r"\.(lock|unfinished|(.+\.)?(partial|shards|solving)-.+)")
-# What file systems and file managers put into folders, which is nobody's.
+# What is being made, beside an output (.NAME.partial-123) or in a folder that is filled (.partial-123), and locks. In
+# the very forms that are written, since they are removed: a user's `.partial-notes` is the user's.
+_PARTIAL = re.compile(rf"\.(?:.+\.)?partial-(?P<pid>{PROCESS})(?P<retired>-old)?", re.DOTALL)
+_PASSING = re.compile(
+    rf"\.lock|\.unfinished|{_PARTIAL.pattern}|\.(?:.+\.)?(?:partial-lock|(?:shards|solving)-[0-9a-f]{{12}})", re.DOTALL
+)
+# What file systems and file managers put into folders, which is nobody's: a folder with nothing else is empty. It stays
+# where a folder is filled, and goes with one that is replaced by renaming.
 _DROPPINGS = frozenset({"lost+found", ".DS_Store", "Thumbs.db", "desktop.ini", "__pycache__"})
 _WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
@@ -84,7 +89,7 @@ RUN = Kind(
         *("run.json", "recipe.yaml", "usage.json", "trackers.json", "evaluation.json", "evaluation-raw.json"),
         *("metrics.csv", "timestep_errors.csv", "curves.png", "timestep_errors.png", "comparison.png"),
         *("samples/teacher.png", "samples/before.png", "samples/after.png", "samples/step-*.png"),
-        *("checkpoints/step-*", "checkpoints/.dropped-*", "checkpoints/.partial*"),
+        *("checkpoints/step-*", "checkpoints/.dropped-step-*", "checkpoints/.partial"),
         *("teacher-outputs/*.float32", "teacher-outputs/*.marks", "logs/*", "wandb/*", "latents"),
         *(f"model/{name}" for name in MODEL.files),
     ),
@@ -128,9 +133,9 @@ def work_path(out: Path, what: str) -> Path:
 
 
 def work_paths(out: Path, what: str) -> list[Path]:
-    """All of an output whose name begins so, as `work_path` names them."""
+    """All of an output whose name begins so, as `work_path` names them; what only looks like them is a user's."""
     path = work_path(out, what)
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}*"))
+    return sorted(one for one in path.parent.glob(f"{glob.escape(path.name)}*") if _PASSING.fullmatch(one.name))
 
 
 def contents(folder: Path) -> list[Path]:
@@ -263,8 +268,9 @@ def whole_directory(out: Path, kind: Kind | None = None) -> Iterator[Path]:
             refuse_foreign(out, kind)
         place.parent.mkdir(parents=True, exist_ok=True)
         for stale in work_paths(out, "partial-"):
-            pid = stale.name.rsplit("-", 1)[1]
-            if stale.is_dir() and (not pid.isdigit() or int(pid) == os.getpid() or not is_alive(int(pid))):
+            if (made := _PARTIAL.fullmatch(stale.name)) is None or not stale.is_dir():
+                continue  # the lock, or a file's
+            if made["retired"] or int(made["pid"]) == os.getpid() or not is_alive(int(made["pid"])):
                 shutil.rmtree(stale, ignore_errors=True)
         temporary = work_path(out, f"partial-{os.getpid()}")
         temporary.mkdir()
@@ -322,7 +328,7 @@ def _fill(place: Path, temporary: Path, kind: Kind | None) -> None:
         if path.name in last:
             _sync(place, recurse=False)
     # What interrupted commands kept here is of no more use.
-    for path in (temporary, *place.glob(".shards-*"), *place.glob(".solving-*")):
+    for path in (temporary, *work_paths(place, "shards-"), *work_paths(place, "solving-")):
         remove(path)
     _sync(place, recurse=False)
     mark.unlink()

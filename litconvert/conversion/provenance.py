@@ -9,10 +9,9 @@ from litconvert.common.files import read_json
 from litconvert.common.outputs import refuse_unfinished
 from litconvert.common.versions import versions
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.families.companions import PUSHED
 
 FORMAT_VERSION = 1
-# What a push adds to the record that goes up: its files with their hashes. It is of that repository, not of the model.
-PUSHED = "pushed"
 
 
 @dataclass(frozen=True)

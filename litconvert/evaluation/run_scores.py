@@ -67,7 +67,9 @@ def score_run(
     write_whole(kept, json.dumps(scores, indent=2) + "\n")
     if not raw:
         measured = replace(provenance, metrics=_metrics(scores))
-        write_whole(folder / "litconvert.json", json.dumps(measured.record, indent=2) + "\n")
+        # What is no part of a model's record stays: that the folder came from the Hub.
+        record = {**read_json(folder / "litconvert.json"), **measured.record}
+        write_whole(folder / "litconvert.json", json.dumps(record, indent=2) + "\n")
     return scores
 
 

@@ -14,10 +14,12 @@ from litconvert.recipe.packaged import packaged_recipes
 from litconvert.recipe.resolve import ResolvedRecipe, flatten, resolve
 from litconvert.recipe.schema import Publish, Recipe, SchedulerName, TextEncoder, Vae
 
-INDEX, RECIPE, RECORD, CARD = "model_index.json", "recipe.yaml", "litconvert.json", "README.md"
+INDEX, RECIPE, RECORD = "model_index.json", "recipe.yaml", "litconvert.json"
+# What a push adds to the record that goes up: its files with their hashes. It is of that repository, not of the model.
+PUSHED = "pushed"
 SCHEDULER = "scheduler/scheduler_config.json"
 # The small files that say what is beside the weights of a Hub repository.
-SMALL = (INDEX, RECIPE, RECORD, CARD, SCHEDULER, "vae/config.json")
+SMALL = (INDEX, RECIPE, RECORD, SCHEDULER, "vae/config.json")
 SCHEDULERS: Mapping[str, SchedulerName] = {
     "DDPMScheduler": "ddpm",
     "DDIMScheduler": "ddim",
@@ -263,14 +265,21 @@ def _read(place: str, folder: Path, *, from_hub: bool = False) -> Companions:
     """What the small files in a folder say."""
     ours = (folder / RECIPE).is_file() and (folder / RECORD).is_file()
     found: dict[str, Any] = {"recipe": folder / RECIPE if ours else None}
-    # A model directory as it is written has no card.
-    found["published"] = ours and (from_hub or (folder / CARD).is_file())
+    found["published"] = ours and (from_hub or _is_pushed(folder / RECORD))
     if not (folder / INDEX).is_file():
         return Companions(place, **found)
     try:
         return Companions(place, **found, **_of_pipeline(place, folder, from_hub=from_hub))
     except LitconvertError as error:
         return Companions(place, **found, remarks=(str(error),))
+
+
+def _is_pushed(record: Path) -> bool:
+    """Whether a record came from the Hub, by what a push put into it. A README.md says nothing: anybody may add one."""
+    try:
+        return PUSHED in read_json(record)
+    except LitconvertError:
+        return False
 
 
 def _of_pipeline(place: str, folder: Path, *, from_hub: bool) -> dict[str, Any]:

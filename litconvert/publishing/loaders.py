@@ -7,8 +7,10 @@ from pathlib import PurePosixPath
 # Folders of a pipeline. diffusers looks into each that model_index.json names, one without a component too.
 COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
 # As diffusers, transformers and peft name weights. Behind that come a variant and a shard's number, in either order.
+# Not among them is Flax (diffusion_flax_model.msgpack, flax_model.msgpack): neither library loads it any more.
 _STEMS = "diffusion_pytorch_model|pytorch_model|model|adapter_model"
 _WEIGHTS = re.compile(rf"(?:{_STEMS})(?P<more>[.-][\w.-]+?)?\.(?P<suffix>safetensors|bin|onnx|flashpack)")
+# Of an index the variant comes behind the weights' ending: no loader looks for model.fp16.safetensors.index.json.
 _INDEX = re.compile(
     rf"(?:{_STEMS})\.(?P<suffix>safetensors|bin)(?:\.(?P<older>[\w-]+))?\.index(?:\.(?P<variant>[\w-]+))?\.json"
 )

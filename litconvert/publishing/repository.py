@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from litconvert.checkpoints.remote import RemoteFile
 from litconvert.common.files import read_json
-from litconvert.conversion.provenance import PUSHED
 from litconvert.errors import LitconvertError
+from litconvert.families.companions import PUSHED
 from litconvert.publishing.card import is_own_card
 from litconvert.publishing.loaders import in_the_way
 from litconvert.publishing.publication import Destination

@@ -246,7 +246,7 @@ class RunDirectory:
             folder = self.checkpoint_of(step)
             with suppress(OSError):
                 folder.rename(folder.with_name(f".dropped-{folder.name}"))
-        for dropped in self.checkpoints.glob(".dropped-*"):
+        for dropped in self.checkpoints.glob(".dropped-step-*"):
             shutil.rmtree(dropped, ignore_errors=True)
 
     def truncate_metrics(self, global_step: int) -> None:

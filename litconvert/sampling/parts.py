@@ -1,8 +1,9 @@
 """Work that several processes share part by part, and that is kept until it is whole: interrupted, it goes on."""
 
+import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import torch
 
-from litconvert.common.files import require_utf8
+from litconvert.common.files import read_json, require_utf8, write_whole
 from litconvert.common.listener import SILENT, Listener, Task
 from litconvert.common.outputs import at_work, place_of, whole_directory, work_path, work_paths
 from litconvert.errors import LitconvertError, system_cause
+
+# In the folder of the parts: which files are written beside the output.
+BESIDE = "beside.json"
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,12 @@ class Parts:
                 self.listener.note(f"goes on: {done} of {self.count} shards of {self.out} are there")
             yield
 
+    def record_beside(self, files: Iterable[Path]) -> None:
+        """Let the main process record which files are written beside `out`, before it writes them: the command that
+        goes on may then replace them. `written_beside` gives them back."""
+        names = [str(place_of(file)) for file in files]
+        write_whole(self.folder / BESIDE, json.dumps({"files": names}) + "\n")
+
     def once(self, path: Path, make: Callable[[], None]) -> None:
         """Let the main process make a file in `folder` that all need."""
         if self.group.process == 0 and not path.exists():
@@ -130,6 +140,12 @@ class Parts:
             for folder in work_paths(self.out, "shards-"):
                 shutil.rmtree(folder)
         self.group.wait()
+
+
+def written_beside(folders: Iterable[Path]) -> set[Path]:
+    """Files, by where they really are, that interrupted commands write beside an output with its parts in `folders`."""
+    records = [folder / BESIDE for folder in folders]
+    return {Path(name) for record in records if record.is_file() for name in read_json(record)["files"]}
 
 
 @contextmanager

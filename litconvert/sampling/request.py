@@ -13,9 +13,10 @@ from torch import Tensor
 
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.device import default_device
-from litconvert.common.files import digest_of, refuse_existing, refuse_source, whole_file
+from litconvert.common.files import digest_of, refuse_existing, refuse_same, refuse_source, whole_file
 from litconvert.common.launch import launched_processes
 from litconvert.common.listener import SILENT, Listener
+from litconvert.common.outputs import place_of, work_paths
 from litconvert.errors import UsageError
 from litconvert.families.companions import companions_of
 from litconvert.families.sources import OpenSource, open_source, read_model
@@ -27,7 +28,7 @@ from litconvert.recipe.schema import Recipe, Source
 from litconvert.runs.directory import model_of
 from litconvert.sampling.captions import Captions, encode_prompts, read_embeddings, write_embeddings
 from litconvert.sampling.draw import SamplerSettings, cycled, draw, make_scheduler
-from litconvert.sampling.parts import Parts, launched_group, written
+from litconvert.sampling.parts import Parts, launched_group, written, written_beside
 from litconvert.sampling.picture_set import PictureSet, in_turn, read_parts, save_npz
 from litconvert.sampling.pictures import NUM_IMAGES, described, load_vae, to_images
 from litconvert.sampling.sheets import Part, save_sheet
@@ -102,7 +103,8 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
 
     Returns: the files written.
     """
-    refuse_existing(*request.written, force=request.force)
+    refuse_same(*request.written)
+    _refuse_taken(request, [] if request.npz is None else work_paths(request.npz, "shards-"))
     path = model_of(request.model, raw=request.weights == "model")
     if path != request.model and Path(path).name != "model":
         listener.note(f"drawn from the checkpoint {path}")
@@ -130,27 +132,22 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
         to_images(torch.empty(1, configs[-1].in_channels, 1, 1), None)  # refuses, and says what to give
     conditions, count = _conditions(request, settings, configs)
     sampler = SamplerSettings.of(settings, chosen, seed=chosen.seed, batch_size=chosen.batch_size)
+    ready = Ready(settings, sources, conditions, count, sampler, vae)
     if request.npz is not None:
-        return _draw_many(request, Ready(settings, sources, conditions, count, sampler, vae), listener)
+        return _draw_many(request, ready, listener)
     if launched_processes() > 1 and launched_group().process:
         return []  # so few are drawn by the first process alone
-    # Undecoded, the model's alone are written.
-    drawn = sources[-1:] if request.latents else sources
-    listener.note(f"reading {' and '.join(source.checkpoint.source for source in drawn)}")
-    models = [read_model(source, torch.float32).to(device) for source in drawn]
-    compile_for(sampler.passes_of(count), models, settings.sampling.compile)
-    conditions = cycled(conditions, count)
-    with listener.task("sample", len(models) * sampler.steps_of(len(conditions))) as task:
-        if request.latents is not None:
-            latents = torch.cat(list(draw(models[-1], conditions, sampler, task=task)))
-            return _write_latents(request.latents, latents, conditions)
-        images = [
-            np.concatenate([to_images(batch, vae) for batch in draw(model, conditions, sampler, task=task)])
-            for model in models
-        ]
-    labels = _labels(conditions, chosen.prompts if request.embeddings is None else ())
-    _write_sheet(request, images, labels, settings, scale=max(1, 64 // configs[-1].sample_size))
-    return [request.out]
+    return _draw_few(request, ready, listener)
+
+
+def _refuse_taken(request: SampleRequest, folders: Sequence[Path]) -> None:
+    """Raise LitconvertError for files that are there, but for those that an interrupted command wrote.
+
+    Args:
+        folders: where the parts of such a command are.
+    """
+    own = written_beside(folders)
+    refuse_existing(*(path for path in request.written if place_of(path) not in own), force=request.force)
 
 
 @dataclass(frozen=True)
@@ -191,10 +188,34 @@ class Ready:
         )
 
 
+def _draw_few(request: SampleRequest, ready: Ready, listener: Listener) -> list[Path]:
+    """As many as are drawn at once: all on the sheet, or the model's latents."""
+    # Undecoded, the model's alone are written.
+    sources = ready.sources[-1:] if request.latents else ready.sources
+    listener.note(f"reading {' and '.join(source.checkpoint.source for source in sources)}")
+    models = [read_model(source, torch.float32).to(default_device()) for source in sources]
+    compile_for(ready.sampler.passes_of(ready.count), models, ready.recipe.sampling.compile)
+    conditions, sampler = cycled(ready.conditions, ready.count), ready.sampler
+    latents, images = None, []
+    with listener.task("sample", len(models) * sampler.steps_of(len(conditions))) as task:
+        if request.latents is not None:
+            latents = torch.cat(list(draw(models[-1], conditions, sampler, task=task)))
+        else:
+            images = [
+                np.concatenate([to_images(batch, ready.vae) for batch in draw(model, conditions, sampler, task=task)])
+                for model in models
+            ]
+    _write_captions(request, ready)
+    if request.latents is not None and latents is not None:
+        return _write_latents(request.latents, latents, conditions)
+    _write_sheet(request, ready, images)
+    return [request.out]
+
+
 def _draw_many(request: SampleRequest, ready: Ready, listener: Listener) -> list[Path]:
     """The model's pictures into an NPZ file, drawn part by part, and the first of them on the sheet."""
     assert request.npz is not None
-    sampling, group, config = ready.recipe.sampling, launched_group(), ready.sources[-1].config
+    sampling, group = ready.recipe.sampling, launched_group()
     if group.process == 0:
         listener.note(f"reading {' and '.join(source.checkpoint.source for source in ready.sources)}")
     *teachers, model = [read_model(source, torch.float32).to(group.device) for source in ready.sources]
@@ -204,17 +225,19 @@ def _draw_many(request: SampleRequest, ready: Ready, listener: Listener) -> list
     compile_for(passes, [model], sampling.compile)
     parts = Parts(request.npz, [ready.digest], pictures.parts, group, listener)
     sheet = range(min(NPZ_SHEET, ready.count))
-    with written(request.npz), parts.begun(lambda: refuse_existing(*request.written, force=request.force)):
+    with written(request.npz), parts.begun(lambda: _refuse_taken(request, [parts.folder])):
+        if group.process == 0:
+            parts.record_beside(path for path in request.written if path != request.npz)
+            _write_captions(request, ready)
         pictures.draw(parts)
 
         def join(folders: Sequence[Path]) -> None:
             assert request.npz is not None
-            save_npz(folders, pictures.labels, request.npz)
             shown = [replace(pictures, model=one).images(sheet) for one in teachers]
             mine = np.concatenate([piece for piece, _ in zip(read_parts(folders), sheet, strict=False)])[: len(sheet)]
-            prompts = ready.recipe.sample.prompts if request.embeddings is None else ()
-            names = _labels(cycled(ready.conditions, len(sheet)), prompts)
-            _write_sheet(request, [*shown, mine], names, ready.recipe, scale=max(1, 64 // config.sample_size))
+            _write_sheet(request, ready, [*shown, mine])
+            # Last: who finds it finds all of it.
+            save_npz(folders, pictures.labels, request.npz)
 
         parts.finish(join)
     return [request.out, request.npz]
@@ -263,7 +286,7 @@ def open_models(
 def _conditions(
     request: SampleRequest, recipe: Recipe, configs: Sequence[ModelConfig]
 ) -> tuple[Tensor | Captions, int]:
-    """The labels or captions that are drawn, taken in turn, and of how many images. Captions are written where asked.
+    """The labels or captions that are drawn, taken in turn, and of how many images.
 
     Args:
         configs: of all models that are drawn, the one that was asked for last.
@@ -287,9 +310,14 @@ def _conditions(
         shared = replace(config, null_caption=all(other.null_caption for other in configs))
         captions = encode_prompts(recipe, shared, request.prompts, request.negative_prompt)
     captions = captions.padded(config.caption_tokens, config.caption_width)
-    if request.save_embeddings is not None:
-        write_embeddings(captions, request.save_embeddings)
     return captions, count or len(captions)
+
+
+def _write_captions(request: SampleRequest, ready: Ready) -> None:
+    """The captions, where they are asked for."""
+    if request.save_embeddings is not None:
+        assert isinstance(ready.conditions, Captions)
+        write_embeddings(ready.conditions, request.save_embeddings)
 
 
 def _write_latents(path: Path, latents: Tensor, conditions: Tensor | Captions) -> list[Path]:
@@ -307,17 +335,13 @@ def _labels(conditions: Tensor | Captions, prompts: Sequence[str]) -> list[str]:
     return [str(int(label)) for label in conditions]
 
 
-def _write_sheet(
-    request: SampleRequest,
-    images: Sequence[NDArray[np.uint8]],
-    labels: Sequence[str],
-    recipe: Recipe,
-    *,
-    scale: int,
-) -> None:
-    """The sheet of all models, the teacher first."""
-    titles = [f"{request.model}; {described(recipe.sample)}"]
+def _write_sheet(request: SampleRequest, ready: Ready, images: Sequence[NDArray[np.uint8]]) -> None:
+    """The sheet of the first images of all models, the teacher first."""
+    drawing = ready.recipe.sample
+    titles = [f"{request.model}; {described(drawing)}"]
     if request.teacher is not None:
-        titles = [f"Teacher: {request.teacher}; {described(recipe.sample)}", f"Student: {titles[0]}"]
+        titles = [f"Teacher: {request.teacher}; {described(drawing)}", f"Student: {titles[0]}"]
+    prompts = (request.prompts or drawing.prompts) if request.embeddings is None else ()
+    labels = _labels(cycled(ready.conditions, len(images[0])), prompts)
     parts = [Part(title, one, labels) for title, one in zip(titles, images, strict=True)]
-    save_sheet(request.out, parts, scale=scale)
+    save_sheet(request.out, parts, scale=max(1, 64 // ready.sources[-1].config.sample_size))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from litconvert.common.files import OUTPUT_SECONDS
+from litconvert.common.files import OUTPUT_SECONDS, whole_file
 from litconvert.common.outputs import (
     DATA_SET,
     MODEL,
@@ -22,6 +22,7 @@ from litconvert.common.outputs import (
     refuse_unfinished,
     whole_directory,
     work_path,
+    work_paths,
 )
 from litconvert.errors import LitconvertError, UsageError
 from tests.helpers.mounts import mounted
@@ -221,12 +222,19 @@ OURS = {
         (RUN, "model/notes.txt", "model/notes.txt"),
         (RUN, "samples/favourite.png", "samples/favourite.png"),
         (RUN, "second/run.json", "second/"),
+        (MODEL, ".partial-notes", ".partial-notes"),
+        (MODEL, ".shards-mine/0.txt", ".shards-mine/"),
+        (MODEL, ".solving-later", ".solving-later"),
+        (MODEL, ".a.partial-12-older", ".a.partial-12-older"),
+        (RUN, "checkpoints/.partial-notes", "checkpoints/.partial-notes"),
+        (RUN, "checkpoints/.dropped-mine/0.txt", "checkpoints/.dropped-mine/"),
     ],
 )
 def test_what_is_not_ours_is_named_and_what_is_ours_or_nobody_s_is_not(
     tmp_path: Path, kind: Kind, name: str, told: str
 ) -> None:
     write(tmp_path, *OURS[kind], ".DS_Store", "__pycache__/modeling_lit.cpython-311.pyc", ".x.partial-1", ".lock")
+    write(tmp_path, ".partial-1-old/a", f".shards-{12 * '0'}/a", f".solving-{6 * '1f'}/a", ".partial-lock")
     refuse_foreign(tmp_path, kind)
     write(tmp_path, name)
     with pytest.raises(LitconvertError, match="not even --force deletes what is not ours") as refusal:
@@ -235,6 +243,36 @@ def test_what_is_not_ours_is_named_and_what_is_ours_or_nobody_s_is_not(
     with pytest.raises(LitconvertError, match="no part of"), whole_directory(tmp_path, kind):
         pass
     assert (tmp_path / name).exists()
+
+
+# No process has this number, whatever the system.
+GONE = 999_999_999
+
+
+def test_what_killed_commands_left_is_removed_and_what_only_looks_like_it_is_not(tmp_path: Path) -> None:
+    left = (f".out.partial-{GONE}/", f".out.partial-{GONE}-old/", f".x.npz.partial-{GONE}")
+    mine = (".out.partial-notes/a", f".out.partial-{GONE}-older/a", ".x.npz.partial-notes", ".x.npz.partial-lock")
+    write(tmp_path, *left, *mine)
+    fill(tmp_path / "out")
+    with whole_file(tmp_path / "x.npz") as file:
+        file.write_text("new")
+    assert not [name for name in left if (tmp_path / name).exists()]
+    assert [(tmp_path / name).read_text() for name in mine] == len(mine) * ["x"]
+    shards = [f".x.npz.shards-{12 * '0'}/", ".x.npz.shards-mine/"]
+    write(tmp_path, *shards)
+    assert work_paths(tmp_path / "x.npz", "shards-") == [tmp_path / shards[0]]
+
+
+def test_where_a_folder_is_filled_only_what_was_being_made_goes(tmp_path: Path) -> None:
+    with a_link(tmp_path) as out:
+        fill(out, "old")
+        write(out, f".shards-{12 * '0'}/a", f".solving-{12 * '0'}/a", f".partial-{GONE}/a", "desktop.ini")
+        fill(out)
+        assert {path.name for path in out.iterdir()} == {*PARTS, "desktop.ini"}
+        write(out, ".shards-mine/a")
+        with pytest.raises(LitconvertError, match=r"no part of a model directory: \.shards-mine/; move it away"):
+            fill(out)
+        assert (out / ".shards-mine" / "a").exists()
 
 
 def test_of_many_strangers_the_first_are_named(tmp_path: Path) -> None:

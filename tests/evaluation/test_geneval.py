@@ -90,6 +90,18 @@ def test_another_folder_is_not_drawn_into(tmp_path: Path, pretrained: Pretrained
         draw_geneval(request(pretrained, tmp_path), metadata, tmp_path / "other")
 
 
+def test_pictures_of_two_precisions_are_not_mixed_whoever_chose_them(
+    tmp_path: Path, pretrained: Pretrained, metadata: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, by_device = tmp_path / "out", request(pretrained, tmp_path, "sampling.mixed_precision=auto")
+    monkeypatch.setenv("LITCONVERT_BF16", "0")
+    draw_geneval(by_device, metadata, out)
+    assert draw_geneval(request(pretrained, tmp_path, "sampling.mixed_precision=no"), metadata, out) == 3
+    monkeypatch.setenv("LITCONVERT_BF16", "1")
+    with pytest.raises(LitconvertError, match=r"\(sampling\.mixed_precision was no and is bf16\)"):
+        draw_geneval(by_device, metadata, out)
+
+
 def test_what_is_no_prompt_of_geneval_is_refused(tmp_path: Path, metadata: Path, pico_checkpoint: Path) -> None:
     assert [one.text for one in read_metadata(metadata)] == [entry["prompt"] for entry in ENTRIES]
     for text, message in {

@@ -202,7 +202,10 @@ publish: {repo_id: owner/name, backup_every: 30}
     assert mine.source.vae == Vae(path="decoder")
     assert (mine.publish.repo_id, mine.data.path) == ("owner/name", "latents")
     assert companions_of(tmp_path).left_out() == ()
-    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "README.md").write_text("notes of whoever made it")
+    assert companions_of(tmp_path).resolve(None, []).recipe == mine
+    changed(tmp_path / "litconvert.json", pushed={"recipe.yaml": ["a", "b"]})
+    (tmp_path / "README.md").unlink()
     found = companions_of(tmp_path)
     assert found.published
     theirs = found.resolve(None, []).recipe

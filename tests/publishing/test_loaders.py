@@ -35,6 +35,14 @@ PIPELINE = (
 )
 WITH_T5 = (*PIPELINE, "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model")
 
+# They look like names that loaders know.
+NOT_TAKEN = (
+    "diffusion_flax_model.msgpack",
+    "flax_model.msgpack",
+    "diffusion_pytorch_model.fp16.safetensors.index.json",
+    "model.fp16.safetensors.index.json",
+)
+
 
 @pytest.mark.parametrize(
     ("ours", "path", "why"),
@@ -83,6 +91,9 @@ def test_what_a_loader_would_take_is_in_the_way(ours: tuple[str, ...], path: str
         *((PLAIN, path) for path in ("model_card.pdf", "modelling.safetensors", "transformer/notes.md", "DiT-XL-2.pt")),
         *((PIPELINE, path) for path in ("vae/notes.txt", "text_encoder/config.json", "tokenizer/tokenizer.json")),
         *((PIPELINE, path) for path in ("unet/diffusion_pytorch_model.bin", "samples/a.png", "lora/model.safetensors")),
+        *((PLAIN, path) for path in NOT_TAKEN),
+        *((PIPELINE, f"transformer/{path}") for path in NOT_TAKEN),
+        *((WITH_T5, f"text_encoder/{path}") for path in NOT_TAKEN),
     ],
 )
 def test_what_no_loader_would_take_stays(ours: tuple[str, ...], path: str) -> None:
@@ -130,6 +141,34 @@ def test_stock_diffusers_does_take_them(picos: Picos, tmp_path: Path, name: str,
             path.unlink()
     loaded = LiTTransformer2DModel.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_stock_loaders_do_not_take_what_stays(picos: Picos, tmp_path: Path, name: str) -> None:
+    """Alone beside a config it is no model for them, and beside ours it is not looked at."""
+    from diffusers.pipelines.pipeline_loading_utils import is_safetensors_compatible, variant_compatible_siblings
+    from transformers import T5Config, T5EncoderModel
+
+    ours = laid_out(picos.pixels, tmp_path)
+    shard = "model.fp16-00001-of-00001.safetensors"
+    save_file({key: torch.zeros_like(value) for key, value in ours.items()}, tmp_path / shard)
+    (tmp_path / name).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(ours, shard)}))
+    loaded = LiTTransformer2DModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in ours.items())
+    (tmp_path / WEIGHTS).unlink()
+    encoder = tmp_path / "encoder"
+    T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=8).save_pretrained(encoder)
+    for file in (name, shard):
+        (encoder / file).write_bytes((tmp_path / file).read_bytes())
+    for variant in (None, "fp16"):
+        for model, folder in ((LiTTransformer2DModel, tmp_path), (T5EncoderModel, encoder)):
+            with pytest.raises(OSError, match="no file named"):
+                model.from_pretrained(folder, variant=variant)
+    # Nor does a pipeline download it, or load another file because it is there.
+    among = [*PIPELINE, f"transformer/{name}", "transformer/diffusion_pytorch_model.fp16.safetensors"]
+    for variant in (None, "fp16"):
+        assert f"transformer/{name}" not in variant_compatible_siblings(among, variant=variant)[0]
+    assert is_safetensors_compatible(among, folder_names=["transformer", "vae"])
 
 
 def test_a_pickle_in_a_folder_without_a_component_makes_diffusers_leave_safetensors_out() -> None:

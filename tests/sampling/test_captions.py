@@ -45,6 +45,7 @@ from tests.helpers.command import command
 from tests.helpers.hub import TOKEN, card_of, enter, planned_files, sent
 from tests.helpers.hub_server import HubServer
 from tests.helpers.pretrained import CHANNELS, SIDE, Pretrained, pixart
+from tests.helpers.processes import Forker
 
 # Of huggingface_hub's own upload of large files, and of diffusers' own call of huggingface_hub.
 pytestmark = [
@@ -318,6 +319,52 @@ def test_sample_draws_one_picture_a_prompt_and_embeddings_draw_the_same_without_
     )
     expected = to_images(latents, pretrained.vae())
     assert np.abs(images.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["sheet", "latents", "npz"])
+def test_stopped_while_drawing_a_command_that_writes_its_captions_goes_on(
+    pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe, captions = pretrained.recipe(tmp_path / "recipe.yaml"), tmp_path / "captions.safetensors"
+    asked: list[object] = ["sample", pretrained.folder / "sigma", "--recipe", recipe, "--save-embeddings", captions]
+    asked += [] if kind == "sheet" else [f"--{kind}", tmp_path / "x"]
+    asked += [] if kind == "latents" else ["-o", tmp_path / "x.png"]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"litconvert.sampling.{'picture_set' if kind == 'npz' else 'request'}.draw", stop)
+        assert command(*asked).code != 0
+    assert captions.exists() == (kind == "npz"), "whose parts know that it is theirs"
+    outcome = command(*asked)
+    assert outcome.code == 0, outcome.err
+    assert len(read_embeddings(captions)) == 2
+    assert "exist" in command(*asked).err
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_captions_once(pretrained: Pretrained, tmp_path: Path) -> None:
+    asked = ["sample", pretrained.folder / "sigma", "--recipe", pretrained.recipe(tmp_path / "recipe.yaml")]
+    with Forker() as forker:
+        for name, more in (("few", []), ("many", ["--npz", tmp_path / "x.npz"])):
+            captions = tmp_path / f"{name}.safetensors"
+            line = [*asked, "-o", tmp_path / f"{name}.png", "--save-embeddings", captions, *more]
+            workers = forker.launch([str(one) for one in line], tmp_path / name, processes=2)
+            assert workers.wait() == [0, 0], workers.log.read_text()
+            assert len(read_embeddings(captions)) == 2
+
+
+def test_a_sheet_is_labelled_with_the_prompts_that_were_drawn(
+    pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = []
+    monkeypatch.setattr(
+        "litconvert.sampling.request.save_sheet", lambda path, parts, **_: labels.append(list(parts[0].labels))
+    )
+    asked = ("sample", pretrained.folder / "sigma", "--recipe", pretrained.recipe(tmp_path / "recipe.yaml"))
+    for more in ((), ("--prompt", "A red fox")):
+        assert command(*asked, "-n", 2, "-o", tmp_path / "x.png", *more).code == 0
+    assert labels == [["a cat", "a house"], ["A red fox", "A red fox"]]
 
 
 @pytest.mark.slow

@@ -101,6 +101,44 @@ def parts_of(folder: Path) -> list[Path]:
     return sorted(folder.glob(".x.npz.shards-*/[0-9]*/" + IMAGES))
 
 
+def test_stopped_between_the_sheet_and_the_npz_the_same_command_goes_on(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    command_line = asked(source, tmp_path / "x.npz", "--teacher", source)
+    with monkeypatch.context() as patch:
+        patch.setattr("litconvert.sampling.request.save_npz", stop)
+        assert command(*command_line).code != 0
+    assert {path.name for path in tmp_path.glob("x.*")} == {"x.png"}
+    # What is another's stays refused: a file that was there before, and the sheet of other pictures.
+    sheet = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "mine.png").write_text("mine")
+    for more in (("--out", tmp_path / "mine.png"), ("--seed", 5)):
+        refused = command(*command_line, *more)
+        assert (refused.code, "png exists; choose another name" in refused.err) == (1, True)
+    assert ((tmp_path / "mine.png").read_text(), (tmp_path / "x.png").read_bytes()) == ("mine", sheet)
+    outcome = command(*command_line)
+    assert (outcome.code, "goes on: 4 of 4 shards" in outcome.err) == (0, True), outcome.err
+    assert len(pictures(tmp_path / "x.npz")[0]) == 50
+    assert (tmp_path / "x.png").read_bytes() == sheet
+    assert not list(tmp_path.glob(".*"))
+    again = command(*command_line)
+    assert (again.code, "x.png and" in again.err) == (1, True)
+
+
+def test_no_sheet_is_an_npz_without_it(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("litconvert.sampling.request.save_sheet", fail)
+        assert command(*asked(source, tmp_path / "x.npz")).code == 1
+    assert not list(tmp_path.glob("x.*"))
+    assert command(*asked(source, tmp_path / "x.npz")).code == 0
+
+
 @pytest.mark.slow
 def test_two_processes_draw_the_same_set(tmp_path: Path, source: Path) -> None:
     assert command(*asked(source, tmp_path / "alone.npz")).code == 0

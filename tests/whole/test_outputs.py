@@ -417,6 +417,31 @@ def test_what_is_drawn_from_is_not_replaced_by_what_is_drawn(tmp_path: Path, pic
     assert weights.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("--out", "--npz"),
+        ("--out", "--save-embeddings"),
+        ("--npz", "--save-embeddings"),
+        ("--latents", "--save-embeddings"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.png", "../here/x.png", "link/x.png", "linked.png"])
+def test_one_file_for_two_outputs_is_refused(
+    tmp_path: Path, pico_student: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str, name: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(".")
+    (tmp_path / "here" / "linked.png").symlink_to("x.png")
+    monkeypatch.chdir(tmp_path / "here")
+    before = contents(tmp_path)
+    for force in ((), ("--force",)):
+        ended = command("sample", pico_student, *DRAWING, first, "x.png", second, name, *force)
+        assert ended.code == 2
+        assert "one file for two outputs" in spoken(ended)
+    assert contents(tmp_path) == before
+
+
 # Names that are not UTF-8
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 import litconvert
+from litconvert.families.companions import companions_of
 from tests.helpers.command import Outcome, command
 from tests.helpers.hub import TOKEN, Picos, enter, make_picos, put, sent
 from tests.helpers.hub_server import HubServer
@@ -143,6 +144,8 @@ def test_a_downloaded_copy_is_a_source_as_its_id_is(digits: Path, hub: HubServer
     assert yaml.safe_load(Path("run/recipe.yaml").read_text())["publish"]["repo_id"] is None
     assert json.loads(done("evaluate", "copy", "--json").out)["num_samples"] == 20
     assert Path("copy/evaluation.json").is_file()
+    assert json.loads(Path("copy/litconvert.json").read_text())["metrics"]
+    assert companions_of("copy").published, "measured or not, it came from the Hub"
 
 
 @pytest.mark.slow
