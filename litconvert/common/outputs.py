@@ -201,10 +201,11 @@ def _folder(pattern: str) -> str:
     return pattern[: pattern.rfind("/") + 1]
 
 
-def refuse_place(out: Path) -> None:
+def refuse_place(out: Path, *, any_name: bool = False) -> None:
     """Raise UsageError for an output inside another one of ours, which would be replaced with all that is in it, and
     for one whose name no library could open."""
-    require_utf8(out)
+    if not any_name:
+        require_utf8(out)
     for folder in place_of(out).parents:
         for kind in (MODEL, DATA_SET):
             if (folder / kind.record).is_file():
@@ -215,12 +216,15 @@ def refuse_place(out: Path) -> None:
 
 
 @contextmanager
-def at_work(out: Path, listener: Listener = SILENT) -> Iterator[None]:
+def at_work(out: Path, listener: Listener = SILENT, *, any_name: bool = False) -> Iterator[None]:
     """Keep an output to this command while the block runs; the system lets go of it however the process ends.
+
+    Args:
+        any_name: it may be called what is not UTF-8.
 
     Raises LitconvertError when another command is writing it, UsageError for a place that `refuse_place` refuses.
     """
-    refuse_place(out)
+    refuse_place(out, any_name=any_name)
     place = place_of(out)
     missing = [folder for folder in place.parents if not folder.exists()]
     try:

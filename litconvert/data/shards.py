@@ -102,6 +102,8 @@ class Assembly(Parts):
         force: replace an `out` that was made from other inputs.
     """
 
+    any_name = False
+
     def __init__(
         self,
         out: Path,

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,9 @@ class Parts:
         listener: hears what the first process has to say.
     """
 
+    any_name = True
+    """The output may be called what is not UTF-8, which Arrow could not open."""
+
     def __init__(
         self, out: Path, digests: Sequence[str], count: int, group: Group, listener: Listener = SILENT
     ) -> None:
@@ -91,9 +94,10 @@ class Parts:
         Args:
             refuse: called by the main process once no other command is at work, raises where one has just made `out`.
         """
-        require_utf8(place_of(self.out))
+        if not self.any_name:
+            require_utf8(place_of(self.out))
         self.group.wait()  # until every one has seen whether `out` was there
-        with at_work(self.out, self.listener) if self.group.process == 0 else nullcontext():
+        with at_work(self.out, self.listener, any_name=self.any_name) if self.group.process == 0 else nullcontext():
             if self.group.process == 0:
                 refuse()
                 self.folder.mkdir(exist_ok=True)
@@ -124,9 +128,17 @@ class Parts:
         """The work of this process, of which the first one's is seen."""
         return (self.listener if self.group.process == 0 else SILENT).task(name, total)
 
-    def make(self, index: int) -> AbstractContextManager[Path]:
-        """The folder of a part to be written, whole or not at all."""
-        return whole_directory(self.part(index))
+    @contextmanager
+    def make(self, index: int) -> Iterator[Path]:
+        """The folder of a part to be written, whole or not at all. Raises LitconvertError where it cannot be."""
+        try:
+            with whole_directory(self.part(index)) as folder:
+                yield folder
+        except LitconvertError as error:
+            if not str(error).startswith(start := f"cannot write {self.part(index)}"):
+                raise
+            # Where parts are is nobody's business: what cannot be written is the output.
+            raise LitconvertError(f"cannot write {self.out}{str(error).removeprefix(start)}") from error
 
     def finish(self, join: Callable[[Sequence[Path]], None]) -> None:
         """Every process calls this last; the main one waits for all parts, joins them, and removes them."""

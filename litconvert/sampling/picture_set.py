@@ -69,8 +69,11 @@ class PictureSet:
         with parts.task(name, self.steps(mine)) as task:
             task.advance(self.steps(mine) - self.steps(own))
             for part in own:
-                with parts.make(part) as folder:
-                    np.save(folder / IMAGES, self.images(self.indices(part), task))
+                images = self.images(self.indices(part), task)
+                with parts.make(part) as folder, (folder / IMAGES).open("wb") as file:
+                    # Not np.save: where the disk is full its error does not say so.
+                    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images))
+                    file.write(np.ascontiguousarray(images).data)
 
     @property
     def labels(self) -> Tensor | None:

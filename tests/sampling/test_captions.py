@@ -282,7 +282,7 @@ def test_sample_draws_one_picture_a_prompt_and_embeddings_draw_the_same_without_
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
     model, recipe = pretrained.folder / "sigma", pretrained.recipe(tmp_path / "recipe.yaml")
-    options = ("sample", model, "-q", "--recipe", recipe)
+    options = ("sample", model, "-q", "--recipe", recipe, "--set", "sampling.mixed_precision=no")
     prompts = ("--prompt", "A red fox", "--prompt", "two birds", "--negative-prompt", "blurry: ugly")
     first = command(
         *options, *prompts, "-o", tmp_path / "a.png", "--save-embeddings", tmp_path / "captions.safetensors"
