@@ -389,7 +389,13 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         "--device",
         "cpu",
     ]
-    with subprocess.Popen(list(map(str, started)), stderr=subprocess.PIPE, text=True) as running:
+    # Where the tests run in the background, a shell has Ctrl-C ignored, and a new Python would leave it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        running = subprocess.Popen(list(map(str, started)), stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with running:
         assert running.stderr is not None
         for line in running.stderr:
             if line.startswith("solve: 0/"):
