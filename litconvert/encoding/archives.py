@@ -23,7 +23,7 @@ MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)", re.DOTALL)
 IMAGES = ("jpg", "jpeg", "png", "webp")
 FIELDS = {"label_column": "cls", "caption_column": "txt"}
 NO_TEXTS = ("cls", "cls2", "index", "inx", "id", "json", "jsn")
-ARCHIVES = ("tar", "tgz", "gz", "bz2", "xz", "zst", "zip")
+PACKED = ("tar", "tgz", "gz", "bz2", "xz", "zst", "zip")
 # What tarfile raises for a damaged archive, numbers beyond all files among it.
 DAMAGE = (OSError, EOFError, OverflowError, ValueError, MemoryError, zlib.error, lzma.LZMAError, tarfile.TarError)
 BLOCK = 512
@@ -81,7 +81,7 @@ class Archives:
         pairs = [match.groups() for match in map(MEMBER.fullmatch, members) if match]
         fields = sorted({field for _, field in pairs})
         told = f"its files end in {', '.join(fields) or 'nothing'}"
-        if packed := next((name for name in members if name.lower().rpartition(".")[2] in ARCHIVES), None):
+        if packed := next((name for name in members if name.lower().rpartition(".")[2] in PACKED), None):
             raise UsageError(f"{path}: holds archives itself ({packed}): unpack it, and give the folder of those")
         image = settings.image_column if settings.image_column in fields else None
         if image is None and not any(field.lower() in IMAGES for field in fields):

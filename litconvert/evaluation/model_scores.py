@@ -54,7 +54,7 @@ from litconvert.runs.directory import model_of
 from litconvert.sampling.captions import Captions, read_embeddings
 from litconvert.sampling.draw import SamplerSettings, draw, make_scheduler
 from litconvert.sampling.parts import Group, launched_group
-from litconvert.sampling.picture_set import PictureSet, draw_npz
+from litconvert.sampling.picture_set import PictureSet, digest_of_conditions, draw_npz, in_turn
 from litconvert.sampling.pictures import load_vae, to_images
 from litconvert.sampling.request import open_models
 
@@ -164,6 +164,7 @@ class Samples:
     Attributes:
         recipe: its `evaluate` section.
         conditions: what each is drawn for.
+        told: tells these conditions from any others.
         prompts: the captions as text, cycled; none: of a model of classes.
         vae: decoder of latents.
         kept: where they are kept; None: nowhere.
@@ -171,6 +172,7 @@ class Samples:
 
     recipe: Recipe
     conditions: Conditions
+    told: str
     prompts: Sequence[str] = ()
     vae: Any | None = None
     kept: Path | None = None
@@ -214,26 +216,10 @@ class Samples:
 
     def keep(self, drawn: "Drawn", seed: int, group: Group, listener: Listener) -> None:
         """Draw the samples of a model and a seed into their file, unless they are there. Every process calls it."""
-        settings = self.recipe.evaluate
+        recipe, count = self.recipe, self.recipe.evaluate.num_samples
         sampler = self.sampler(seed)
-        pictures = PictureSet(
-            drawn.model, self.conditions, settings.num_samples, sampler, self.vae, self.recipe.sampling.shard_size
-        )
-        # Of what is drawn for, the first tells it from others: prompts, labels or embeddings.
-        first = self.conditions(range(min(64, settings.num_samples)))
-        told = (first,) if isinstance(first, Tensor) else (first.features, first.mask)
-        digest = digest_of(
-            {
-                "model": drawn.digest,
-                "conditions": [digest_of(one.float().tolist()) for one in told],
-                "prompts": list(self.prompts),
-                "count": settings.num_samples,
-                "guidance": given(Guidance(**{key: getattr(settings, key) for key in Guidance.model_fields})),
-                "sampler": [sampler.num_timesteps, sampler.seed, sampler.bf16],
-                "vae": given(self.recipe.source.vae),
-                "shard_size": self.recipe.sampling.shard_size,
-            }
-        )
+        pictures = PictureSet(drawn.model, self.conditions, count, sampler, self.vae, recipe.sampling.shard_size)
+        digest = pictures.digest(drawn.source, self.told, recipe)
         draw_npz(pictures, self.file(drawn, seed), digest, group, listener, f"draw {drawn.name}, seed {seed}")
 
     def texts(self, some: range) -> list[str]:
@@ -247,12 +233,12 @@ class Drawn:
 
     Attributes:
         name: `teacher`, `student`, or `model` where there is no teacher.
-        digest: of its weights and config.
+        source: its file.
     """
 
     name: str
     model: LiTTransformer2DModel
-    digest: str
+    source: OpenSource
 
 
 def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dict[str, Any]:
@@ -291,7 +277,7 @@ def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dic
         group = launched_group() if asked.samples else None
         device = default_device() if group is None else group.device
         models = [
-            Drawn(name, read_model(source, torch.float32).to(device), _digest(source, kept=group is not None))
+            Drawn(name, read_model(source, torch.float32).to(device), source)
             for name, source in zip(names, sources, strict=True)
         ]
         _compile(asked, samples, models, 1 if group is None else group.processes)
@@ -327,12 +313,6 @@ def _check_counts(recipe: Recipe, network: FeatureNetwork | None, reference: Ima
         raise UsageError(
             f"{recipe.evaluate.num_samples} samples are too few to be measured: draw {least} at least (--num-samples)"
         )
-
-
-def _digest(source: OpenSource, *, kept: bool) -> str:
-    """Of a model's weights and config, where its samples are kept: weights are read whole for it."""
-    checkpoint = source.checkpoint
-    return digest_of([checkpoint.sha256(), checkpoint.weights, source.config.given]) if kept else ""
 
 
 def _compile(asked: EvaluationRequest, samples: Samples, models: Sequence[Drawn], processes: int) -> None:
@@ -431,10 +411,10 @@ def samples_of(
         if asked.prompts or asked.embeddings:
             raise UsageError(f"{asked.model} is a model of classes and reads no captions: leave them out")
         labels = permutation(0, "classes", config.classes)  # so that few samples are of classes of all kinds, too
-        return Samples(recipe, lambda some: labels[torch.tensor(some) % len(labels)], vae=vae)
+        return Samples(recipe, in_turn(labels), digest_of_conditions(labels), vae=vae)
     if asked.embeddings is not None and prompts is None:
         captions = read_embeddings(asked.embeddings).padded(config.caption_tokens, config.caption_width)
-        return Samples(recipe, lambda some: captions[torch.tensor(some) % len(captions)], vae=vae)
+        return Samples(recipe, in_turn(captions), digest_of_conditions(captions), vae=vae)
     if recipe.source.text_encoder is None:
         raise UsageError(
             "this model draws captions, and no text encoder is named: give one (--set "
@@ -446,7 +426,8 @@ def samples_of(
     null = not all(source.config.null_caption for source in sources)
     store_prompts(folder / "prompts.safetensors", recipe, prompts, config.caption_tokens)
     stored = StoredPrompts(folder / "prompts.safetensors", prompts)
-    return Samples(recipe, lambda some: stored.captions(some, null=null), prompts, vae)
+    told = digest_of([list(prompts), given(recipe.source.text_encoder), null])
+    return Samples(recipe, lambda some: stored.captions(some, null=null), told, prompts, vae)
 
 
 def _facts(asked: EvaluationRequest, recipe: Recipe) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Pictures by the thousand: drawn part by part by several processes, and written for the ADM evaluator."""
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,10 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from litconvert.common.files import read_json, require_space, whole_file, write_whole
+from litconvert.common.files import digest_of, read_json, require_space, whole_file, write_whole
 from litconvert.common.listener import UNSEEN, Listener, Task
 from litconvert.errors import LitconvertError
+from litconvert.families.sources import OpenSource
 from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.recipe.inputs import given
+from litconvert.recipe.schema import Guidance, Recipe
 from litconvert.sampling.captions import Captions
 from litconvert.sampling.draw import SamplerSettings, draw
 from litconvert.sampling.parts import Group, Parts, written
@@ -78,8 +82,46 @@ class PictureSet:
     @property
     def labels(self) -> Tensor | None:
         """The class of each; None: they are of captions."""
+        if isinstance(self.conditions(range(1)), Captions):
+            return None  # all of their features at once would fill any memory
         conditions = self.conditions(range(self.count))
-        return None if isinstance(conditions, Captions) else conditions
+        assert isinstance(conditions, Tensor)
+        return conditions
+
+    def digest(self, source: OpenSource, conditions: str, recipe: Recipe) -> str:
+        """Of all that determines the pictures.
+
+        Args:
+            source: the model's file, which is read whole for it.
+            conditions: what tells those that are drawn from any others, see `digest_of_conditions`.
+            recipe: whose VAE decodes.
+        """
+        checkpoint, sampler = source.checkpoint, self.sampler
+        return digest_of(
+            {
+                "model": [checkpoint.sha256(), checkpoint.weights, source.config.given],
+                "conditions": conditions,
+                "count": self.count,
+                "guidance": {key: getattr(sampler.guidance, key) for key in Guidance.model_fields},
+                "sampler": [sampler.num_timesteps, sampler.seed, sampler.bf16],
+                "vae": given(recipe.source.vae),
+                "shard_size": self.part_size,
+            }
+        )
+
+
+def digest_of_conditions(conditions: Tensor | Captions) -> str:
+    """sha256 of classes, or of captions and of what guidance leads away from."""
+    if isinstance(conditions, Tensor):
+        tensors: list[Tensor | None] = [conditions]
+    else:
+        tensors = [conditions.features, conditions.mask, conditions.null_features, conditions.null_mask]
+    told = hashlib.sha256()
+    for tensor in tensors:
+        told.update(repr(None if tensor is None else (tensor.dtype, tuple(tensor.shape))).encode())
+        if tensor is not None:
+            told.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return told.hexdigest()
 
 
 def in_turn(conditions: Tensor | Captions) -> Callable[[range], Tensor | Captions]:
@@ -113,6 +155,16 @@ def draw_npz(pictures: PictureSet, npz: Path, digest: str, group: Group, listene
             save_npz(folders, pictures.labels, npz)
 
         parts.finish(join)
+
+
+def first_of_parts(folders: Sequence[Path], count: int) -> NDArray[np.uint8]:
+    """The first so many pictures of finished parts; no part behind them is read."""
+    found: list[NDArray[np.uint8]] = []
+    for some in read_parts(folders):
+        found.append(some[: count - sum(map(len, found))])
+        if sum(map(len, found)) >= count:
+            break
+    return np.concatenate(found)
 
 
 def read_parts(folders: Sequence[Path]) -> Iterator[NDArray[np.uint8]]:

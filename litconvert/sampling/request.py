@@ -1,6 +1,5 @@
 """`sample` as a user asks for it: from a path and options to files."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.device import default_device
-from litconvert.common.files import digest_of, refuse_existing, refuse_same, refuse_source, whole_file
+from litconvert.common.files import refuse_existing, refuse_same, refuse_source, whole_file
 from litconvert.common.launch import launched_processes
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.outputs import place_of, work_paths
@@ -22,14 +21,13 @@ from litconvert.families.companions import companions_of
 from litconvert.families.sources import OpenSource, open_source, read_model
 from litconvert.model.compilation import compile_for
 from litconvert.model.config import ModelConfig
-from litconvert.recipe.inputs import given
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe, Source
 from litconvert.runs.directory import model_of
 from litconvert.sampling.captions import Captions, encode_prompts, read_embeddings, write_embeddings
 from litconvert.sampling.draw import SamplerSettings, cycled, draw, make_scheduler
 from litconvert.sampling.parts import Parts, launched_group, written, written_beside
-from litconvert.sampling.picture_set import PictureSet, in_turn, read_parts, save_npz
+from litconvert.sampling.picture_set import PictureSet, digest_of_conditions, first_of_parts, in_turn, save_npz
 from litconvert.sampling.pictures import NUM_IMAGES, described, load_vae, to_images
 from litconvert.sampling.sheets import Part, save_sheet
 
@@ -166,27 +164,6 @@ class Ready:
     sampler: SamplerSettings
     vae: Any | None
 
-    @property
-    def digest(self) -> str:
-        """Of all that determines the model's pictures."""
-        checkpoint, conditions = self.sources[-1].checkpoint, self.conditions
-        tensors = (conditions,) if isinstance(conditions, Tensor) else (conditions.features, conditions.mask)
-        null = () if isinstance(conditions, Tensor) or conditions.null_features is None else (conditions.null_features,)
-        told = hashlib.sha256()
-        for tensor in (*tensors, *null):
-            told.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest_of(
-            {
-                "model": [checkpoint.sha256(), checkpoint.weights, self.sources[-1].config.given],
-                "conditions": told.hexdigest(),
-                "count": self.count,
-                "guidance": given(self.sampler.guidance),
-                "sampler": [self.sampler.num_timesteps, self.sampler.seed, self.sampler.bf16],
-                "vae": given(self.recipe.source.vae),
-                "shard_size": self.recipe.sampling.shard_size,
-            }
-        )
-
 
 def _draw_few(request: SampleRequest, ready: Ready, listener: Listener) -> list[Path]:
     """As many as are drawn at once: all on the sheet, or the model's latents."""
@@ -223,7 +200,8 @@ def _draw_many(request: SampleRequest, ready: Ready, listener: Listener) -> list
     pictures = PictureSet(model, in_turn(ready.conditions), ready.count, ready.sampler, vae, sampling.shard_size)
     passes = ready.sampler.passes_of(ready.count) // group.processes
     compile_for(passes, [model], sampling.compile)
-    parts = Parts(request.npz, [ready.digest], pictures.parts, group, listener)
+    digest = pictures.digest(ready.sources[-1], digest_of_conditions(ready.conditions), ready.recipe)
+    parts = Parts(request.npz, [digest], pictures.parts, group, listener)
     sheet = range(min(NPZ_SHEET, ready.count))
     with written(request.npz), parts.begun(lambda: _refuse_taken(request, [parts.folder])):
         if group.process == 0:
@@ -234,8 +212,7 @@ def _draw_many(request: SampleRequest, ready: Ready, listener: Listener) -> list
         def join(folders: Sequence[Path]) -> None:
             assert request.npz is not None
             shown = [replace(pictures, model=one).images(sheet) for one in teachers]
-            mine = np.concatenate([piece for piece, _ in zip(read_parts(folders), sheet, strict=False)])[: len(sheet)]
-            _write_sheet(request, ready, [*shown, mine])
+            _write_sheet(request, ready, [*shown, first_of_parts(folders, len(sheet))])
             # Last: who finds it finds all of it.
             save_npz(folders, pictures.labels, request.npz)
 

@@ -17,21 +17,18 @@ DEFAULT_SCALING = 0.18215
 T5_SIZES = ("d_model", "num_layers", "vocab_size", "d_ff", "num_heads")
 
 
-def check_same_encoders(data: LatentDataset, recipe: Recipe, *, whose: str = "the model") -> None:
+def check_same_encoders(data: LatentDataset, recipe: Recipe) -> None:
     """Compare what the data was made with and what the recipe says of the model, where both are known.
 
     Two names may stand for one VAE, so that scaling and shift decide, and of T5 its sizes.
 
-    Args:
-        whose: model the recipe's `source` describes, for messages.
-
     Raises UsageError where they differ.
     """
     if data.vae is not None and recipe.source.vae is not None and not data.pixels:
-        _check_vae(data, Vae.model_validate(_known(Vae, data.vae)), recipe.source.vae, whose)
+        _check_vae(data, Vae.model_validate(_known(Vae, data.vae)), recipe.source.vae)
     if data.text_encoder is not None and recipe.source.text_encoder is not None:
         theirs = TextEncoder.model_validate(_known(TextEncoder, data.text_encoder))
-        _check_text_encoder(theirs, recipe.source.text_encoder, whose)
+        _check_text_encoder(theirs, recipe.source.text_encoder)
 
 
 def check_same_teacher(recipe: Recipe, teacher: Recipe) -> None:
@@ -56,7 +53,7 @@ def _known(section: type[Section], record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in section.model_fields if key in record}
 
 
-def _check_vae(data: LatentDataset, theirs: Vae, mine: Vae, whose: str) -> None:
+def _check_vae(data: LatentDataset, theirs: Vae, mine: Vae) -> None:
     if (mine.path, mine.subfolder) == (theirs.path, theirs.subfolder) and data.kind != "moments":
         return
     told = (data.scaling_factor, data.shift_factor) if data.kind == "moments" else scaling_told(theirs)
@@ -65,12 +62,12 @@ def _check_vae(data: LatentDataset, theirs: Vae, mine: Vae, whose: str) -> None:
         return
     raise UsageError(
         f"the data set holds latents of the VAE {theirs.path} (scaling {told[0]:g}, shift {told[1]:g}), and the VAE of "
-        f"{whose} is {mine.path} (scaling {own[0]:g}, shift {own[1]:g}): encode or draw the data for this model, or "
+        f"the model is {mine.path} (scaling {own[0]:g}, shift {own[1]:g}): encode or draw the data for this model, or "
         "name the VAE that the model was trained with (--set source.vae.path=...)"
     )
 
 
-def _check_text_encoder(theirs: TextEncoder, mine: TextEncoder, whose: str) -> None:
+def _check_text_encoder(theirs: TextEncoder, mine: TextEncoder) -> None:
     if (theirs.path, theirs.subfolder) == (mine.path, mine.subfolder):
         return
     told, own = (_config(one.path, one.subfolder) for one in (theirs, mine))
@@ -80,7 +77,7 @@ def _check_text_encoder(theirs: TextEncoder, mine: TextEncoder, whose: str) -> N
         if key in told and key in own and told[key] != own[key]:
             raise UsageError(
                 f"the data set's captions were encoded by {theirs.path} ({key} {told[key]}), and the text encoder of "
-                f"{whose} is {mine.path} ({key} {own[key]}): encode the data for this model, or name the T5 that the "
+                f"the model is {mine.path} ({key} {own[key]}): encode the data for this model, or name the T5 that the "
                 "model was trained with (--set source.text_encoder.path=...)"
             )
 

@@ -4,14 +4,17 @@ import io
 import signal
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from litconvert.sampling.picture_set import IMAGES, save_npz
+from litconvert.sampling.captions import Captions
+from litconvert.sampling.picture_set import IMAGES, PictureSet, digest_of_conditions, first_of_parts, save_npz
 from tests.helpers.checkpoint_files import dit_state
 from tests.helpers.command import command
 from tests.helpers.processes import Forker, patience
@@ -188,3 +191,44 @@ def test_the_npz_is_what_numpy_writes(tmp_path: Path) -> None:
             assert [(one.filename, mine.read(one)) for one in mine.infolist()] == [
                 (one.filename, theirs.read(one)) for one in theirs.infolist()
             ]
+
+
+def test_pictures_of_captions_have_no_labels_and_their_features_are_never_all_in_memory() -> None:
+    asked: list[int] = []
+
+    def conditions(indices: range) -> Captions:
+        asked.append(len(indices))
+        return Captions(torch.zeros(len(indices), 3, 8), torch.ones(len(indices), 3, dtype=torch.int64))
+
+    unused: Any = None
+    assert PictureSet(unused, conditions, 50_000, unused, None, 500).labels is None
+    assert max(asked) == 1
+
+
+def test_the_first_pictures_are_read_of_no_more_parts_than_hold_them(tmp_path: Path) -> None:
+    folders = [tmp_path / str(part) for part in range(3)]
+    for part, folder in enumerate(folders[:2]):
+        folder.mkdir()
+        np.save(folder / IMAGES, np.full((4, 2, 2, 3), part, dtype=np.uint8))
+    for count, last in ((3, 0), (4, 0), (6, 1), (8, 1)):
+        found = first_of_parts(folders, count)  # the third part is not there
+        assert (len(found), int(found[-1].max())) == (count, last)
+
+
+def test_any_condition_that_differs_is_told_apart() -> None:
+    labels = torch.arange(1000) % 4
+    captions = Captions(torch.zeros(100, 3, 8), torch.ones(100, 3, dtype=torch.int64))
+    last = captions.features.clone()
+    last[99, 2, 7] = 1
+    null = torch.zeros(1, 3, 8), torch.ones(1, 3, dtype=torch.int64)
+    others: list[torch.Tensor | Captions] = [
+        labels,
+        torch.where(torch.arange(1000) == 999, 0, labels),
+        labels.int(),
+        captions,
+        replace(captions, features=last),
+        replace(captions, null_features=null[0], null_mask=null[1]),
+        replace(captions, null_features=null[0], null_mask=torch.tensor([[1, 1, 0]])),
+    ]
+    assert len({digest_of_conditions(one) for one in others}) == len(others)
+    assert digest_of_conditions(labels.clone()) == digest_of_conditions(labels)
