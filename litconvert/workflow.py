@@ -15,7 +15,7 @@ from litconvert.data.synthesize import synthesize_resolved
 from litconvert.distillation.distillation import Distillation, Request, fit, prepare
 from litconvert.errors import UsageError
 from litconvert.estimates.stage import StageEstimate, Workload, estimate_stages
-from litconvert.evaluation.run_scores import score_run
+from litconvert.evaluation.scores import score_run
 from litconvert.publishing.push import push
 from litconvert.recipe.resolve import ResolvedRecipe
 from litconvert.sampling.captions import text_packages

@@ -43,7 +43,7 @@ from litconvert.runs.directory import model_of
 SHEET = Path("samples.png")
 
 if TYPE_CHECKING:
-    from litconvert.evaluation.model_scores import EvaluationRequest
+    from litconvert.evaluation.drawing import EvaluationRequest
     from litconvert.recipe.schema import Recipe
 
 
@@ -351,7 +351,8 @@ def evaluate(
     check_overrides(recipe or recorded_recipe(model_of(model)), overrides, model)
     from litconvert.cli.live import screen
     from litconvert.cli.reports import show_evaluation
-    from litconvert.evaluation.model_scores import EvaluationRequest, evaluate_model
+    from litconvert.evaluation.drawing import EvaluationRequest
+    from litconvert.evaluation.model_scores import evaluate_model
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
@@ -423,7 +424,7 @@ def _evaluate_run(run: str, settings: "Recipe", weights: str, *, force: bool, as
     """A run of ours against its own teacher, kept beside it."""
     from litconvert.cli.live import screen
     from litconvert.cli.reports import show_scores
-    from litconvert.evaluation.run_scores import score_run
+    from litconvert.evaluation.scores import score_run
 
     model = model_of(run, raw=weights == "model")
     scores = score_run(model, settings, weights=weights, force=force, listener=screen())

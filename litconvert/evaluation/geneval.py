@@ -17,7 +17,7 @@ from litconvert.common.files import read_json, write_whole
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.outputs import whole_directory
 from litconvert.errors import LitconvertError, UsageError
-from litconvert.evaluation.model_scores import EvaluationRequest, recipe_for, samples_of
+from litconvert.evaluation.drawing import EvaluationRequest, recipe_for, samples_of
 from litconvert.families.sources import OpenSource, read_model
 from litconvert.model.compilation import compile_for
 from litconvert.recipe.inputs import Inputs, given

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.evaluation.drawing import EvaluationRequest
 from litconvert.evaluation.geneval import draw_geneval, geneval_commands, read_metadata
-from litconvert.evaluation.model_scores import EvaluationRequest
 from tests.helpers.command import command
 from tests.helpers.compiled import counted_passes
 from tests.helpers.pretrained import Pretrained

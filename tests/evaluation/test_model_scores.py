@@ -13,15 +13,10 @@ from PIL import Image
 from litconvert.cli.terminal import data
 from litconvert.common.seeds import permutation
 from litconvert.errors import LitconvertError, UsageError
+from litconvert.evaluation.drawing import AGREEMENT_IMAGES, EvaluationRequest, recipe_for
 from litconvert.evaluation.image_sets import ImageSet
 from litconvert.evaluation.metrics import Statistics
-from litconvert.evaluation.model_scores import (
-    AGREEMENT_IMAGES,
-    EvaluationRequest,
-    compare,
-    evaluate_model,
-    recipe_for,
-)
+from litconvert.evaluation.model_scores import compare, evaluate_model
 from litconvert.evaluation.networks import Outputs
 from litconvert.sampling.captions import Captions, write_embeddings
 from tests.helpers.command import command
@@ -279,7 +274,7 @@ def test_a_bad_reference_is_refused_before_anything_is_drawn(
     np.savez(tmp_path / "wide.npz", mu=np.zeros(3), sigma=np.eye(3), features=np.array("dinov2"))
     asked = EvaluationRequest(str(pico_checkpoint), features=dinov2, overrides=FEW, num_attention_heads=2)
     with monkeypatch.context() as patch:
-        patch.setattr("litconvert.evaluation.model_scores.draw", None)
+        patch.setattr("litconvert.evaluation.drawing.draw", None)
         with pytest.raises(UsageError, match="too few pictures to be held against: give 4 at least"):
             evaluate_model(replace(asked, images=tmp_path / "pictures"))
         with pytest.raises(UsageError, match="its statistics are of 3 features, and"):

@@ -555,7 +555,7 @@ def test_sheets_and_the_scores_of_a_run_are_drawn_by_compiled_models(tmp_path: P
         done = command("sample", model, "--teacher", "asset:dit-digits", "-n", 4, "-o", tmp_path / "a.png", *told)
     assert done.code == 0, done.err
     assert found == [[3, 3], [3, 3]]
-    with counted_passes("litconvert.evaluation.run_scores") as found:
+    with counted_passes("litconvert.evaluation.scores") as found:
         done = command("evaluate", model, *told)
     assert done.code == 0, done.err
     assert found == [[2 * 2 * 2] * 2, [3 * 2 * 2] * 2]  # the teacher draws the reference, too
