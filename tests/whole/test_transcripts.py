@@ -35,7 +35,7 @@ NEXT = {"convert": "distill", "distill": "push", "evaluate": "push", "run": "pus
 COSTS = {
     "convert": r"; about .+ and [\d.]+ [MG]B of memory",
     "latents-synthesize": r"about [^,]+, [\d.]+ [MG]B of memory for its weights, [\d.]+ [kMG]B of disk",
-    "distill": r"stage 0, hybrid: about [\d.]+ [MG]B and .+ s",
+    "distill": r"stage 0, hybrid: about [\d.]+ [MG]B and (?:[\d.]+ s|\d+:\d\d:\d\d)$",
     "run": r"checkpoints and the model take up to [\d.]+ [MG]B of disk",
 }
 # What is done already, asked for once more as a program asks.
