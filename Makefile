@@ -6,7 +6,7 @@ CORE := $(VENV)/.core
 INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo quick test test-precision lint format docs benchmarks table clean
+.PHONY: demo quick test test-precision lint format docs benchmarks table curve clean
 
 demo: $(CORE)             ## the whole line on the embedded model: no network, no GPU, results on one screen
 	$(BIN)/litconvert demo
@@ -38,6 +38,10 @@ docs: $(INSTALLED)        ## the documentation as a site in build/docs; a broken
 
 table: $(INSTALLED)       ## the tables and curves of docs/results.md: at most six hours on two cores, resumable
 	$(BIN)/python -m benchmarks.digits_table
+
+curve: $(INSTALLED)       ## the second teacher's curve and plots of docs/results.md: three hours on two cores, resumable
+	$(BIN)/python -m benchmarks.curve emoji
+	$(BIN)/python -m benchmarks.curve digits
 
 benchmarks: $(INSTALLED)  ## start-up, conversion, a training step and its memory: an hour, and 30 GB of disk
 	$(BIN)/python -m benchmarks.startup

@@ -14,25 +14,16 @@ not counted; drawing for the walk is.
 """
 
 import argparse
-import hashlib
 import json
-import os
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 import litconvert
 from benchmarks import digits_plots
@@ -40,47 +31,21 @@ from benchmarks.digits_results import RESULTS, Results
 from benchmarks.digits_rows import ARMS, COMMON, GROUPS, SEARCH_SEED, Row, all_rows, recipe_of
 from benchmarks.digits_variants import variant
 from benchmarks.provenance import provenance
+from benchmarks.students import UNTRAINED, make_student, remove_student, train_student
+from benchmarks.tasks import CODE, Task, print_missing, run_workers, with_needs, work_through
 from litconvert.common.files import digest_of, whole_file, write_whole
-from litconvert.conversion.provenance import Provenance
 from litconvert.conversion.solve_plan import LOCAL_STEPS, STATES, STATES_PER_IMAGE
 from litconvert.data.synthesize import synthesize
 from litconvert.evaluation.scores import evaluate, reference_samples
-from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe, Section
-from litconvert.runs.directory import RunDirectory
-from litconvert.runs.throughput import stage_work
 from litconvert.training.trainer import Interrupted
 
-ROOT = Path(__file__).parents[1]
 # Seconds of one core on a busy machine, for --dry-run: an image drawn, a state, a local step, a training step, and what
 # a task begins with.
 IMAGE, STATE, LOCAL_STEP, STEP, BEGIN = 0.05, 0.045, 0.14, 0.22, 3.0
-WAIT = 2.0
 ROWS = all_rows()
-
-
-@dataclass(frozen=True)
-class Task:
-    """Something that one worker does, once.
-
-    Attributes:
-        kind: `reference`, `data`, `student` or `row`.
-        name: of the student or row; empty where the seed says it all.
-        needs: tasks that come first.
-        seconds: about how many it takes.
-    """
-
-    kind: str
-    name: str
-    seed: int
-    needs: tuple["Task", ...] = ()
-    seconds: float = field(default=0.0, compare=False)
-
-    @property
-    def key(self) -> str:
-        return "-".join(str(part) for part in (self.kind, self.name, self.seed) if part != "")
 
 
 @dataclass(frozen=True)
@@ -91,28 +56,21 @@ class Work:
         results: for good.
         folder: for data and models in the making.
         overrides: of all recipes, after all others.
+        names, seeds: rows, and those of their seeds.
     """
 
     results: Results
     folder: Path
     overrides: tuple[str, ...] = ()
+    names: tuple[str, ...] = tuple(ROWS)
+    seeds: tuple[int, ...] = tuple(range(10))
 
     # What there is to do.
 
-    def tasks(self, names: Sequence[str], seeds: Sequence[int]) -> list[Task]:
-        """What is missing for some rows and seeds, in order: each after what it needs."""
-        missing: dict[str, Task] = {}
-
-        def add(task: Task) -> None:
-            if not self.is_done(task):
-                for one in task.needs:
-                    add(one)
-                missing.setdefault(task.key, task)
-
-        for row, seed in in_order([ROWS[name] for name in names], seeds):
-            if not self.results.path(row.name, seed).is_file():
-                add(self._row_task(row, seed))
-        return list(missing.values())
+    def tasks(self) -> list[Task]:
+        """What is missing for these rows and seeds, in order: each after what it needs."""
+        pairs = in_order([ROWS[name] for name in self.names], self.seeds)
+        return with_needs([self._row_task(row, seed) for row, seed in pairs], self)
 
     def _row_task(self, row: Row, seed: int) -> Task:
         """Scoring a row; what it needs is the reference, its student, data to train on and a rate."""
@@ -206,11 +164,13 @@ class Work:
 
     # Doing it.
 
-    def do(self, task: Task) -> None:
-        """One task, whose needs are done."""
+    def do(self, task: Task) -> str:
+        """One task, whose needs are done; returns the scores of a row."""
         if task.kind == "row":
             self._measure(ROWS[task.name], task.seed)
-        elif task.kind == "student":
+            scores = (self.results.values(task.name, key, [task.seed])[task.seed] for key in digits_plots.METRICS)
+            return "distance {:.2f}, classes {:.1%}".format(*scores)
+        if task.kind == "student":
             self._convert(task.name, task.seed)
         elif task.kind == "data":
             synthesize(None, self.data(task.seed), "digits", (*COMMON, *self._seeded(task.seed), *self.overrides))
@@ -218,33 +178,25 @@ class Work:
             samples = reference_samples(load_teacher(), resolve("digits", (*COMMON, *self.overrides)).recipe)
             with whole_file(self._reference) as partial:
                 torch.save(samples, partial)
+        return ""
 
     def _convert(self, start: str, seed: int) -> None:
-        """A student, from its beginning: the seconds of a walk that was interrupted are not known."""
+        """A student, from its beginning."""
         row = next(row for row in ROWS.values() if row.start is not None and row.start.name == start)
         assert row.start is not None
         out = self.student(start, seed)
-        self._remove_student(start, seed)
+        self._facts(start, seed).unlink(missing_ok=True)
         arm = ARMS[row.start.arm]
         told = self._told(row.start.arm)
         overrides = (*COMMON, *arm.overrides, *row.start.overrides, *self._seeded(seed), *told)
-        with variant(row.start.variant), core_share() as share:
-            litconvert.convert(None, out, arm.recipe, overrides)
-        solved = Provenance.read(out).solve
-        facts: dict[str, Any] = {"walk_seconds": 0.0, "walk_core_seconds": 0.0, "walk_macs": 0, "solve": None}
-        if solved is not None:
-            facts["walk_seconds"] = solved["seconds"]
-            facts["walk_core_seconds"] = round(solved["seconds"] * share[0], 1)
-            facts["walk_macs"] = sum(solved["macs"].values())
-            facts["solve"] = {key: solved[key] for key in ("states", "local_steps", "walks", "bf16", "macs", "output")}
+        with variant(row.start.variant):
+            facts = make_student(None, out, arm.recipe, overrides)
         made_of = self._made_of(start, seed)
         write_whole(self._facts(start, seed), json.dumps({"made_of": made_of, **facts}) + "\n")
 
     def _remove_student(self, start: str, seed: int) -> None:
         self._facts(start, seed).unlink(missing_ok=True)
-        out = self.student(start, seed)
-        for folder in (out, *out.parent.glob(f".{out.name}.solving-*")):
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_student(self.student(start, seed))
 
     def _measure(self, row: Row, seed: int) -> None:
         """Train and score one row with one seed."""
@@ -267,26 +219,10 @@ class Work:
         """The student after the row's training, and what that took."""
         assert row.start is not None
         student, run = self.student(row.start.name, seed), self.folder / "runs" / f"{row.name}-{seed}"
-        found: dict[str, Any] = {"training_steps": 0, "training_macs": 0}
-        found |= {"training_seconds": 0.0, "training_core_seconds": 0.0}
         if row.training is None:
-            return litconvert.load(student).float(), found
-        shutil.rmtree(run, ignore_errors=True)  # the seconds of an interrupted run are not known
-        with core_share() as share:
-            litconvert.distill(student, run, data=self.data(seed), overrides=self.overrides_of(row, seed))
-        model: LiTTransformer2DModel = litconvert.load(run / "model").float()
-        (stage,) = recipe.distill.stages
-        seconds = sum(one["seconds"] for one in RunDirectory(run).read_usage().values())
-        configs = (ModelConfig.of(one.config) for one in (model, load_teacher()))
-        found |= {
-            "training_steps": stage.steps,
-            "learning_rate": stage.learning_rate,
-            "training_seconds": round(seconds, 1),
-            "training_core_seconds": round(seconds * share[0], 1),
-            "training_macs": round(stage.steps * stage_work(recipe, *configs)[0] / 2),
-        }
-        shutil.rmtree(run)
-        return model, found
+            return litconvert.load(student).float(), UNTRAINED
+        overrides = self.overrides_of(row, seed)
+        return train_student(student, run, self.data(seed), recipe, overrides, load_teacher())
 
     def _tidy(self, row: Row, seed: int) -> None:
         """Remove a student that no other row waits for."""
@@ -303,100 +239,17 @@ def in_order(rows: Sequence[Row], seeds: Sequence[int]) -> list[tuple[Row, int]]
     return sorted(pairs, key=lambda pair: (GROUPS.index(pair[0].group), pair[0].group != "curve" and pair[1]))
 
 
-def code_digest() -> str:
-    """Of what a student depends on beside its recipe."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "litconvert").rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-CODE = code_digest()
-
-
-@contextmanager
-def core_share() -> Iterator[list[float]]:
-    """How much of a core this process had while the block ran, in the list's one place afterwards."""
-    share: list[float] = []
-    wall, core = time.perf_counter(), time.process_time()
-    yield share
-    share.append((time.process_time() - core) / (time.perf_counter() - wall))
-
-
 def load_teacher() -> LiTTransformer2DModel:
     """The embedded teacher in float32."""
     model = litconvert.load("asset:dit-digits", recipe="digits")
     return model.float()  # type: ignore[no-any-return]
 
 
-def work_through(work: Work, names: Sequence[str], seeds: Sequence[int], hours: float) -> list[str]:
-    """Do what is missing and nobody else does, until all is there or time is up; returns what failed.
-
-    The system lets go of a claim however its process ends, so that none outlives it.
-    """
-    deadline = time.monotonic() + 3600 * hours
-    claims = work.folder / "claims"
-    claims.mkdir(parents=True, exist_ok=True)
-    failed: dict[str, str] = {}
-    parent = os.getppid()
-    while os.getppid() == parent:  # whoever started this worker may have been killed
-        tasks = work.tasks(names, seeds)
-        left = deadline - time.monotonic()
-        due = [task for task in tasks if task.key not in failed and task.seconds < left]
-        ready = [task for task in due if all(map(work.is_done, task.needs))]
-        if not ready:
-            break
-        for task in ready:
-            try:
-                with FileLock(claims / f"{task.key}.lock", timeout=0, fallback_to_soft=False):
-                    if work.is_done(task):
-                        break
-                    began = time.monotonic()
-                    work.do(task)
-                    say(work, task, len(tasks) - 1, time.monotonic() - began)
-                    break
-            except Timeout:
-                continue
-            except Interrupted:
-                raise
-            except Exception as error:
-                traceback.print_exc()
-                failed[task.key] = str(error)
-                break
-        else:
-            time.sleep(WAIT)  # others are at work on all that could be done now
-    return list(failed)
-
-
-def say(work: Work, task: Task, left: int, seconds: float) -> None:
-    """A line for what is done."""
-    found = ""
-    if task.kind == "row":
-        scores = (work.results.values(task.name, key, [task.seed])[task.seed] for key in digits_plots.METRICS)
-        found = ", distance {:.2f}, classes {:.1%}".format(*scores)
-    print(f"{task.key}: {seconds:.0f} s{found}; {left} to go", flush=True)
-
-
-def run_workers(arguments: Sequence[str], workers: int) -> int:
-    """This command in so many processes of one thread each; returns the worst exit code."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.digits_table", *arguments, "--worker"]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    started = [subprocess.Popen(command, env=environment, cwd=ROOT) for _ in range(workers)]
-    try:
-        return max(abs(process.wait()) for process in started)
-    except KeyboardInterrupt:
-        for process in started:
-            process.terminate()
-        for process in started:
-            process.wait()
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-
-
-def chosen_rows(given: argparse.Namespace) -> list[str]:
+def chosen_rows(given: argparse.Namespace) -> tuple[str, ...]:
     """Of the groups and names that were asked for, in the order of importance."""
-    return [name for name, row in ROWS.items() if row.group in given.only and (not given.rows or name in given.rows)]
+    return tuple(
+        name for name, row in ROWS.items() if row.group in given.only and (not given.rows or name in given.rows)
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -415,15 +268,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def print_missing(work: Work, given: argparse.Namespace) -> None:
-    tasks = work.tasks(chosen_rows(given), given.seeds)
-    for task in tasks:
-        print(f"{task.seconds:6.0f} s  {task.key}")
-    total = sum(task.seconds for task in tasks)
-    hours = total / 3600 / max(1, given.workers)
-    print(f"{len(tasks)} tasks, about {hours:.1f} hours in {given.workers} processes with a core each")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -431,20 +275,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.set and given.results == RESULTS:
         make_parser().error("--set makes other results: name a folder for them (--results)")
     folder = given.work or Path(tempfile.gettempdir()) / "litconvert-digits-table"
-    work = Work(Results(given.results.resolve()), folder.resolve(), tuple(given.set))
+    work = Work(
+        Results(given.results.resolve()), folder.resolve(), tuple(given.set), chosen_rows(given), tuple(given.seeds)
+    )
     if given.worker:
         torch.set_num_threads(1)
         try:
-            return 1 if work_through(work, chosen_rows(given), given.seeds, given.hours) else 0
+            return 1 if work_through(work, given.hours) else 0
         except (Interrupted, KeyboardInterrupt):
             return 130
     if given.dry_run:
-        print_missing(work, given)
+        print_missing(work.tasks(), given.workers)
         return 0
     code = 0
     if not given.table:
         folder.mkdir(parents=True, exist_ok=True)
-        code = run_workers(arguments, given.workers)
+        code = run_workers("benchmarks.digits_table", arguments, given.workers)
         if code == 130:
             return code
     digits_plots.show(work.results)

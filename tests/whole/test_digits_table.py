@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -100,19 +101,19 @@ def test_rates_are_searched_on_a_seed_that_nothing_else_has() -> None:
 
 def test_what_is_missing_comes_by_importance_and_after_what_it_needs(tmp_path: Path) -> None:
     work = work_in(tmp_path)
-    tasks = work.tasks(list(ROWS), CLAIM_SEEDS)
+    tasks = replace(work, seeds=CLAIM_SEEDS).tasks()
     places = {task.key: place for place, task in enumerate(tasks)}
     assert len(places) == len(tasks)
     for task in tasks:
         assert all(places[need.key] < places[task.key] for need in task.needs)
     groups = [GROUPS.index(ROWS[task.name].group) for task in tasks if task.kind == "row"]
     assert all(first <= second for first, second in pairwise(groups))
-    needed = {task.key for task in work.tasks(["fresh-300"], [0])}
+    needed = {task.key for task in replace(work, names=("fresh-300",), seeds=(0,)).tasks()}
     assert needed >= {"row-fresh-300-at-5e-5-7", "student-fresh-7", "student-fresh-0", "data-0", "data-7"}
     # What is measured is not missing, nor is what only it needed.
     write(work.results, "fresh-0", 0, 1.5)
-    assert [task.key for task in work.tasks(["fresh-0"], [0])] == []
-    assert len(work.tasks(["fresh-0"], [0, 1])) == 3
+    assert [task.key for task in replace(work, names=("fresh-0",), seeds=(0,)).tasks()] == []
+    assert len(replace(work, names=("fresh-0",), seeds=(0, 1)).tasks()) == 3
 
 
 def test_a_row_takes_the_rate_that_was_best_on_the_search_seed(tmp_path: Path) -> None:

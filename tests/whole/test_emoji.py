@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image, features
 
 from benchmarks.emoji import draw, drawable, load_font, read_table, render, run_small
-from benchmarks.emoji_start import errors
 from litconvert.errors import UsageError
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Hybrid
@@ -155,16 +153,6 @@ def test_the_teacher_is_dit_s_2_with_1024_tokens_trained_without_a_teacher() -> 
     (stage,) = recipe.distill.stages
     assert isinstance(stage, Hybrid)
     assert (stage.noise_weight, stage.variance_weight, stage.feature_weight) == (0, 0, 0)
-
-
-def test_errors_by_timestep_are_of_the_states_of_each_tenth() -> None:
-    theirs = torch.ones(20, 1, 2, 2)
-    mine = theirs.clone()
-    mine[:2] += 1  # timesteps 0 to 99
-    mine[10] += 2  # half of those of 500 to 599
-    found = errors(theirs, mine, torch.arange(20) * 50)
-    assert found["by_tenth"] == [1, 0, 0, 0, 0, 2, 0, 0, 0, 0]
-    assert found["all"] == pytest.approx((2 + 4) / 20)
 
 
 @pytest.mark.slow
