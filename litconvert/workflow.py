@@ -151,6 +151,8 @@ def run_line(
             "the packaged ones)"
         )
     listener.note(f"recipe: {name}")
+    if plan.unsolved_because is not None:
+        listener.note(f"not solved: {plan.unsolved_because}")
     check_model(plan.config, settings)
     check_packages(settings)
     if plan.config.reads_captions and settings.data.path is None and settings.source.text_encoder is not None:

@@ -20,19 +20,16 @@ from litconvert.errors import UsageError
 from litconvert.evaluation.image_sets import (
     NpzFile,
 )
-from litconvert.families.companions import companions_of
 from litconvert.families.sources import OpenSource
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.inputs import given
-from litconvert.recipe.packaged import asset_of, recipe_of
 from litconvert.recipe.schema import Guidance, Recipe
-from litconvert.runs.directory import model_of
 from litconvert.sampling.captions import Captions, read_embeddings
 from litconvert.sampling.draw import SamplerSettings, draw
 from litconvert.sampling.parts import Group
 from litconvert.sampling.picture_set import PictureSet, digest_of_conditions, draw_npz, in_turn
 from litconvert.sampling.pictures import load_vae, to_images
-from litconvert.sampling.request import open_models
+from litconvert.sampling.request import settings_of
 
 # The settings of published protocols, over the recipe's and under the user's. DiT's (arXiv 2212.09748): 250 steps of
 # DDPM, guidance 1.5 on three of the four latent channels, 50,000 samples.
@@ -218,14 +215,8 @@ def recipe_for(asked: EvaluationRequest) -> Recipe:
 
     Its `evaluate` section says how samples are drawn. What that leaves at its default is as in `sample`.
     """
-    path = model_of(asked.model, raw=asked.weights == "model")
     overrides = [*PROTOCOLS.get(asked.protocol or "", ()), *asked.overrides]
-    name, beside = asked.recipe or asset_of(asked.model).recipe, companions_of(path)
-    recipe = beside.resolve(name, overrides).recipe
-    if name is None and beside.recipe is None:
-        source = open_models(path, None, recipe, asked.overrides, asked.num_attention_heads, asked.weights)[0]
-        if (packaged := recipe_of(source.reading.family, source.config.values)) is not None:
-            recipe = beside.resolve(packaged, overrides).recipe
+    recipe, _, _ = settings_of(asked.model, asked.recipe, overrides, asked.num_attention_heads, asked.weights)
     said = {one.partition("=")[0] for one in overrides}
     told = given(recipe.evaluate)
     sampler = {

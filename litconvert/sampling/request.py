@@ -17,10 +17,11 @@ from litconvert.common.launch import launched_processes
 from litconvert.common.listener import SILENT, Listener
 from litconvert.common.outputs import place_of, work_paths
 from litconvert.errors import UsageError
-from litconvert.families.companions import companions_of
+from litconvert.families.companions import Companions, companions_of
 from litconvert.families.sources import OpenSource, open_source, read_model
 from litconvert.model.compilation import compile_for
 from litconvert.model.config import ModelConfig
+from litconvert.recipe.packaged import asset_of, recipe_of
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe, Source
 from litconvert.runs.directory import model_of
@@ -55,8 +56,9 @@ class SampleRequest:
     Attributes:
         model, teacher: run (RUN, or RUN@STEP for one of its checkpoints) or model directory, or any checkpoint.
         out: PNG grid; the teacher's rows come first.
-        recipe: whose `sample` section and VAE are used; None: the one recorded with the model, if any. A diffusers
-            pipeline's own VAE, T5 and scheduler are used where the recipe and the overrides name none.
+        recipe: whose `sample` section and VAE are used; None: the one recorded with the model, or else the packaged
+            one for what it is. A diffusers pipeline's own VAE, T5 and scheduler are used where no recipe is named and
+            the overrides name none.
         overrides: `key=value`, over the recipe.
         classes: labels such as `0,3,7`.
         prompts, negative_prompt: of a model of captions; none: the recipe's. T5 is freed before the model is read.
@@ -106,8 +108,11 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
     path = model_of(request.model, raw=request.weights == "model")
     if path != request.model and Path(path).name != "model":
         listener.note(f"drawn from the checkpoint {path}")
-    beside = companions_of(path)
-    settings = beside.resolve(request.recipe, request.overrides).recipe
+    settings, beside, packaged = settings_of(
+        request.model, request.recipe, request.overrides, request.num_attention_heads, request.weights
+    )
+    if packaged is not None:
+        listener.note(f"recipe: {packaged} (--recipe chooses another)")
     for word, text in beside.used(settings):
         if word != "recipe":  # its settings are the title of the sheet
             listener.note(f"{word}: {text}")
@@ -218,6 +223,36 @@ def _draw_many(request: SampleRequest, ready: Ready, listener: Listener) -> list
 
         parts.finish(join)
     return [request.out, request.npz]
+
+
+def settings_of(
+    model: str,
+    recipe: str | None,
+    overrides: Sequence[str],
+    num_attention_heads: int | None = None,
+    weights: str = "auto",
+) -> tuple[Recipe, Companions, str | None]:
+    """The settings of what draws a model: of the recipe that is named, or lies beside it, or is packaged for it.
+
+    Args:
+        model: run, model directory, any checkpoint or an asset.
+        num_attention_heads: a hint for it.
+        weights: of it.
+
+    Returns: the recipe, what lies beside the model, and the packaged recipe's name where that one was taken unasked.
+    """
+    beside = companions_of(model_of(model, raw=weights == "model"))
+    settings = beside.resolve(recipe, overrides).recipe
+    if recipe is not None or beside.recipe is not None:
+        return settings, beside, None
+    packaged = asset_of(model).recipe
+    if packaged is None:
+        (source,) = open_models(model, None, settings, overrides, num_attention_heads, weights)
+        packaged = recipe_of(source.reading.family, source.config.values)
+    if packaged is not None:
+        # Nobody chose it: what a pipeline says of itself goes before it.
+        settings = beside.taken_into(resolve(packaged, overrides), named=None).recipe
+    return settings, beside, packaged
 
 
 def open_models(
