@@ -4,8 +4,7 @@ import copy
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
 from litconvert.checks.check import Context, Error, Finding, Skipped, judge
+from litconvert.common.device import float32_convolutions
 from litconvert.estimates.activations import random_inputs
 from litconvert.model.compilation import compile_blocks
 from litconvert.model.config import ModelConfig
@@ -119,17 +119,6 @@ def compare(case: Case, device: str) -> tuple[float, dict[str, float]]:
         for name, gradient in gradients.items()
     }
     return ((output - expected).norm() / expected.norm()).item(), errors
-
-
-@contextmanager
-def float32_convolutions() -> Iterator[None]:
-    """Without TensorFloat-32, in which cuDNN computes float32 convolutions unless it is told not to."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def _pass(

@@ -20,8 +20,7 @@ from torch import nn
 
 import litconvert
 from litconvert.checks.check import Context, Error, Finding, Skipped, judge
-from litconvert.checks.compiled import float32_convolutions
-from litconvert.common.device import DEVICE_VARIABLE
+from litconvert.common.device import DEVICE_VARIABLE, float32_convolutions
 from litconvert.data.dataset import write_latents
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.runs.directory import RunDirectory

@@ -7,9 +7,9 @@ import torch
 
 import litconvert
 from litconvert.checks.check import Context, Error, Finding, Skipped, judge
-from litconvert.checks.compiled import float32_convolutions
 from litconvert.checks.numerics import relative_error
 from litconvert.checks.processes import PICO, difference, losses_of, pico
+from litconvert.common.device import float32_convolutions
 from litconvert.conversion.provenance import Provenance
 
 TEACHER_LIMIT = 1e-4

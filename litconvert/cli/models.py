@@ -210,10 +210,10 @@ def sample(
     # an interrupted command left.
     if npz is None:
         refuse_existing(None if latents else out, latents, save_embeddings, force=force)
-    sheet = out or (SHEET if force else free_name(SHEET))
     from litconvert.cli.live import screen
-    from litconvert.sampling.request import SampleRequest, sample_to_files
+    from litconvert.sampling.request import SampleRequest, begun_sheet, sample_to_files
 
+    sheet = out or begun_sheet(npz) or (SHEET if force else free_name(SHEET))
     console.be_quiet(quiet or not is_first())
     use_device(device)
     request = SampleRequest(

@@ -4,6 +4,8 @@ A GPU of NVIDIA is used where there is one. A Mac's GPU is used when it is asked
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -105,3 +107,14 @@ def _says_bf16() -> bool:
 def uses_bf16(mixed_precision: str) -> bool:
     """What a recipe's distill.mixed_precision comes to on this device."""
     return mixed_precision == "bf16" or (mixed_precision == "auto" and bf16_in_hardware())
+
+
+@contextmanager
+def float32_convolutions() -> Iterator[None]:
+    """Convolutions in float32 are that on an NVIDIA GPU, too, which rounds them to TF32 otherwise."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

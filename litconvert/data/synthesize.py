@@ -1,5 +1,6 @@
 """The training set that the teacher draws, for classes or for prompts."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,16 @@ import torch
 from torch import Tensor
 
 from litconvert.common.device import default_device, uses_bf16
-from litconvert.common.files import digest_of, require_space
+from litconvert.common.files import digest_of, read_json, require_space, write_whole
 from litconvert.common.listener import SILENT, Listener, Task
 from litconvert.common.quantities import size, span
 from litconvert.common.seeds import generator_of
 from litconvert.conversion.plan import resolve_for
 from litconvert.conversion.solve_plan import rate_of
-from litconvert.data.dataset import ConditionKind
+from litconvert.data.dataset import ConditionKind, read_record
 from litconvert.data.prompts import StoredPrompts, read_prompts, store_prompts
 from litconvert.data.shards import Assembly, is_finished, shard_writer
-from litconvert.errors import LitconvertError, UsageError
+from litconvert.errors import UsageError
 from litconvert.families.sources import OpenSource, open_teacher, read_model
 from litconvert.model.compilation import compile_for
 from litconvert.model.config import ModelConfig, is_pixel_space
@@ -105,10 +106,13 @@ def synthesize_resolved(
     config = opened.config
     make_scheduler(settings.scheduler, recipe.diffusion.num_timesteps, config.prediction)  # refuses before the work
     prompts = _prompts(recipe) if config.reads_captions else []
-    inputs = synthesis_inputs(recipe, opened, prompts)
+    inputs, precision = synthesis_inputs(recipe, opened, prompts), _precision(recipe)
     if is_finished(out, inputs, force=force):
         if launched_group().process == 0:
             listener.note(f"already done: {out}")
+            drawn_in = read_record(out).get("precision", precision)
+            if drawn_in != precision:
+                listener.note(f"it was drawn in {drawn_in}, not in {precision}; remove it to draw it again")
         return out
     if estimate and listener.wants_estimates and launched_group().process == 0:
         listener.note(drawing_cost(recipe, config))
@@ -117,6 +121,7 @@ def synthesize_resolved(
     shards = -(-settings.num_samples // settings.shard_size)
     assembly = Assembly(out, inputs, shards, launched_group(), listener, force=force)
     with written(out), assembly.begun():
+        recipe = _as_begun(assembly, recipe)
         stored = None
         if prompts:
             path = assembly.folder / "prompts.safetensors"
@@ -126,6 +131,21 @@ def synthesize_resolved(
             _draw_shards(assembly, _read_drawing(opened, recipe, stored, assembly.group.device), name)
         facts = _facts(recipe, shape[0], "class" if stored is None else "caption")
         return assembly.join(lambda shards: facts, stored.write_null if stored else lambda folder: None)
+
+
+def _precision(recipe: Recipe) -> str:
+    return "bf16" if uses_bf16(recipe.sampling.mixed_precision) else "float32"
+
+
+def _as_begun(assembly: Assembly, recipe: Recipe) -> Recipe:
+    """The recipe with the precision that the set was begun in: one that goes on is not drawn in two."""
+    begun, now = assembly.folder / "precision.json", _precision(recipe)
+    assembly.once(begun, lambda: write_whole(begun, json.dumps({"precision": now}) + "\n"))
+    precision = read_json(begun)["precision"]
+    if precision != now and assembly.group.process == 0:
+        assembly.listener.note(f"goes on in {precision}, as it was begun; to draw in {now}, remove {assembly.folder}")
+    update = {"mixed_precision": "bf16" if precision == "bf16" else "no"}
+    return recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update=update)})
 
 
 def drawing_cost(recipe: Recipe, config: ModelConfig) -> str:
@@ -155,12 +175,11 @@ def _prompts(recipe: Recipe) -> list[str]:
 def _facts(recipe: Recipe, in_channels: int, condition: ConditionKind) -> dict[str, Any]:
     """What the record says of the data."""
     vae, encoder = recipe.source.vae, recipe.source.text_encoder
-    bf16 = uses_bf16(recipe.sampling.mixed_precision)
     return {
         "kind": "latents",
         "condition": condition,
         "pixels": vae is None and is_pixel_space(in_channels),
-        "precision": "bf16" if bf16 else "float32",
+        "precision": _precision(recipe),
         "vae": vae.model_dump() if vae else None,
         "text_encoder": encoder.model_dump() if encoder and condition == "caption" else None,
     }
@@ -197,13 +216,7 @@ class Drawing:
 
     def _draw(self, conditions: Tensor | Captions, first: int) -> Tensor:
         """One batch (N, C, H, W), each sample from the noise of its index in the whole set."""
-        batches = draw(self.model, conditions, self.sampler, first=first)
-        latents = torch.cat(list(batches))
-        if not torch.isfinite(latents).all():
-            raise LitconvertError(
-                "the teacher drew NaN or infinite values; check the checkpoint with `litconvert inspect --weights`"
-            )
-        return latents
+        return torch.cat(list(draw(self.model, conditions, self.sampler, first=first)))
 
 
 def _read_drawing(opened: OpenSource, recipe: Recipe, prompts: StoredPrompts | None, device: torch.device) -> Drawing:

@@ -81,8 +81,8 @@ def agreement(
 
     Returns: {"images", "inputs", "student": errors, "precision": {"dtype", **errors}}, where errors are {"quantities":
     {name: {"error", "interval", "by_timestep": [{"low", "high", "error", "interval"}]}}, "layers": [{"layer", "error",
-    "interval"}]}. Quantities are `noise` and, where it is learned, the raw `variance`, or the `velocity`; and `clean`,
-    the x_0 that these mean. A layer's is that of the residual stream behind its block.
+    "interval"}]}. Quantities are `noise` and, where both learned it, the raw `variance`, or the `velocity`; and
+    `clean`, the x_0 that these mean. A layer's is that of the residual stream behind its block.
 
     Raises LitconvertError where an output is no number.
     """
@@ -186,7 +186,7 @@ class _Sums:
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, tenth: int, images: range, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-        for name, value in theirs.items():
+        for name, value in ((name, value) for name, value in theirs.items() if name in mine):
             empty = (self.images,)
             wrong, whole = self.sums.setdefault(
                 name, (torch.zeros(TENTHS, *empty).double(), torch.zeros(TENTHS, *empty).double())

@@ -113,6 +113,15 @@ class EvaluationRequest:
             raise UsageError(
                 f"{self.model} holds samples: give --images or --reference, and neither --teacher nor --clip"
             )
+        drawing: dict[str, object] = {
+            "--set and --num-samples": self.overrides,
+            "--recipe": self.recipe,
+            "--prompts": self.prompts,
+        }
+        drawing |= {"--embeddings": self.embeddings, "--num-attention-heads": self.num_attention_heads}
+        drawing |= {"--raw": self.weights != "auto"}
+        if self.is_drawn and (told := next((name for name, value in drawing.items() if value), None)):
+            raise UsageError(f"{self.model} holds samples, all of which are measured: leave {told} out")
         if self.prompts and self.embeddings:
             raise UsageError("--embeddings are captions encoded already: leave --prompts out")
         if self.clip and self.embeddings:
@@ -124,6 +133,11 @@ class EvaluationRequest:
             )
         if self.samples and (self.is_drawn or self.agreement_only):
             raise UsageError("--samples keeps the samples that are drawn, and none are: leave it out")
+
+
+def kept_file(folder: Path, name: str, seed: int) -> Path:
+    """Where the samples of a model, called by its part in the measurement, and a seed are kept."""
+    return folder / f"{name}-{seed}.npz"
 
 
 @dataclass(frozen=True)
@@ -175,7 +189,7 @@ class Samples:
     def file(self, drawn: "Drawn", seed: int) -> Path:
         """Where those of a model and a seed are kept."""
         assert self.kept is not None
-        return self.kept / f"{drawn.name}-{seed}.npz"
+        return kept_file(self.kept, drawn.name, seed)
 
     def files(self, models: Sequence["Drawn"]) -> list[Path]:
         """Where all that may be drawn are kept."""

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from litconvert.common.device import default_device, uses_bf16
-from litconvert.common.files import read_json, write_whole
+from litconvert.common.files import held, read_json, write_whole
+from litconvert.common.launch import launched_processes
 from litconvert.common.listener import SILENT, Listener
-from litconvert.common.outputs import whole_directory
+from litconvert.common.outputs import LOCK, contents, whole_directory, work_path
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.evaluation.drawing import EvaluationRequest, recipe_for, samples_of
 from litconvert.families.sources import OpenSource, read_model
@@ -24,7 +25,7 @@ from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.schema import Recipe
 from litconvert.sampling.captions import Captions
 from litconvert.sampling.draw import draw
-from litconvert.sampling.pictures import to_images
+from litconvert.sampling.pictures import to_images, vae_inputs
 from litconvert.sampling.request import open_models
 
 PER_PROMPT = 4
@@ -83,9 +84,19 @@ def draw_geneval(asked: EvaluationRequest, metadata: Path, out: Path, listener: 
 
     Returns: how many prompts there are.
 
-    Raises UsageError for a model of classes, LitconvertError for a folder that holds other pictures.
+    Raises UsageError for a model of classes and where several processes were launched, LitconvertError for a folder
+    that holds other pictures.
     """
+    if launched_processes() > 1:
+        raise UsageError("--geneval draws in one process, and several were launched: start it without a launcher")
     prompts = read_metadata(metadata)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with held(out, listener, work_path(out, LOCK)):
+        return _draw(asked, prompts, out, listener)
+
+
+def _draw(asked: EvaluationRequest, prompts: Sequence[Prompt], out: Path, listener: Listener) -> int:
+    """The same, once no other command is at work there."""
     recipe = recipe_for(asked)
     (source,) = sources = open_models(
         asked.model, None, recipe, asked.overrides, asked.num_attention_heads, asked.weights
@@ -134,7 +145,7 @@ def _inputs(recipe: Recipe, source: OpenSource, prompts: Sequence[Prompt]) -> In
             "diffusion": given(recipe.diffusion, include={"num_timesteps"}),
             # As it is on this device.
             "sampling": {"mixed_precision": "bf16" if uses_bf16(recipe.sampling.mixed_precision) else "no"},
-            "source": given(recipe.source),
+            "source": {**given(recipe.source), **({"vae": vae_inputs(vae)} if (vae := recipe.source.vae) else {})},
             "prompts": [one.line for one in prompts],
         }
     )
@@ -151,7 +162,7 @@ def _begin(out: Path, inputs: Inputs) -> None:
         found = read_json(record)
         if not inputs.made(found):
             raise LitconvertError(f"{out} was made from other inputs ({inputs.changes(found)}); choose another folder")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and contents(out):
         raise LitconvertError(f"{out} exists and holds something else; choose another folder")
     else:
         out.mkdir(parents=True, exist_ok=True)

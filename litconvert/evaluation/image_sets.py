@@ -176,6 +176,10 @@ def _opened_pictures(path: Path) -> Iterator[tuple[IO[bytes], int, tuple[int, ..
                     "them"
                 )
             yield file, int(shape[0]), tuple(int(side) for side in shape[1:])
+    except KeyError as error:
+        raise UsageError(
+            f"{path}: holds no pictures (arr_0, uint8 (N, H, W, 3), as the ADM evaluator has them); give one that does"
+        ) from error
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise LitconvertError(f"{path}: its pictures cannot be read ({error}); download or write it again") from error
 

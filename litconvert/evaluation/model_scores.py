@@ -9,14 +9,22 @@ from typing import Any
 
 import torch
 
-from litconvert.common.device import default_device, uses_bf16
+from litconvert.common.device import default_device, float32_convolutions, uses_bf16
 from litconvert.common.files import refuse_existing, refuse_source, require_writable
 from litconvert.common.listener import SILENT, UNSEEN, Listener, Task
 from litconvert.common.quantities import span
 from litconvert.conversion.solve_plan import rate_of
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.evaluation.agreement import AgreementImages, agreement
-from litconvert.evaluation.drawing import AGREEMENT_IMAGES, Drawn, EvaluationRequest, Samples, recipe_for, samples_of
+from litconvert.evaluation.drawing import (
+    AGREEMENT_IMAGES,
+    Drawn,
+    EvaluationRequest,
+    Samples,
+    kept_file,
+    recipe_for,
+    samples_of,
+)
 from litconvert.evaluation.image_sets import (
     ImageSet,
     NpzFile,
@@ -64,7 +72,10 @@ def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dic
     """
     asked.check()
     _check_saved(asked)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), TemporaryDirectory() as folder:
+    # First of all: from here on each process has a device of its own.
+    group = launched_group() if asked.samples else None
+    device = default_device() if group is None else group.device
+    with float32_convolutions(), TemporaryDirectory() as folder:
         if asked.is_drawn:
             return _evaluate_file(asked, listener)
         recipe = recipe_for(asked)
@@ -77,15 +88,15 @@ def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dic
             make_scheduler(recipe.evaluate.scheduler, recipe.diffusion.num_timesteps, source.config.prediction)
         if asked.clip and not sources[-1].config.reads_captions:
             raise UsageError(f"--clip says how well pictures fit their captions, and {asked.model} draws classes")
-        network = None if asked.agreement_only else open_network(_features(asked, sources[-1]))
+        measures = not asked.agreement_only and (group is None or group.process == 0)
+        network = open_network(_features(asked, sources[-1])) if measures else None
         reference = None if network is None else _given_reference(asked, network, sources[-1], listener)
         _check_counts(recipe, network, reference)
-        listener.note(_cost(asked, recipe, sources))
+        if (cost := _cost(asked, recipe, sources, 1 if group is None else group.processes)) is not None:
+            listener.note(cost)
         samples = replace(samples_of(asked, recipe, sources, Path(folder)), kept=asked.samples)
         listener.note(f"reading {' and '.join(source.checkpoint.source for source in sources)}")
         names = ["model"] if asked.teacher is None else ["teacher", "student"]
-        group = launched_group() if asked.samples else None
-        device = default_device() if group is None else group.device
         models = [
             Drawn(name, read_model(source, torch.float32).to(device), source)
             for name, source in zip(names, sources, strict=True)
@@ -94,7 +105,7 @@ def evaluate_model(asked: EvaluationRequest, listener: Listener = SILENT) -> dic
         if group is not None:
             if asked.save_statistics is not None:
                 refuse_source(asked.save_statistics, samples.files(models))
-            _keep_all(samples, models, group, listener, reference=reference is None)
+            _keep_all(samples, models, group, listener, reference=_draws_reference(asked))
             if group.process:
                 return {}
         report: dict[str, Any] = {
@@ -125,15 +136,24 @@ def _check_counts(recipe: Recipe, network: FeatureNetwork | None, reference: Ima
         )
 
 
+def _draws_reference(asked: EvaluationRequest) -> bool:
+    """Whether the teacher's own samples are what others are held against."""
+    return not (asked.agreement_only or asked.images or asked.reference)
+
+
+def _sets_left(asked: EvaluationRequest, recipe: Recipe, name: str) -> int:
+    """How many sets of samples of a model are to be drawn: one a seed, without those that are kept already."""
+    seeds = [] if asked.agreement_only else list(recipe.evaluate.seeds)
+    if name == "teacher" and _draws_reference(asked):
+        seeds.append(recipe.evaluate.reference_seed)
+    return sum(asked.samples is None or not kept_file(asked.samples, name, seed).exists() for seed in seeds)
+
+
 def _compile(asked: EvaluationRequest, samples: Samples, models: Sequence[Drawn], processes: int) -> None:
     """Compile the models that are to draw so much that it is repaid, or as the recipe says."""
     settings, sampler = samples.recipe.evaluate, samples.sampler(0)
     for drawn in models:
-        seeds = [] if asked.agreement_only else list(settings.seeds)
-        draws_reference = drawn.name == "teacher" and asked.images is None and asked.reference is None
-        if draws_reference and not asked.agreement_only:
-            seeds.append(settings.reference_seed)
-        sets = sum(samples.kept is None or not samples.file(drawn, seed).exists() for seed in seeds)
+        sets = _sets_left(asked, samples.recipe, drawn.name)
         passes = sets * sampler.passes_of(settings.num_samples) // processes
         if drawn.name == "teacher":
             passes += sampler.passes_of(AGREEMENT_IMAGES)
@@ -161,16 +181,19 @@ def _features(asked: EvaluationRequest, source: OpenSource) -> str:
     return "digits" if (config.in_channels, config.sample_size, config.num_classes) == (1, 16, 10) else DEFAULT
 
 
-def _cost(asked: EvaluationRequest, recipe: Recipe, sources: Sequence[OpenSource]) -> str:
-    """What drawing takes here, in a sentence; a product of matrices is timed for it."""
+def _cost(asked: EvaluationRequest, recipe: Recipe, sources: Sequence[OpenSource], processes: int) -> str | None:
+    """What drawing takes here, in a sentence; a product of matrices is timed for it. None: nothing is to be drawn."""
     settings, guided = recipe.evaluate, 2 if recipe.evaluate.guidance != 1 else 1
-    sets = len(sources) * len(settings.seeds) + (asked.images is None and asked.reference is None)
-    count = 0 if asked.agreement_only else sets * settings.num_samples
-    count += AGREEMENT_IMAGES if asked.teacher else 0
+    names = ["model"] if asked.teacher is None else ["teacher", "student"]
+    count = settings.num_samples * sum(_sets_left(asked, recipe, name) for name in names)
+    agreeing = AGREEMENT_IMAGES if asked.teacher else 0
+    if not count + agreeing:
+        return None
     macs = max(count_macs(source.config, source.config.sample_size) for source in sources)
     dtype = torch.bfloat16 if uses_bf16(recipe.sampling.mixed_precision) else torch.float32
-    seconds = count * settings.steps * guided * macs / rate_of(str(default_device()), dtype)
-    return f"{count:,} samples are drawn in {settings.steps} steps: about {span(seconds)}"
+    passes = (count / processes + agreeing) * settings.steps * guided
+    seconds = passes * macs / rate_of(str(default_device()), dtype)
+    return f"{count + agreeing:,} samples are drawn in {settings.steps} steps: about {span(seconds)}"
 
 
 def _facts(asked: EvaluationRequest, recipe: Recipe) -> dict[str, Any]:

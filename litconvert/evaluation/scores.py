@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litconvert.common.files import digest_of, read_json, write_whole
+from litconvert.common.device import default_device, uses_bf16
+from litconvert.common.files import read_json, write_whole
 from litconvert.common.listener import SILENT, UNSEEN, Listener, Task
 from litconvert.conversion.provenance import Provenance
 from litconvert.errors import UsageError
@@ -19,6 +20,7 @@ from litconvert.evaluation.networks import load_classifier
 from litconvert.families.companions import local_model
 from litconvert.families.sources import open_student, open_teacher, read_model
 from litconvert.model.compilation import compile_for
+from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
 from litconvert.recipe.inputs import Inputs, given
 from litconvert.recipe.schema import Evaluate, Recipe
@@ -73,20 +75,26 @@ def evaluation_passes(settings: Evaluate, models: int) -> int:
     return -(-settings.num_samples // settings.batch_size) * settings.steps * (1 + models * len(settings.seeds))
 
 
+def check_features(settings: Evaluate, config: ModelConfig) -> None:
+    """Raises UsageError when the recipe names no features, or features of other images than the model draws."""
+    otherwise = "measure its samples with `litconvert evaluate MODEL` and --teacher, --images or --reference"
+    if settings.features is None:
+        raise UsageError(f"scores of a run are for the digits, whose recipe has evaluate.features=digits; {otherwise}")
+    if (config.in_channels, config.sample_size, config.num_classes) != (1, 16, 10):
+        raise UsageError(
+            f"evaluate.features=digits scores 1x16x16 images of 10 classes; the model draws {config.in_channels}x"
+            f"{config.sample_size}x{config.sample_size} of {config.num_classes}: set evaluate.features=null, and "
+            f"{otherwise}"
+        )
+
+
 def reference_samples(teacher: LiTTransformer2DModel, recipe: Recipe, task: Task = UNSEEN) -> Tensor:
     """The teacher's samples that students are held against, drawn from `evaluate.reference_seed`.
 
-    Raises UsageError when the recipe names no features, or features of other images.
+    Raises UsageError as `check_features` does.
     """
-    settings, config = recipe.evaluate, teacher.config
-    if settings.features is None:
-        raise UsageError("no metric is known for this data: set evaluate.features (digits is the one there is)")
-    if (config.in_channels, config.sample_size, config.num_classes) != (1, 16, 10):
-        raise UsageError(
-            f"evaluate.features=digits scores 1x16x16 images of 10 classes; the teacher draws {config.in_channels}x"
-            f"{config.sample_size}x{config.sample_size} of {config.num_classes}: set evaluate.features=null"
-        )
-    return _samples(teacher, recipe, settings.reference_seed, task)[0]
+    check_features(recipe.evaluate, teacher.config)
+    return _samples(teacher, recipe, recipe.evaluate.reference_seed, task)[0]
 
 
 def evaluate(
@@ -148,9 +156,19 @@ def score_run(
     named = model_of(str(run), raw=raw)
     folder = local_model(named, listener)
     provenance = Provenance.read(folder)
+    mine = open_student(folder, weights)
+    check_features(settings, mine.config)
+    theirs = open_teacher(recipe)
     inputs = Inputs(
-        {"model": provenance.digest, "evaluate": given(settings), "weights": "model" if raw else "ema"},
-        digest_of({"model": provenance.digest, "evaluate": settings.model_dump(mode="json")}),
+        {
+            "model": provenance.digest,
+            "weights": "model" if raw else "ema",
+            "teacher": {"sha256": theirs.checkpoint.sha256(), "weights": theirs.checkpoint.weights},
+            "evaluate": given(settings),
+            "diffusion": given(recipe.diffusion, include={"num_timesteps"}),
+            # As it is on this device.
+            "sampling": {"mixed_precision": "bf16" if uses_bf16(recipe.sampling.mixed_precision) else "no"},
+        }
     )
     place = folder.parent if folder.name == "model" else folder
     kept = place / ("evaluation-raw.json" if raw else "evaluation.json")
@@ -161,8 +179,7 @@ def score_run(
             listener.note(f"already done: {kept}")
             return found
     listener.note(f"reading {folder} and its teacher")
-    student = read_model(open_student(folder, weights), torch.float32)
-    teacher = read_model(open_teacher(recipe), torch.float32)
+    student, teacher = (read_model(one, torch.float32).to(default_device()) for one in (mine, theirs))
     sampler = SamplerSettings.of(recipe, settings, seed=0, batch_size=settings.batch_size)
     # The teacher draws the reference, too.
     for model, sets in ((student, len(settings.seeds)), (teacher, len(settings.seeds) + 1)):

@@ -53,7 +53,7 @@ def predict(
     guidance_channels: int | None,
     **common: Any,
 ) -> Tensor:
-    """The model's output (N, out_channels, H, W), with classifier-free guidance on the first channels.
+    """The model's output (N, out_channels, H, W), float32, with classifier-free guidance on the first channels.
 
     Guided channels are uncond + scale (cond - uncond); the others, variance included, are the conditional ones. DiT's
     own protocol guides the first three. Ho & Salimans, arXiv 2207.12598. `null` is not looked at when the scale is 1,
@@ -61,9 +61,10 @@ def predict(
     """
     if guidance_scale == 1.0:
         output: Tensor = transformer(latents, timestep, **condition, **common).sample
-        return output
+        return output.float()
     conditions = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
-    both = transformer(torch.cat([latents, latents]), timestep, **conditions, **common).sample
+    # Guidance multiplies a difference, so it is not to be rounded as the model's own precision would.
+    both = transformer(torch.cat([latents, latents]), timestep, **conditions, **common).sample.float()
     conditional, unconditional = both.chunk(2)
     count = latents.shape[1] if guidance_channels is None else guidance_channels
     guided = unconditional[:, :count] + guidance_scale * (conditional[:, :count] - unconditional[:, :count])
@@ -116,7 +117,7 @@ def denoise(
             guidance_scale,
             guidance_channels,
             **common,
-        ).float()
+        )
         if not learned_variance:
             output = output[:, :channels]
         latents = scheduler.step(-output if backwards else output, timestep, latents, **extra).prev_sample

@@ -436,7 +436,7 @@ class Evaluate(Guidance):
     """The classifier whose features and verdicts are used; None: no metrics are known for this data."""
     num_samples: Positive = 1000
     """Samples for each seed."""
-    seeds: tuple[Seed, ...] = (100, 101, 102)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (100, 101, 102)
     """One evaluation each; the mean and the spread are reported."""
     reference_seed: Seed = 99
     """Of the teacher's reference samples; never one of `seeds`."""

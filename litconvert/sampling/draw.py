@@ -14,10 +14,10 @@ from diffusers import (
 )
 from torch import Tensor
 
-from litconvert.common.device import uses_bf16
+from litconvert.common.device import float32_convolutions, uses_bf16
 from litconvert.common.listener import UNSEEN, Task
 from litconvert.common.seeds import generator_of
-from litconvert.errors import UsageError
+from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.diffusion import linear_betas
 from litconvert.model.modeling_lit import CaptionConditioning, LiTTransformer2DModel
 from litconvert.model.pipeline_lit import Condition, Scheduler, denoise, set_timesteps, unfit_scheduler
@@ -237,7 +237,7 @@ def draw(
 ) -> Iterator[Tensor]:
     """Samples for class labels (N,) or captions, batch by batch, each from the noise of (seed, first + its index).
 
-    `task` is advanced by one after each step of each batch.
+    `task` is advanced by one after each step of each batch. Raises LitconvertError for samples that are no numbers.
     """
     guidance, seed, batch_size = sampler.guidance, sampler.seed, sampler.batch_size
     config = model.config
@@ -245,7 +245,8 @@ def draw(
     for start in range(0, len(conditions), batch_size):
         some = conditions[start : start + batch_size]
         noise = torch.stack([noise_of(seed, first + start + i, shape) for i in range(len(some))])
-        with torch.autocast(model.device.type, torch.bfloat16) if sampler.bf16 else nullcontext():
+        autocast = torch.autocast(model.device.type, torch.bfloat16) if sampler.bf16 else nullcontext()
+        with float32_convolutions(), autocast:
             drawn = sample(
                 model,
                 noise=noise,
@@ -259,6 +260,13 @@ def draw(
                 first=first + start,
                 num_timesteps=sampler.num_timesteps,
                 task=task,
+            )
+        # As pictures they would be black ones.
+        if not drawn.isfinite().all():
+            otherwise = "draw in float32 (--set sampling.mixed_precision=no), or " if sampler.bf16 else ""
+            raise LitconvertError(
+                f"the model drew NaN or infinite values in {'bf16' if sampler.bf16 else 'float32'}; {otherwise}check "
+                "the checkpoint with `litconvert inspect --weights`"
             )
         yield drawn.cpu()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,16 @@ from torch import Tensor
 
 from litconvert.common.files import digest_of, read_json, require_space, whole_file, write_whole
 from litconvert.common.listener import UNSEEN, Listener, Task
+from litconvert.common.outputs import work_paths
 from litconvert.errors import LitconvertError
 from litconvert.families.sources import OpenSource
 from litconvert.model.modeling_lit import LiTTransformer2DModel
-from litconvert.recipe.inputs import given
+from litconvert.model.pipeline_lit import VAE_FACTOR
 from litconvert.recipe.schema import Guidance, Recipe
 from litconvert.sampling.captions import Captions
 from litconvert.sampling.draw import SamplerSettings, draw
 from litconvert.sampling.parts import Group, Parts, written
-from litconvert.sampling.pictures import to_images
+from litconvert.sampling.pictures import to_images, vae_inputs
 
 IMAGES = "images.npy"
 
@@ -104,10 +106,20 @@ class PictureSet:
                 "count": self.count,
                 "guidance": {key: getattr(sampler.guidance, key) for key in Guidance.model_fields},
                 "sampler": [sampler.num_timesteps, sampler.seed, sampler.bf16],
-                "vae": given(recipe.source.vae),
-                "shard_size": self.part_size,
+                "vae": None if recipe.source.vae is None else vae_inputs(recipe.source.vae),
             }
         )
+
+    def make_parts(self, npz: Path, digest: str, group: Group, listener: Listener) -> Parts:
+        """The parts of an NPZ file; those of another size are others."""
+        return Parts(npz, [digest_of([digest, self.part_size])], self.parts, group, listener)
+
+    def require_space(self, npz: Path, parts: Parts) -> None:
+        """Refuse before the work where a full disk can be foreseen: what is to be drawn, and then all of it joined."""
+        config = self.model.config
+        pixels = (config.sample_size * (1 if self.vae is None else VAE_FACTOR)) ** 2
+        left = sum(len(self.indices(part)) for part in range(parts.count) if not parts.part(part).exists())
+        require_space(npz.parent, pixels * ((1 if config.in_channels == 1 else 3) * left + 3 * self.count))
 
 
 def digest_of_conditions(conditions: Tensor | Captions) -> str:
@@ -141,13 +153,16 @@ def draw_npz(pictures: PictureSet, npz: Path, digest: str, group: Group, listene
     record = npz.with_suffix(".json")
     if npz.exists():
         if record.is_file() and read_json(record).get("digest") == digest:
+            if group.process == 0:
+                for folder in work_paths(npz, "shards-"):  # ended between joining them and removing them
+                    shutil.rmtree(folder)
             return
         raise LitconvertError(
             f"{npz} is there and holds other samples: another model's, of other settings, or of a file that changed; "
             "name another folder, or remove it"
         )
-    parts = Parts(npz, [digest], pictures.parts, group, listener)
-    with written(npz), parts.begun():
+    parts = pictures.make_parts(npz, digest, group, listener)
+    with written(npz), parts.begun(lambda: pictures.require_space(npz, parts)):
         pictures.draw(parts, name)
 
         def join(folders: Sequence[Path]) -> None:
@@ -180,14 +195,18 @@ def save_npz(pieces: Sequence[Path] | NDArray[np.uint8], labels: Tensor | None, 
 
     Raises LitconvertError where the disk has no room for them.
     """
-    pictures = [pieces] if isinstance(pieces, np.ndarray) else list(read_parts(pieces))
-    count, (height, width, channels) = sum(map(len, pictures)), pictures[0].shape[1:]
+
+    def pictures() -> Iterator[NDArray[np.uint8]]:
+        # Never all at once: each is a file that is open.
+        return iter([pieces]) if isinstance(pieces, np.ndarray) else read_parts(pieces)
+
+    count, (height, width, channels) = sum(map(len, pictures())), next(pictures()).shape[1:]
     require_space(path.parent, count * height * width * 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for some in pictures:
+            for some in pictures():
                 file.write(np.ascontiguousarray(some.repeat(3, axis=-1) if channels == 1 else some).data)
         if labels is not None:
             with archive.open("arr_1.npy", "w", force_zip64=True) as file:

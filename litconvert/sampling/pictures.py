@@ -1,5 +1,6 @@
 """From latents to images: decoders, files, and the sheets of a run."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from litconvert.common.device import default_device
+from litconvert.common.device import default_device, float32_convolutions
 from litconvert.common.hub import hub_errors, split_revision
 from litconvert.common.listener import SILENT, UNSEEN, Listener, Task
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.model.config import ModelConfig, is_pixel_space
 from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.recipe.inputs import given
 from litconvert.recipe.schema import Guidance, Recipe, Vae
 from litconvert.sampling.captions import Captions, encode_prompts
 from litconvert.sampling.draw import SamplerSettings, cycled, draw
@@ -66,6 +68,16 @@ def load_vae(vae: Vae) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def vae_inputs(vae: Vae) -> dict[str, Any]:
+    """What determines a recipe's VAE: its keys and, of one in a folder, the digests of its files."""
+    inputs: dict[str, Any] = dict(given(vae))
+    folder = Path(vae.path) / (vae.subfolder or "")
+    if folder.is_dir():
+        files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+        inputs["files"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return inputs
+
+
 def scaling_of(vae: Any) -> tuple[float, float]:
     """What a VAE's latents are scaled by once they are shifted, and that shift: z = scaling * (sample - shift)."""
     return float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
@@ -76,9 +88,10 @@ def to_images(latents: Tensor, vae: Any | None) -> NDArray[np.uint8]:
     """Latents or pixels (N, C, H, W) in [-1, 1] to images (N, H, W, C), uint8; C is 1 or 3."""
     if vae is not None:
         scaling, shift = scaling_of(vae)
-        latents = torch.cat(
-            [vae.decode(one.to(vae.device, vae.dtype) / scaling + shift).sample for one in latents.split(8)]
-        )
+        with float32_convolutions():
+            latents = torch.cat(
+                [vae.decode(one.to(vae.device, vae.dtype) / scaling + shift).sample for one in latents.split(8)]
+            )
     if not is_pixel_space(latents.shape[1]):
         raise UsageError(
             f"these are latents of {latents.shape[1]} channels, and no decoder is named: "
@@ -130,8 +143,12 @@ class SampleSheet:
         if self.drawable:
             settings = self.recipe.sample
             batches = -(-len(self.conditions) // settings.batch_size)
-            with listener.task(f"draw samples ({name})", batches * settings.steps) as task:
-                images = self.images(model, task)
+            try:
+                with listener.task(f"draw samples ({name})", batches * settings.steps) as task:
+                    images = self.images(model, task)
+            except LitconvertError as error:  # a picture is no reason to end a run
+                listener.note(f"no {name}.png: {error}")
+                return
             part = Part(f"{title_of(name)}; {described(settings)}", images, self.labels)
             save_sheet(self.folder / f"{name}.png", [part], scale=max(1, 64 // images.shape[1]))
 

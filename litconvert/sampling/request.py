@@ -1,5 +1,6 @@
 """`sample` as a user asks for it: from a path and options to files."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +28,14 @@ from litconvert.recipe.schema import Recipe, Source
 from litconvert.runs.directory import model_of
 from litconvert.sampling.captions import Captions, encode_prompts, read_embeddings, write_embeddings
 from litconvert.sampling.draw import SamplerSettings, cycled, draw, make_scheduler
-from litconvert.sampling.parts import Parts, launched_group, written, written_beside
+from litconvert.sampling.parts import launched_group, written, written_beside
 from litconvert.sampling.picture_set import PictureSet, digest_of_conditions, first_of_parts, in_turn, save_npz
 from litconvert.sampling.pictures import NUM_IMAGES, described, load_vae, to_images
 from litconvert.sampling.sheets import Part, save_sheet
 
 # Of the samples in an NPZ file, those that are on the sheet beside it.
 NPZ_SHEET = 100
+SHEET_SUFFIX = ".png"
 
 
 def parse_classes(text: str | None, count: int, num_classes: int) -> Tensor:
@@ -103,6 +105,8 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
 
     Returns: the files written.
     """
+    if request.npz is not None and launched_processes() > 1:
+        launched_group()  # first of all: from here on each process has a device of its own
     refuse_same(*request.written)
     _refuse_taken(request, [] if request.npz is None else work_paths(request.npz, "shards-"))
     path = model_of(request.model, raw=request.weights == "model")
@@ -141,6 +145,12 @@ def sample_to_files(request: SampleRequest, listener: Listener = SILENT) -> list
     if launched_processes() > 1 and launched_group().process:
         return []  # so few are drawn by the first process alone
     return _draw_few(request, ready, listener)
+
+
+def begun_sheet(npz: Path | None) -> Path | None:
+    """The sheet that an interrupted command was to write beside an NPZ file, if there was one and it is known."""
+    files = () if npz is None else written_beside(work_paths(npz, "shards-"))
+    return next((Path(os.path.relpath(file)) for file in sorted(files) if file.suffix == SHEET_SUFFIX), None)
 
 
 def _refuse_taken(request: SampleRequest, folders: Sequence[Path]) -> None:
@@ -206,20 +216,24 @@ def _draw_many(request: SampleRequest, ready: Ready, listener: Listener) -> list
     passes = ready.sampler.passes_of(ready.count) // group.processes
     compile_for(passes, [model], sampling.compile)
     digest = pictures.digest(ready.sources[-1], digest_of_conditions(ready.conditions), ready.recipe)
-    parts = Parts(request.npz, [digest], pictures.parts, group, listener)
+    npz, parts = request.npz, pictures.make_parts(request.npz, digest, group, listener)
     sheet = range(min(NPZ_SHEET, ready.count))
-    with written(request.npz), parts.begun(lambda: _refuse_taken(request, [parts.folder])):
+
+    def refuse() -> None:
+        _refuse_taken(request, [parts.folder])
+        pictures.require_space(npz, parts)
+
+    with written(request.npz), parts.begun(refuse):
         if group.process == 0:
             parts.record_beside(path for path in request.written if path != request.npz)
             _write_captions(request, ready)
         pictures.draw(parts)
 
         def join(folders: Sequence[Path]) -> None:
-            assert request.npz is not None
             shown = [replace(pictures, model=one).images(sheet) for one in teachers]
             _write_sheet(request, ready, [*shown, first_of_parts(folders, len(sheet))])
             # Last: who finds it finds all of it.
-            save_npz(folders, pictures.labels, request.npz)
+            save_npz(folders, pictures.labels, npz)
 
         parts.finish(join)
     return [request.out, request.npz]

@@ -17,6 +17,7 @@ from litconvert.recipe.packaged import packaged_recipes
 from litconvert.recipe.resolve import resolve
 from litconvert.workflow import run_line
 from tests.helpers.command import command
+from tests.helpers.listener import Hearing
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["inspect", "plan", "convert", "distill", "sample", "evaluate", "push", "run", "demo", "env", "latents"]
@@ -158,6 +159,19 @@ def test_the_whole_line_runs_and_a_second_run_skips_what_is_done(
     assert len(written) == 2 + 2  # student, model and two checkpoints
     run_line(str(pico_recipe), tmp_path / "out", source=str(pico_checkpoint))
     assert weights() == written
+
+
+def test_a_line_says_when_its_student_is_not_solved(text_recipe: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    def stop(note: str) -> None:
+        notes.append(note)
+        if note.startswith("not solved: no captions are at hand"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_line(str(text_recipe), tmp_path / "line", listener=Hearing(note=stop))
+    assert "give --data DATA or --embeddings FILE" in notes[-1]
 
 
 @pytest.mark.slow
@@ -329,7 +343,8 @@ def test_the_embedded_line_converts_distils_and_scores(tmp_path: Path) -> None:
 def test_evaluate_of_a_model_without_a_known_metric_says_so(tmp_path: Path, pico_student: Path) -> None:
     result = command("evaluate", str(pico_student))
     assert result.code == 2
-    assert "no metric is known for this data" in result.err
+    assert "scores of a run are for the digits" in result.err
+    assert "--teacher, --images or --reference" in result.err
     result = command("evaluate", str(tmp_path))
     assert result.code == 2
     assert "not a run of `litconvert distill`, nor a model that one wrote" in result.err

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import litconvert
 from litconvert.data import synthesize as synthesis
-from litconvert.data.dataset import open_latents, write_latents
+from litconvert.data.dataset import open_latents, read_record, write_latents
 from litconvert.data.prompts import read_prompts
 from litconvert.data.synthesize import synthesize
 from litconvert.errors import LitconvertError, UsageError
@@ -178,6 +178,30 @@ def test_synthesis_resumes_after_a_crash_to_the_same_data(
     assert second is not None
     assert torch.equal(first, second)
     assert not list(tmp_path.glob(".data*"))
+
+
+def test_a_set_is_drawn_in_one_precision(tmp_path: Path, pico_checkpoint: Path, pico_recipe: Path) -> None:
+    def crash(done: int, total: int) -> None:
+        if done > 6:
+            raise KeyboardInterrupt
+
+    recipe, place = str(pico_recipe), tmp_path / "data"
+    whole, single = (
+        open_latents(synthesize(pico_checkpoint, tmp_path / one, recipe, [f"sampling.mixed_precision={one}"]))
+        for one in ("bf16", "no")
+    )
+    assert not torch.equal(everything(whole), everything(single))
+    bf16 = ["sampling.mixed_precision=bf16"]
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(pico_checkpoint, place, recipe, bf16, listener=Hearing(task=crash))
+    notes: list[str] = []
+    for _ in range(2):
+        listener = Hearing(note=notes.append)
+        synthesize(pico_checkpoint, place, recipe, ["sampling.mixed_precision=no"], listener=listener)
+    assert torch.equal(everything(open_latents(place)), everything(whole))
+    assert read_record(place)["precision"] == "bf16"
+    assert sum("goes on in bf16, as it was begun" in note for note in notes) == 1
+    assert notes[-1] == "it was drawn in bf16, not in float32; remove it to draw it again"
 
 
 def test_the_teacher_is_compiled_for_as_many_passes_as_are_left(

@@ -97,6 +97,15 @@ def test_errors_are_quotients_of_sums_over_the_same_inputs() -> None:
     assert 0 < layers[0]["error"] != layers[1]["error"]
 
 
+def test_a_student_without_a_variance_is_compared_in_what_both_say() -> None:
+    teacher = model()
+    values = {**teacher.config, "out_channels": teacher.config.in_channels}
+    student = LiTTransformer2DModel(**{key: value for key, value in values.items() if not key.startswith("_")}).eval()
+    found = agreement(teacher, student, images())
+    assert list(found["student"]["quantities"]) == ["noise", "clean"]
+    assert list(found["precision"]["quantities"]) == ["noise", "variance", "clean"]
+
+
 def test_a_teacher_agrees_with_itself_and_its_lower_precision_says_what_is_nothing() -> None:
     teacher = model()
     found = agreement(teacher, model(), images())

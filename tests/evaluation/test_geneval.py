@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from litconvert.common.outputs import at_work
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.evaluation.drawing import EvaluationRequest
 from litconvert.evaluation.geneval import draw_geneval, geneval_commands, read_metadata
@@ -88,6 +89,19 @@ def test_another_folder_is_not_drawn_into(tmp_path: Path, pretrained: Pretrained
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(LitconvertError, match="holds something else"):
         draw_geneval(request(pretrained, tmp_path), metadata, tmp_path / "other")
+
+
+def test_several_processes_and_two_commands_at_once_are_refused(
+    tmp_path: Path, pretrained: Pretrained, metadata: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with at_work(out), pytest.raises(LitconvertError, match="another process is at work"):
+        draw_geneval(request(pretrained, tmp_path), metadata, out)
+    with monkeypatch.context() as patch:
+        patch.setattr("litconvert.evaluation.geneval.launched_processes", lambda: 2)
+        with pytest.raises(UsageError, match="start it without a launcher"):
+            draw_geneval(request(pretrained, tmp_path), metadata, out)
+    assert draw_geneval(request(pretrained, tmp_path), metadata, out) == 3
 
 
 def test_pictures_of_two_precisions_are_not_mixed_whoever_chose_them(

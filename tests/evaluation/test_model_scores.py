@@ -206,6 +206,8 @@ def test_what_cannot_be_meant_is_refused(
     teacher = ("--teacher", pico_checkpoint)
     np.savez(tmp_path / "some.npz", np.zeros((4, 8, 8, 3), dtype=np.uint8))
     (tmp_path / "prompts.txt").write_text("a fox")
+    statistics = tmp_path / "statistics.npz"
+    np.savez(statistics, mu=np.zeros(3), sigma=np.eye(3))
     npz, prompts = tmp_path / "some.npz", tmp_path / "prompts.txt"
     for words, message in {
         (pico_student, "--features", dinov2): "--features says how a model is held against another",
@@ -217,6 +219,10 @@ def test_what_cannot_be_meant_is_refused(
         (pico_student, *teacher, "--prompts", prompts): "is a model of classes and reads no captions",
         (pico_student, *teacher, "--clip", "clip"): "draws classes",
         (npz, *teacher): "holds samples: give --images or --reference",
+        (npz, "--reference", npz, "--num-samples", 4): "all of which are measured: leave --set and --num-samples out",
+        (npz, "--reference", npz, "--prompts", prompts): "all of which are measured: leave --prompts out",
+        (statistics, "--reference", npz): "holds no pictures (arr_0",
+        (pico_student, *teacher, "--set", "evaluate.seeds=[]"): "evaluate.seeds",
         (pico_student, *teacher, "--features", "inceptoin"): "did you mean 'inception'",
         (pico_student, *teacher, "--set", "evaluate.scheduler=flow-euler"): "predicts noise",
         (pico_student, "--reference", prompts): "not a whole NPZ file",

@@ -167,7 +167,7 @@ def test_on_the_references_own_noise_the_teacher_would_score_zero() -> None:
 @pytest.mark.parametrize(
     ("features", "changes", "message"),
     [
-        (None, {}, r"set evaluate\.features"),
+        (None, {}, r"scores of a run are for the digits.*--teacher, --images or --reference"),
         ("digits", {"num_classes": 11}, r"1x16x16 images of 10 classes.* draws 1x16x16 of 11"),
         ("digits", {"in_channels": 3, "out_channels": 6}, r"draws 3x16x16 of 10"),
         ("digits", {"sample_size": 8}, r"draws 1x8x8 of 10"),

@@ -22,8 +22,8 @@ from litconvert.recipe.schema import Guidance, Recipe, Vae
 from litconvert.sampling.draw import SamplerSettings, draw, make_scheduler, noise_of, sample
 from litconvert.sampling.picture_set import save_npz
 from litconvert.sampling.pictures import load_vae, to_images
-from litconvert.sampling.request import parse_classes
-from tests.helpers.checkpoint_files import dit_state
+from litconvert.sampling.request import parse_classes, settings_of
+from tests.helpers.checkpoint_files import dit_shapes, dit_state, write_hollow
 from tests.helpers.command import command
 from tests.helpers.compiled import counted_passes
 
@@ -303,6 +303,31 @@ def test_guidance_extrapolates_the_first_noise_channels_and_no_other(channels: i
     assert torch.equal(recorder.latents[0], torch.cat([latents, latents]))
 
 
+def test_guidance_is_in_float32_whatever_the_model_rounds_to() -> None:
+    latents, labels, null = pure_noise(2, 4), torch.tensor([1, 3]), torch.tensor([4, 4])
+
+    def rounded(latents: Tensor, timestep: Tensor, class_labels: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=Recorder()(latents, timestep, class_labels).sample.bfloat16())
+
+    outputs = [rounded(latents, torch.tensor(5), one).sample.double()[:, :4] for one in (labels, null)]
+    output = predict(rounded, latents, torch.tensor(5), {"class_labels": labels}, {"class_labels": null}, 4.5, None)
+    assert output.dtype == torch.float32
+    expected = outputs[1] + 4.5 * (outputs[0] - outputs[1])
+    torch.testing.assert_close(output[:, :4].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_samples_that_are_no_numbers_are_refused(model: LiTTransformer2DModel, bf16: bool) -> None:
+    sampler = SamplerSettings(Guidance(scheduler="ddim", steps=2), 1000, 0, 2, bf16)
+    labels = torch.arange(4)
+    assert len(list(draw(model, labels, sampler))) == 2
+    with torch.no_grad():
+        next(iter(model.conditioning.parameters()))[:] = float("nan")
+    with pytest.raises(LitconvertError, match=r"drew NaN or infinite values in .*inspect --weights") as refused:
+        list(draw(model, labels, sampler))
+    assert ("sampling.mixed_precision=no" in str(refused.value)) == bf16
+
+
 def test_without_guidance_the_model_is_called_once_a_step_on_the_samples_alone() -> None:
     latents, labels = pure_noise(2, 4), torch.tensor([1, 3])
     recorder = Recorder()
@@ -580,3 +605,15 @@ def test_one_setting_says_in_what_precision_everything_draws(
     assert drawn["bf16"].dtype == torch.float32  # the sampler's own arithmetic
     difference = ((drawn["bf16"] - drawn["no"]) ** 2).mean() / (drawn["no"] ** 2).mean()
     assert 0 < difference < 1e-3
+
+
+def test_a_checkpoint_without_a_recipe_is_drawn_as_the_packaged_one_says(tmp_path: Path, pico_checkpoint: Path) -> None:
+    path = str(write_hollow(tmp_path / "small.safetensors", dit_shapes(width=384, layers=12, sample_size=32)))
+    settings, _, packaged = settings_of(path, None, ["sample.steps=7"])
+    assert packaged == "dit-s-2-256"
+    assert settings.source.vae == Vae(path="stabilityai/sd-vae-ft-ema")
+    assert (settings.sample.scheduler, settings.sample.steps) == ("ddpm", 7)
+    named, _, packaged = settings_of(path, "dit-xl-2-256-paper", [])
+    assert (packaged, named.sample.guidance) == (None, 1.5)
+    unknown, _, packaged = settings_of(str(pico_checkpoint), None, [], num_attention_heads=2)
+    assert (packaged, unknown.source.vae) == (None, None)

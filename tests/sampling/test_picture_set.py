@@ -1,6 +1,8 @@
 """Pictures by the thousand: the same whatever the batches, the parts and the processes; killed, they go on."""
 
 import io
+import resource
+import shutil
 import signal
 import time
 import zipfile
@@ -191,6 +193,38 @@ def test_the_npz_is_what_numpy_writes(tmp_path: Path) -> None:
             assert [(one.filename, mine.read(one)) for one in mine.infolist()] == [
                 (one.filename, theirs.read(one)) for one in theirs.infolist()
             ]
+
+
+def test_more_parts_than_files_may_be_open_are_joined(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (120, 4, 4, 1), dtype=np.uint8)
+    folders = []
+    for number, image in enumerate(images):
+        folders.append(tmp_path / str(number))
+        folders[-1].mkdir()
+        np.save(folders[-1] / IMAGES, image[None])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        save_npz(folders, None, tmp_path / "all.npz")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with np.load(tmp_path / "all.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], images.repeat(3, axis=-1))
+
+
+def test_what_the_disk_has_no_room_for_is_refused_before_it_is_drawn(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 50 * 16 * 16 * 3 * 2  # drawn, and joined
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=free - 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("litconvert.sampling.picture_set.draw", None)
+        refused = command(*asked(source, tmp_path / "some.npz"))
+    assert refused.code == 1
+    assert "0.1 MB are needed and 0.1 MB are free" in refused.err
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=free))
+    assert command(*asked(source, tmp_path / "some.npz")).code == 0
 
 
 def test_pictures_of_captions_have_no_labels_and_their_features_are_never_all_in_memory() -> None:
