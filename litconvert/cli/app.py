@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from litconvert import __version__
-from litconvert.cli import check, convert, latents, models, recipes, terminal, train
+from litconvert.cli import check, convert, evaluate, latents, models, recipes, terminal, train
 
 INTERRUPTED = 130
 app = typer.Typer(
@@ -56,7 +56,7 @@ for command, summary in (
     (models.probe, "Rank layers by what linear attention costs them."),
     (train.train, "Train a softmax model from nothing."),
     (models.sample, "Draw samples."),
-    (models.evaluate, "Measure a student against its teacher."),
+    (evaluate.evaluate, "Measure a student against its teacher."),
     (models.push, "Publish a model to the Hugging Face Hub."),
     (train.run, "The whole line, from a checkpoint to a result."),
     (train.demo, "The whole line on a small model that is included."),
