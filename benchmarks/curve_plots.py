@@ -20,13 +20,14 @@ from benchmarks.digits_results import paired
 from benchmarks.digits_rows import rate_text
 from litconvert.common.files import whole_file
 
-COLOURS = {"fresh": "#0072b2", "inherited": "#d55e00", "closed": "#56b4e9", "few": "#cc79a7", "paper": "#555555"}
+COLOURS = {"fresh": "#0072b2", "inherited": "#d55e00", "closed": "#56b4e9", "few": "#cc79a7"}
+COLOURS |= {"long": "#e69f00", "paper": "#555555"}
 DISTANCES = {
     "principal_distance": "Fréchet distance, 64 directions",
     "frechet_distance": "Fréchet distance, all features",
 }
 DOCS = Path(__file__).parents[1] / "docs" / "pictures"
-SHEET = (("paper", 0), ("paper", 800), ("closed", 0), ("fresh", 0), ("fresh", 300), ("fresh", 800))
+SHEET = (("paper", 0), ("paper", 800), ("closed", 0), ("inherited", 0), ("inherited", 300), ("inherited", 800))
 
 
 def results_of(curve: Curve, folder: Path) -> Results:
@@ -160,7 +161,7 @@ def plot_curve(curve: Curve, results: Results, out: Path) -> None:
     steps.set_xlabel("end-to-end steps of 16 images")
     time.set_xlabel("seconds of one core, the walk counted in")
     steps.legend(fontsize=7)
-    for row, style in ((Row("paper", 800), "-"), (Row("fresh", 0), "--"), (Row("fresh", 800), "-")):
+    for row, style in ((Row("paper", 800), "-"), (Row("inherited", 0), "--"), (Row("inherited", 800), "-")):
         found = [record for seed in curve.seeds if (record := results.read(row, seed)) is not None]
         if found:
             lines = np.mean([record["agreement"]["noise"]["by_timestep"] for record in found], axis=0)
@@ -222,7 +223,7 @@ def markdown(folder: Path) -> str:
         if any(settings.searches for settings in curve.arms.values()):
             parts.append(f"Rates were chosen by:\n\n{rates_table(curve, results)}")
     results = results_of(EMOJI, folder)
-    pairs = [(Row("fresh", steps), Row("paper", 800)) for steps in (0, 100, 300, 800)]
+    pairs = [(Row("inherited", steps), Row("paper", 800)) for steps in (0, 100, 300, 800)]
     claims = [claim(EMOJI, results, *pair, key) for pair in pairs for key in DISTANCES]
     claims += [foretelling(curve, results_of(curve, folder)) for curve in CURVES.values()]
     return "\n\n".join([*parts, *filter(None, claims)])

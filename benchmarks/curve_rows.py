@@ -121,15 +121,20 @@ EMOJI = Curve(
         "paper": Arm(
             "the paper's recipe", "emoji-32-paper", (), (0, 100, 300, 800), rates=(5e-4, 1e-3, 2e-3), chosen_at=800
         ),
-        "fresh": Arm(
-            "solved, all attention fresh", "emoji-32", (), (0, 100, 300, 800), rates=(1e-4, 3e-4, 1e-3), chosen_at=300
+        "inherited": Arm(
+            "solved, Q, K, V inherited", "emoji-32", (), (0, 100, 300, 800), rates=(1e-4, 3e-4, 1e-3), chosen_at=300
         ),
-        "inherited": Arm("solved, Q, K, V inherited", "emoji-32", ("inherit.attention=q+k+v",), (0,)),
-        "closed": Arm("solved, fresh, closed forms alone", "emoji-32", ("solve.local_steps=0",), (0,)),
+        "long": Arm(
+            "solved, Q, K, V inherited, 1,024 states, 400 local steps",
+            "emoji-32",
+            ("solve.states=1024", "solve.local_steps=400"),
+        ),
+        "fresh": Arm("solved, all attention fresh", "emoji-32", ("inherit.attention=none",)),
+        "closed": Arm("solved, Q, K, V inherited, closed forms alone", "emoji-32", ("solve.local_steps=0",)),
     },
     order=(
-        *(("fresh", 0), ("paper", 800), ("fresh", 300), ("fresh", 800), ("paper", 0), ("paper", 300)),
-        *(("fresh", 100), ("paper", 100), ("inherited", 0), ("closed", 0)),
+        *(("inherited", 0), ("paper", 800), ("inherited", 300), ("inherited", 800), ("paper", 0), ("paper", 300)),
+        *(("inherited", 100), ("paper", 100), ("fresh", 0), ("closed", 0), ("long", 0)),
     ),
     seeds=(0, 1, 2),
     common=(

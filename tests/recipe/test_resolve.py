@@ -158,7 +158,7 @@ def test_ours_is_the_paper_s_with_one_short_stage_at_a_small_rate_and_a_strong_t
     assert theirs.solve is None
     parts = {"distill": theirs.distill, "source": theirs.source, "solve": None}
     if name in ("digits", "emoji-32"):  # for two cores: the teacher's heads, and less to wait for
-        parts |= {key: getattr(theirs, key) for key in ("student", "data", "evaluate")}
+        parts |= {key: getattr(theirs, key) for key in ("student", "inherit", "data", "evaluate")}
     assert mine.model_copy(update=parts) == theirs
     assert mine.solve is not None
     assert mine.distill.teacher == theirs.distill.teacher

@@ -64,14 +64,14 @@ def test_every_row_has_a_recipe_with_its_steps_and_seeds(tmp_path: Path, of: Cur
 def test_what_an_arm_s_rate_is_chosen_by_comes_before_its_rows(tmp_path: Path) -> None:
     work = work_in(tmp_path)
     keys = [task.key for task in work.tasks()]
-    for arm in ("fresh", "paper"):
+    for arm in ("inherited", "paper"):
         searched = [keys.index(f"row-{row.name}-{SEARCH_SEED}") for row in EMOJI.searched(arm)]
         assert len(searched) == 3
         assert max(searched) < min(keys.index(f"row-{arm}-{steps}-0") for steps in (100, 300, 800))
-    assert work.rate(Row("fresh", 100)) is None
-    for row, distance in zip(EMOJI.searched("fresh"), (30.0, 20.0, 40.0), strict=True):
+    assert work.rate(Row("inherited", 100)) is None
+    for row, distance in zip(EMOJI.searched("inherited"), (30.0, 20.0, 40.0), strict=True):
         write(work.results, row, SEARCH_SEED, distance)
-    assert {work.rate(Row("fresh", steps)) for steps in (100, 300, 800)} == {EMOJI.arms["fresh"].rates[1]}
+    assert {work.rate(Row("inherited", steps)) for steps in (100, 300, 800)} == {EMOJI.arms["inherited"].rates[1]}
 
 
 def test_a_distance_in_all_directions_is_that_of_all_features() -> None:
@@ -102,7 +102,7 @@ def test_tables_and_plots_of_what_is_there(tmp_path: Path) -> None:
             write(results, row, seed, distance, **({"learning_rate": 3e-4} if row.steps else {}))
     text = curve_plots.markdown(tmp_path)
     assert (
-        "| solved, all attention fresh, 300 steps | 3e-4 | 22.0 ± 0.5 | 44.0 ± 1.0 | 0.4400 ± 0.0100 | 10 | 3 |" in text
+        "| solved, Q, K, V inherited, 300 steps | 3e-4 | 22.0 ± 0.5 | 44.0 ± 1.0 | 0.4400 ± 0.0100 | 10 | 3 |" in text
     )
     assert "64 directions: 0.49 of it, -22.50 (95 %: -22.50 to -22.50, 3 seeds)" in text
     assert "rank correlation 1.00; distance ~ error^1.00, within a factor of 1.00" in text
