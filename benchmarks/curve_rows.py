@@ -90,8 +90,7 @@ class Curve:
     @cached_property
     def rows(self) -> list[tuple[Row, int]]:
         """Every row with its seeds, by importance, without those that rates are compared by."""
-        rows = [Row(FLOOR), *(Row(arm, steps) for arm, steps in self.order)]
-        return [(row, seed) for row in rows for seed in self.seeds]
+        return [(Row(arm, steps), seed) for arm, steps in self.order for seed in self.seeds]
 
     def searched(self, arm: str) -> list[Row]:
         """The rows that an arm's rate is chosen by."""
@@ -133,8 +132,8 @@ EMOJI = Curve(
         "closed": Arm("solved, Q, K, V inherited, closed forms alone", "emoji-32", ("solve.local_steps=0",)),
     },
     order=(
-        *(("inherited", 0), ("paper", 800), ("inherited", 300), ("inherited", 800), ("paper", 0), ("paper", 300)),
-        *(("inherited", 100), ("paper", 100), ("fresh", 0), ("closed", 0), ("long", 0)),
+        *(("inherited", 0), ("paper", 800), ("inherited", 300), ("paper", 0), ("inherited", 100), ("paper", 300)),
+        *(("paper", 100), ("inherited", 800), (FLOOR, 0), ("fresh", 0), ("closed", 0), ("long", 0)),
     ),
     seeds=(0, 1, 2),
     common=(
@@ -168,7 +167,7 @@ DIGITS = Curve(
     },
     order=(
         *(("fresh", 0), ("closed", 0), ("few", 0), ("inherited", 0), ("paper", 0), ("paper", 100), ("paper", 300)),
-        *(("paper", 800), ("fresh", 300)),
+        *(("paper", 800), ("fresh", 300), (FLOOR, 0)),
     ),
     seeds=(0,),
     common=(
