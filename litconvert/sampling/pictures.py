@@ -149,14 +149,15 @@ class SampleSheet:
             except LitconvertError as error:  # a picture is no reason to end a run
                 listener.note(f"no {name}.png: {error}")
                 return
-            part = Part(f"{title_of(name)}; {described(settings)}", images, self.labels)
+            whose = "Student" if self.recipe.scratch is None else "Model"
+            part = Part(f"{title_of(name, whose)}; {described(settings)}", images, self.labels)
             save_sheet(self.folder / f"{name}.png", [part], scale=max(1, 64 // images.shape[1]))
 
 
-def title_of(name: str) -> str:
-    """What a run's sheet shows, by the name of its file."""
-    known = {"teacher": "Teacher (softmax)", "before": "Student before training", "after": "Student after training"}
-    return known.get(name) or f"Student after {int(name.removeprefix('step-')):,} steps"
+def title_of(name: str, whose: str = "Student") -> str:
+    """What a run's sheet shows, by the name of its file and by who is trained."""
+    known = {"teacher": "Teacher (softmax)", "before": f"{whose} before training", "after": f"{whose} after training"}
+    return known.get(name) or f"{whose} after {int(name.removeprefix('step-')):,} steps"
 
 
 def described(settings: Guidance) -> str:
