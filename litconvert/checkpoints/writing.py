@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from litconvert.checkpoints.checkpoint import Extent
+from litconvert.common.files import take_room
 from litconvert.common.listener import UNSEEN, Task
 from litconvert.common.tensors import SAFETENSORS_DTYPES, TensorInfo
 from litconvert.errors import LitconvertError
@@ -86,7 +87,7 @@ def write_safetensors(path: Path, tensors: LazyTensors, metadata: Metadata, *, t
         length += (first.offset - 8 - length) % PAGE_BYTES
     with path.open("w+b", buffering=0) as file:
         descriptor = file.fileno()
-        _allocate(descriptor, 8 + length + tensors.nbytes)
+        take_room(descriptor, 8 + length + tensors.nbytes)
         values = _Values(descriptor, 8 + length)
         for name, info in tensors.infos.items():
             # Not kept by a name here: it would be in memory beside the next one.
@@ -98,16 +99,6 @@ def write_safetensors(path: Path, tensors: LazyTensors, metadata: Metadata, *, t
         assert len(encoded) <= length, "the metadata is longer than the room for it"
         _write(descriptor, memoryview(struct.pack("<Q", length) + encoded.ljust(length)), 0)
         os.fsync(descriptor)
-
-
-def _allocate(descriptor: int, nbytes: int) -> None:
-    """Take the room of a whole file: a full disk shows here, before anything is copied."""
-    with suppress(AttributeError):  # not on every system
-        try:
-            os.posix_fallocate(descriptor, 0, nbytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
 
 
 class _Values:

@@ -203,7 +203,7 @@ def convert(
     from litconvert.conversion.plan import plan as plan_of
     from litconvert.conversion.provenance import Provenance
     from litconvert.recipe.resolve import resolve
-    from litconvert.solving.convert import convert_planned
+    from litconvert.solving.convert import as_begun, convert_planned
 
     console.be_quiet(quiet or not is_first())
     use_device(device)
@@ -215,6 +215,7 @@ def convert(
     if not dry_run:
         if made.unsolved_because is not None:
             console.note(f"not solved: {made.unsolved_because}")
+        made = as_begun(made, out)
         convert_planned(made, out, force=force, listener=screen())
         solved = Provenance.read(out).solve if is_first() else None
     if not is_first():

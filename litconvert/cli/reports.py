@@ -146,7 +146,8 @@ def show_solved(plan: "ConversionPlan", solved: Mapping[str, Any] | None) -> Non
     output = solved["output"]
     line(
         f"The student's output is {output['after']:.2%} off the teacher's on held-out noise "
-        f"({output['before']:.0%} before it was solved), by squared error. Solved in {span(solved['seconds'])}."
+        f"({output['before']:.0%} before it was solved), by squared error. Solved in {span(solved['seconds'])}"
+        + (f", the last time; {solved['resumed_at']} layers were solved before." if "resumed_at" in solved else ".")
     )
     line("")
     rows = [(one["layer"], f"{one['before']:.2e}", f"{one['after']:.2e}") for one in solved["layers"]]

@@ -150,8 +150,8 @@ def fail(error: BaseException) -> int:
         cause = f"{error.name} is not installed, which litconvert needs: install litconvert again, or pip install it"
     if cause is None and _is_out_of_memory(error):
         cause = (
-            "out of memory; lower the batch size of what was at work: data.synthesize.batch_size, "
-            "data.encode.batch_size, sample.batch_size or evaluate.batch_size"
+            "out of memory; lower the batch size of what was at work: solve.batch_size and solve.states, "
+            "data.synthesize.batch_size, data.encode.batch_size, sample.batch_size or evaluate.batch_size"
         )
     message = cause or f"unexpected {type(error).__name__}: {error} (LITCONVERT_DEBUG=1 shows where; please report it)"
     err.print(f"litconvert: {message}", markup=False, soft_wrap=True)

@@ -60,6 +60,16 @@ def require_space(folder: Path, nbytes: int) -> None:
         )
 
 
+def take_room(descriptor: int, nbytes: int) -> None:
+    """Take the room of a whole file, which is open: a full disk shows here, before anything is written."""
+    with suppress(AttributeError):  # not on every system
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
 def refuse_source(out: Path, sources: Iterable[Path]) -> None:
     """Raise UsageError where writing `out` would overwrite a file that is read, or the folder it is in."""
     place = out.resolve()

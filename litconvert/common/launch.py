@@ -73,7 +73,7 @@ def device_of(state: PartialState) -> torch.device:
     return device if device.type == chosen.type else torch.empty(0, device=chosen).device
 
 
-def refuse_launcher_settings(mixed_precision: str) -> None:
+def refuse_launcher_settings(mixed_precision: str, key: str = "distill.mixed_precision") -> None:
     """Raise UsageError for what a launcher was told and what would not happen here, by its name.
 
     Args:
@@ -93,7 +93,7 @@ def refuse_launcher_settings(mixed_precision: str) -> None:
                 f"the launcher's {option} ({variable}) is not carried out; launch without it, with --multi_gpu or "
                 "--use_fsdp --fsdp_version 2"
             )
-    _refuse_precision(mixed_precision)
+    _refuse_precision(mixed_precision, key)
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend not in ("", "no"):
         raise UsageError(
@@ -104,7 +104,7 @@ def refuse_launcher_settings(mixed_precision: str) -> None:
         _refuse_fsdp_settings()
 
 
-def _refuse_precision(mixed_precision: str) -> None:
+def _refuse_precision(mixed_precision: str, key: str) -> None:
     # The launcher always writes one down, `no` where nobody said any: that one contradicts nothing.
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched in ("", "no") or (launched == "bf16" and uses_bf16(mixed_precision)):
@@ -113,10 +113,7 @@ def _refuse_precision(mixed_precision: str) -> None:
     if launched != "bf16":
         raise UsageError(f"{told} is not carried out: there are bf16 and no; leave it out, and say it in the recipe")
     here = f"{mixed_precision}, which is float32 here" if mixed_precision == "auto" else mixed_precision
-    raise UsageError(
-        f"{told} contradicts the recipe's distill.mixed_precision={here}; leave it out, or set "
-        "distill.mixed_precision=bf16"
-    )
+    raise UsageError(f"{told} contradicts the recipe's {key}={here}; leave it out, or set {key}=bf16")
 
 
 def _refuse_fsdp_settings() -> None:

@@ -201,11 +201,20 @@ def _inherits(name: str, source: Sequence[str], student: Sequence[str], inherite
     return {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o"}[projection] in inherited
 
 
-def plan_conversion(source: OpenSource, recipe: Recipe, recipe_name: str | None = None) -> ConversionPlan:
-    """The plan, from headers alone. `recipe_name` is for people; None: no recipe, the defaults."""
+def plan_conversion(
+    source: OpenSource, recipe: Recipe, recipe_name: str | None = None, solving: SolvePlan | None = None
+) -> ConversionPlan:
+    """The plan, from headers alone.
+
+    Args:
+        recipe_name: for people; None: no recipe, the defaults.
+        solving: what is solved and how; None: as the recipe says, and device and size.
+    """
     config = student_config(source.config, recipe)
     kinds, checkpoint = (source.config.attention, config.attention), source.checkpoint
-    solving, unsolved_because = solve_plan(source.config, config, recipe)
+    unsolved_because = None
+    if solving is None:
+        solving, unsolved_because = solve_plan(source.config, config, recipe)
     wanted = recipe.student.dtype
 
     def name_of(dtype: torch.dtype) -> str:

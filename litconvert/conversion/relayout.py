@@ -19,8 +19,9 @@ from litconvert.common.tensors import TensorInfo
 from litconvert.conversion.directory import WEIGHTS_STEM
 from litconvert.errors import LitconvertError, UsageError
 from litconvert.families.family import Family
+from litconvert.families.headers import HEADS_OF_WIDTH
 from litconvert.families.layout import Layout
-from litconvert.families.pixart import variant_of
+from litconvert.families.pixart import INTERPOLATION, variant_of
 from litconvert.families.registry import families
 from litconvert.families.sources import OpenSource
 from litconvert.model.config import ModelConfig
@@ -178,6 +179,8 @@ def _unsaid(config: ModelConfig, family: Family, to: str) -> list[str]:
     if config.predicts_velocity:
         usual |= {"data_timestep": 1}
     hints = [f"{key}={getattr(config, key)}" for key, value in usual.items() if getattr(config, key) != value]
+    if to == "original":
+        hints += _unsaid_by_the_original(config, family)
     if family.name == "sit":
         hints.insert(0, "family=sit")
     notes = [f"the layout does not say it: read it back with --set source.{hint}" for hint in hints]
@@ -187,6 +190,18 @@ def _unsaid(config: ModelConfig, family: Family, to: str) -> list[str]:
             f"{config.timestep_freq_shift:g}: there its outputs differ, as those of the released DiT folders do"
         )
     return notes
+
+
+def _unsaid_by_the_original(config: ModelConfig, family: Family) -> Iterator[str]:
+    """Hints for what the original layouts do not say beside that, and would be read otherwise."""
+    heads_count = config.reads_captions or set(config.attention) != {"linear"}
+    if heads_count and config.num_attention_heads != HEADS_OF_WIDTH.get(config.hidden_size):
+        yield f"num_attention_heads={config.num_attention_heads}"
+    if config.num_classes is not None and not config.null_class:
+        yield f"num_classes={config.num_classes}"
+    released = INTERPOLATION.get(family.name)
+    if released is not None and config.interpolation_scale != released.get(config.sample_size, 1.0):
+        yield f"interpolation_scale={config.interpolation_scale:g}"
 
 
 def _family_of(source: OpenSource) -> Family:

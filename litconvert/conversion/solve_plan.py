@@ -12,6 +12,7 @@ from torch import Tensor
 
 from litconvert.common.device import default_device, uses_bf16
 from litconvert.common.quantities import size, span
+from litconvert.errors import UsageError
 from litconvert.model.config import ModelConfig
 from litconvert.model.shapes import count_macs, count_parameters
 from litconvert.recipe.schema import Recipe, Solve
@@ -212,12 +213,18 @@ def rate_of(device: str, dtype: torch.dtype) -> float:
 
 
 def solve_plan(source: ModelConfig, student: ModelConfig, recipe: Recipe) -> tuple[SolvePlan | None, str | None]:
-    """What is to be solved; and where nothing is although the recipe asks for it, why."""
+    """What is to be solved; and where nothing is although the recipe asks for it, why.
+
+    Raises UsageError for captions that nothing would be drawn for.
+    """
     settings = recipe.solve
     kinds = zip(student.attention, source.attention, strict=True)
     layers = tuple(layer for layer, (mine, theirs) in enumerate(kinds) if mine == "linear" != theirs)
     if settings is None or not layers:
         return None, None
+    if settings.embeddings is not None and (settings.data is not None or not source.reads_captions):
+        why = "the data has captions of its own" if source.reads_captions else "the model draws classes"
+        raise UsageError(f"solve.embeddings (--embeddings) means nothing here, since {why}: leave it out")
     if source.reads_captions and not (settings.data or settings.embeddings or source.null_caption):
         return None, (
             "no captions are at hand to solve its attention for, and the checkpoint stores no null caption: give "

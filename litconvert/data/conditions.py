@@ -98,13 +98,31 @@ class Conditioner:
         return torch.stack([self._pad(one) for one in captions]), mask
 
 
+def check_captions(config: ModelConfig, data: LatentDataset, recipe: Recipe) -> None:
+    """Raises UsageError for texts that nothing encodes, and for captions that are to be dropped where there is no null
+    caption."""
+    if data.condition == "text" and recipe.source.text_encoder is None:
+        raise UsageError(
+            "the data set holds captions as text, and no text encoder is named: set source.text_encoder.path, or "
+            "encode the data with data.encode.captions=embeddings"
+        )
+    drops = any(stage.condition_dropout for stage in recipe.distill.stages)
+    at_hand = config.null_caption or data.condition == "text" or data.null_caption is not None
+    if config.reads_captions and drops and not at_hand:
+        raise UsageError(
+            "dropping captions needs the null caption, and neither the model nor the data set holds one: encode the "
+            "data with `litconvert latents encode`, or set condition_dropout to 0"
+        )
+
+
 def make_conditioner(
     model: LiTTransformer2DModel, data: LatentDataset, recipe: Recipe, device: torch.device
 ) -> Conditioner:
     """What turns the data's conditions into the model's arguments; loads T5 where the data holds texts.
 
-    Raises UsageError when captions are to be dropped and there is no null caption.
+    Raises UsageError as `check_captions` does.
     """
+    check_captions(ModelConfig.of(model.config), data, recipe)
     own = model.conditioning.null_caption if isinstance(model.conditioning, CaptionConditioning) else None
     empty, encode = data.null_caption, None
     if data.condition == "text":
@@ -112,12 +130,6 @@ def make_conditioner(
         if own is None:
             features, mask = encode([""])
             empty = (features[0], mask[0])
-    drops = any(stage.condition_dropout for stage in recipe.distill.stages)
-    if model.config.caption_channels is not None and drops and own is None and empty is None:
-        raise UsageError(
-            "dropping captions needs the null caption, and neither the model nor the data set holds one: encode the "
-            "data with `litconvert latents encode`, or set condition_dropout to 0"
-        )
     return Conditioner(ModelConfig.of(model.config), own_null=own, empty_prompt=empty, encode=encode, device=device)
 
 
@@ -125,10 +137,6 @@ def load_encode(recipe: Recipe, tokens: int, device: torch.device) -> EncodeText
     """T5, kept loaded, for captions that are encoded on the fly."""
     from litconvert.sampling.captions import encode_texts, load_text_encoder
 
-    if recipe.source.text_encoder is None:
-        raise UsageError(
-            "the data set holds captions as text, and no text encoder is named: set source.text_encoder.path, or "
-            "encode the data with data.encode.captions=embeddings"
-        )
+    assert recipe.source.text_encoder is not None
     tokenizer, encoder = load_text_encoder(recipe.source.text_encoder)
     return partial(encode_texts, tokenizer, encoder.to(device), tokens=tokens)

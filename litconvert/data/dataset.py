@@ -37,6 +37,8 @@ ADVICE = "draw one with `litconvert latents synthesize`, or make one of images w
 
 LatentKind = Literal["latents", "moments"]
 ConditionKind = Literal["class", "caption", "text"]
+# The columns of numbers that are read.
+NUMBERS = ("latent", "latent_flipped", "class_label", "caption_features", "caption_tokens")
 # The column that shows what samples are conditioned on. A caption's text is stored beside its features.
 CONDITION_COLUMNS: dict[str, ConditionKind] = {"class_label": "class", "caption_features": "caption", "caption": "text"}
 
@@ -94,8 +96,8 @@ class Bucket:
 
     @cached_property
     def columns(self) -> dict[str, _Column]:
-        """The columns of numbers by name."""
-        names = [name for name in self.data.column_names if name != "caption"]
+        """The columns of numbers that are known, by name; what else lies in the data set is nobody's business."""
+        names = [name for name in NUMBERS if name in self.data.column_names]
         return {name: _Column(self.data.data.column(name)) for name in names}
 
     def numbers(self, name: str, indices: Sequence[int]) -> list[NDArray[Any]]:

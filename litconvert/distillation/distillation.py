@@ -25,7 +25,7 @@ from litconvert.families.sources import OpenSource, open_named_teacher, open_sou
 from litconvert.model.attention_layers import linear_layers
 from litconvert.model.config import ModelConfig
 from litconvert.recipe.resolve import ResolvedRecipe, read_recorded, resolve
-from litconvert.recipe.schema import Recipe, Source, Start
+from litconvert.recipe.schema import License, Recipe, Source, Start
 from litconvert.runs.directory import RunDirectory, is_run, model_of
 from litconvert.training.checks import check_data, check_model, check_packages, check_teacher
 from litconvert.training.engine import Engine
@@ -240,7 +240,12 @@ def fit(prepared: Distillation, listener: Listener = SILENT) -> None:
     outputs = open_outputs(recipe.distill, prepared.directory.path / "teacher-outputs", sizes)
     solved = solved_names(lineage.provenance.solve, list(lineage.student.reading.origins))
     entries = plan_conversion(lineage.source, prepared.recorded).entries
-    not_inherited = {entry.target for entry in entries if entry.fate in ("fresh", "solved") and entry.target}
+    # Another device would solve other tensors: what was solved is recorded, and what has no source was not inherited.
+    not_inherited = {
+        entry.target
+        for entry in entries
+        if entry.target and (entry.fate == "fresh" or (entry.fate == "solved" and entry.source is None))
+    }
     training = TrainingRun(
         engine=prepared.engine,
         recipe=recipe,
@@ -304,8 +309,12 @@ def resolve_run(asked: Request) -> tuple[ResolvedRecipe, Recipe]:
     update["source"] = recorded.source.model_copy(update=moved)
     distill = resolved.recipe.distill
     if asked.teacher is not None:
-        base = distill.teacher or Source(license=recorded.source.license)
-        distill = distill.model_copy(update={"teacher": base.model_copy(update={"path": asked.teacher})})
+        base, named = distill.teacher or Source(), dict[str, Any](path=asked.teacher)
+        if not any(key.startswith("distill.teacher.license") for key in keys):
+            # Of another model than the recipe's nobody said under which licence it is.
+            known = {one.path: one.license for one in (recorded.source, distill.teacher) if one is not None}
+            named["license"] = known.get(asked.teacher, License())
+        distill = distill.model_copy(update={"teacher": base.model_copy(update=named)})
     if asked.start is not None:
         base_start = distill.start or Start()
         distill = distill.model_copy(update={"start": base_start.model_copy(update={"path": asked.start})})

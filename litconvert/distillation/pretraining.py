@@ -12,6 +12,7 @@ from litconvert.distillation.teaching import Teacher
 from litconvert.errors import UsageError
 from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import LiTTransformer2DModel
+from litconvert.model.shapes import model_tensors
 from litconvert.recipe.resolve import resolve
 from litconvert.recipe.schema import Recipe, Scratch, teacher_weights
 from litconvert.runs.directory import RunDirectory
@@ -75,6 +76,8 @@ def train(
     dataset = open_latents(folder)
     check_data(config, dataset, settings)
     check_same_encoders(dataset, settings)
+    for index, stage in enumerate(settings.distill.stages):
+        trained_names(list(model_tensors(config)), stage, f"distill.stages.{index}")
     run = RunDirectory(out)
     wanted = RunInputs({"scratch": config.values}, {}, dataset.digest, dataset.condition == "text", settings)
     if begin(engine, run, wanted, {}, force=force, listener=listener):
@@ -83,8 +86,6 @@ def train(
         torch.manual_seed(settings.seed)
         model = LiTTransformer2DModel(**config.values)
     names = [name for name, _ in model.named_parameters()]
-    for index, stage in enumerate(settings.distill.stages):
-        trained_names(names, stage, f"distill.stages.{index}")
     source = {"path": None, "sha256": None, "license": settings.source.license.model_dump()}
     provenance = Provenance(
         **wanted.inputs.record, source=source, training=trained_record(settings, dataset), seed=settings.seed

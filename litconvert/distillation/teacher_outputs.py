@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litconvert.common.files import take_room
+
 
 class TeacherOutputs:
     """A file of outputs for each bucket, float32, one row for each (sample, noise), and which rows are there.
@@ -56,7 +58,9 @@ def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> "np.memmap[tuple[i
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        take_room(descriptor, size)
+        if os.fstat(descriptor).st_size < size:  # of a file system that takes no room
+            os.ftruncate(descriptor, size)
     finally:
         os.close(descriptor)
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)

@@ -48,7 +48,7 @@ def model_card(
         "license_link": terms.get("link"),
         "library_name": "diffusers",
         "pipeline_tag": _task(config),
-        "tags": ["litconvert", "lit", "linear-attention", "diffusion"]
+        "tags": ["litconvert", *([] if _from_nothing(provenance) else ["lit", "linear-attention"]), "diffusion"]
         + ([] if config.reads_captions else ["class-conditional"]),
     }
     if is_hub_id(base):
@@ -133,6 +133,8 @@ def _introduction(provenance: Provenance, config: ModelConfig) -> str:
     kinds = config.attention
     linear = kinds.count("linear")
     what = "A text-to-image" if config.reads_captions else "A class-conditional"
+    if _from_nothing(provenance):
+        return f"{what} diffusion transformer with softmax attention, trained from nothing with litconvert."
     text = (
         f"{what} diffusion transformer with linear attention in {linear} of its {len(kinds)} layers "
         "([LiT](https://arxiv.org/abs/2501.12976)), made from "
@@ -145,12 +147,23 @@ def _introduction(provenance: Provenance, config: ModelConfig) -> str:
             f"{provenance.solve['output']['after']:.1%} off the teacher's on held-out noise, by squared error. "
             "`litconvert distill` brings it nearer."
         )
-    elif not provenance.trained:
+    elif not provenance.trained and not _is_inherited(provenance):
         text += (
             "\n\n> **This model is untrained.** It was converted and not distilled: its new layers hold their initial "
             "values, and it draws noise, not pictures. It is a starting point for `litconvert distill`."
         )
     return text
+
+
+def _from_nothing(provenance: Provenance) -> bool:
+    """Whether `litconvert train` made it: it has no source."""
+    return provenance.training is not None and not provenance.source.get("path")
+
+
+def _is_inherited(provenance: Provenance) -> bool:
+    """Whether all of its weights are its source's, whose attention was linear already."""
+    groups = (provenance.plan or {}).get("groups", {})
+    return bool(groups) and not groups.get("fresh", {}).get("student_tensors", 0)
 
 
 def _source_name(path: str | None) -> str:
@@ -192,12 +205,14 @@ def _lineage(provenance: Provenance) -> str:
     teacher = distillation.get("teacher") or {}
     terms, teacher_terms = provenance.license, teacher.get("license") or {}
     facts = {
-        "Source": _source_name(source.get("path")),
+        "Source": None if _from_nothing(provenance) else _source_name(source.get("path")),
         "Revision": source.get("revision"),
         "Family and layout": " / ".join(filter(None, (source.get("family"), source.get("layout")))),
         "Weights set": source.get("weights"),
         "SHA-256 of the source": source.get("sha256"),
-        "Licence, inherited from the source": terms.get("name") or terms.get("id"),
+        "Licence" if _from_nothing(provenance) else "Licence, inherited from the source": (
+            terms.get("name") or terms.get("id")
+        ),
         "Teacher": _source_name(teacher.get("path") or source.get("path")) if distillation else None,
         "SHA-256 of the teacher": teacher.get("sha256"),
         "Licence of the teacher": teacher_terms.get("name") or teacher_terms.get("id"),
@@ -360,7 +375,9 @@ def _limits(provenance: Provenance, config: ModelConfig, source: Mapping[str, An
         reads = f"{config.num_classes:,} classes;"
     points = [
         f"Made for {side} x {side} pixels and {reads} other sizes run, and are not tested.",
-        "It imitates its teacher: it inherits the biases and the failures of the source, and adds its own.",
+        "It has the biases and the failures of its training set."
+        if _from_nothing(provenance)
+        else "It imitates its teacher: it inherits the biases and the failures of the source, and adds its own.",
         "Nothing filters what it draws.",
     ]
     terms = provenance.license

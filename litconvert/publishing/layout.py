@@ -63,7 +63,9 @@ class Contents:
         if weights.checkpoint.weights is not None:
             provenance = replace(provenance, set=weights.checkpoint.weights)
         if weights.checkpoint.weights == "model":
-            provenance = replace(provenance, metrics={})  # those that are kept are of the moving average
+            # Those that are kept, and what was drawn while it was trained, are of the moving average.
+            provenance = replace(provenance, metrics={})
+            pictures = [picture for picture in pictures if picture.stem in ("teacher", "before")]
         written = {key: value for key, value in read_json(model / "config.json").items() if key != "_name_or_path"}
         config = weights.config
         captions = config.reads_captions

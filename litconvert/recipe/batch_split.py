@@ -49,9 +49,9 @@ def out_of_memory_advice(recipe: Recipe, stage_index: int, processes: int) -> st
     advice = "accumulation is exhausted: no larger gradient_accumulation_steps divides the batch of every stage. "
     if settings.gradient_checkpointing < 1:
         return advice + "--set distill.gradient_checkpointing=1 computes activations again rather than keeping them"
-    if settings.teacher_placement == "device" and has_gpu():
+    if settings.teacher_placement == "device" and has_gpu() and recipe.scratch is None:
         return advice + "--set distill.teacher_placement=offloaded keeps the teacher in main memory"
-    return (
-        advice
-        + "More processes share the batch, and with --use_fsdp --fsdp_version 2 of `accelerate launch` the states"
-    )
+    advice += "More processes share the batch"
+    if any(one.optimizer != "adamw" for one in settings.stages):
+        return advice
+    return advice + ", and with --use_fsdp --fsdp_version 2 of `accelerate launch` the states"

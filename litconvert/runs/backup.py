@@ -39,6 +39,7 @@ class Backup:
         self.listener = listener
         self.uploads: _Uploads | None = None
         self.retry: threading.Timer | None = None
+        self.stopping = False
         check_repo_id(repo_id)
         require_login(repo_id)
         error = self._start()
@@ -47,6 +48,7 @@ class Backup:
 
     def stop(self) -> None:
         """A last commit, and no more after it."""
+        self.stopping = True
         if self.retry is not None:
             self.retry.cancel()
             self.retry.join()
@@ -88,7 +90,10 @@ class Backup:
 
     def _failed(self, error: BaseException) -> None:
         reason = " ".join(str(error).split())
-        self.listener.note(f"backup: {reason}; training goes on, and the next backup takes up what this one missed")
+        what = "training goes on, and the next backup takes up what this one missed"
+        if self.stopping:
+            what = f"it was the last one; `hf upload {self.repo_id} {self.run} {FOLDER}` takes up what it missed"
+        self.listener.note(f"backup: {reason}; {what}")
 
 
 def _is_final(error: BaseException) -> bool:

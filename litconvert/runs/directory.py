@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from litconvert.common.files import held, read_json, write_whole
+from litconvert.common.files import read_json, write_whole
 from litconvert.common.listener import TERMS
 from litconvert.common.outputs import (
     DATA_SET,
@@ -143,7 +143,7 @@ class RunDirectory:
         return found
 
     def start(self, made_from: Mapping[str, Any], recipe_yaml: str, *, replace: bool = False) -> None:
-        """Create the directory, or go on with it.
+        """Create the directory, or go on with it, which is kept to this process (`held`) where it is there.
 
         Args:
             made_from: for run.json.
@@ -160,8 +160,7 @@ class RunDirectory:
         with nullcontext() if found else at_work(self.path):
             try:
                 if found and replace:
-                    with held(self.path):
-                        _remove(self.path)
+                    _remove(self.path)
                 self.path.mkdir(parents=True, exist_ok=True)
                 (self.path / UNFINISHED).unlink(missing_ok=True)  # of one that was stopped
             except OSError as error:

@@ -66,7 +66,7 @@ class ProjectionSums:
             weight, bias: what the ridge draws to; zeros of a fresh projection. A channel whose gate is shut keeps it.
             total: adds up over the processes that share the samples.
         """
-        start = torch.cat([weight.double(), bias.double().unsqueeze(1)], dim=1).to(self.device)  # (D, D + 1)
+        start = torch.cat([weight, bias.unsqueeze(1)], dim=1).to(self.device).double()  # (D, D + 1)
         moments = total(self._moments.clone())  # (D + 1, D)
         if self.width <= EXACT_WIDTH:
             solved = self._exact(ridge, start, moments, total)

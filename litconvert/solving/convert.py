@@ -6,9 +6,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from litconvert.common.listener import SILENT, Listener
-from litconvert.common.outputs import at_work
+from litconvert.common.outputs import at_work, work_paths
 from litconvert.conversion.convert import carry_out, conversion_inputs, is_converted, refuse_early
 from litconvert.conversion.plan import ConversionPlan, plan
+from litconvert.recipe.inputs import Inputs
 
 
 def convert(
@@ -46,17 +47,35 @@ def convert_planned(plan: ConversionPlan, out: Path, *, force: bool = False, lis
     with at_work(out, listener) if is_first else nullcontext():
         if plan.solve is None:
             return carry_out(plan, out, force=force, listener=listener)
-        return _convert_solved(plan, out, force=force, listener=listener)
+        return _convert_solved(plan, out, force=force, listener=listener, is_first=is_first)
 
 
-def _convert_solved(plan: ConversionPlan, out: Path, *, force: bool, listener: Listener) -> Path:
+def as_begun(plan: ConversionPlan, out: Path) -> ConversionPlan:
+    """The plan that an interrupted conversion to `out` was begun with, or else this one."""
+    if plan.solve is None or not work_paths(out, "solving-"):
+        return plan
+    from litconvert.solving import solve
+
+    return solve.as_begun(plan, solve.partial_folder(out, _inputs(plan)))
+
+
+def _inputs(plan: ConversionPlan) -> Inputs:
+    from litconvert.solving.solve import solving_inputs
+
+    return conversion_inputs(plan, plan.source.checkpoint.sha256(), solving_inputs(plan))
+
+
+def _convert_solved(plan: ConversionPlan, out: Path, *, force: bool, listener: Listener, is_first: bool) -> Path:
     """`convert_planned` of a plan that solves."""
-    from litconvert.solving.solve import remove_partial, solve, solving_inputs
+    from litconvert.solving.solve import remove_partial, solve
 
-    inputs = conversion_inputs(plan, plan.source.checkpoint.sha256(), solving_inputs(plan))
+    inputs = _inputs(plan)
     if is_converted(plan, out, inputs, force=force):
         listener.note(f"already done: {out}")
+        if is_first:
+            remove_partial(out)  # ended between writing the student and removing what the walk kept
         return out
+    plan = as_begun(plan, out)
     solved = solve(plan, out, inputs, listener)
     if solved is not None:
         carry_out(plan, out, force=force, solved=solved, listener=listener)

@@ -127,8 +127,8 @@ class LayerSolver:
             grid, indices, _ = schedule.at(step, range(size))
             mine = [i // self.processes for i in indices if i % self.processes == self.process]
             optimizer.zero_grad()
-            if mine:
-                self._loss(student, problems[grid], torch.tensor(mine)).backward()
+            if mine and (problem := problems[grid]) is not None:
+                self._loss(student, problem, torch.tensor(mine)).backward()
             for parameter in parameters:
                 if parameter.grad is None:  # this process has none of the states
                     parameter.grad = torch.zeros_like(parameter)
@@ -137,14 +137,16 @@ class LayerSolver:
         attention.requires_grad_(False)
 
     @torch.no_grad()
-    def _problem(self, student: Block, one: Streams) -> "_Problem":
-        """What does not change from step to step."""
+    def _problem(self, student: Block, one: Streams) -> "_Problem | None":
+        """What does not change from step to step; None: this process has no state of the grid."""
         parts = []
         for some in one.batches(self.passes.batch_size):
             with self.passes.autocast():
                 x, gate = attention_input(student, one.student[some], one.condition_of(some))
             # In the precision that the first product reads it in: half the bytes to gather.
             parts.append((x.to(torch.bfloat16) if self.passes.bf16 else x, gate))
+        if not parts:
+            return None
         inputs, gates = zip(*parts, strict=True)
         return _Problem(one.grid, torch.cat(inputs), torch.cat(gates), one.teacher - one.student)
 

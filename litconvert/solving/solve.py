@@ -18,7 +18,7 @@ from litconvert.common.listener import SILENT, Listener
 from litconvert.common.outputs import work_path, work_paths
 from litconvert.common.tensors import DTYPES, TensorInfo
 from litconvert.conversion.convert import fresh_tensor
-from litconvert.conversion.plan import ConversionPlan
+from litconvert.conversion.plan import ConversionPlan, plan_conversion
 from litconvert.conversion.solve_plan import SolvedStart, SolvePlan
 from litconvert.data.dataset import open_latents
 from litconvert.errors import LitconvertError
@@ -41,6 +41,8 @@ from litconvert.training.engine import Engine
 
 # The held-out states' noise: no walk has this number.
 HELD_OUT = 1_000_000
+# Which numbers of the plan an unfinished walk keeps, and where.
+CHOICE, CHOSEN = "chosen.json", ("states", "held_out", "images", "local_steps")
 
 
 def solving_inputs(plan: ConversionPlan) -> dict[str, Any]:
@@ -75,10 +77,27 @@ def remove_partial(out: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def as_begun(plan: ConversionPlan, folder: Path) -> ConversionPlan:
+    """The plan with the numbers that an interrupted walk was begun with: another device would choose others, which
+    solve other tensors. In `folder` is what the walk kept; it need not be there."""
+    kept, chosen = folder / CHOICE, plan.solve
+    if chosen is None or not kept.is_file():
+        return plan
+    begun = read_json(kept)
+    numbers: dict[str, Any] = {name: int(begun[name]) for name in CHOSEN}
+    settings = chosen.settings
+    if settings.mixed_precision == "auto" and "bf16" in begun:
+        settings = settings.model_copy(update={"mixed_precision": "bf16" if begun["bf16"] else "no"})
+    return plan_conversion(plan.source, plan.recipe, plan.recipe_name, replace(chosen, settings=settings, **numbers))
+
+
 def solve(plan: ConversionPlan, out: Path, inputs: Inputs, listener: Listener = SILENT) -> SolvedStart | None:
     """Solve the fresh attention of a planned student. Every launched process must call it, and `out` is kept to them.
 
     What is done is kept beside `out`, layer by layer; called again with the same inputs, it goes on to the same bits.
+
+    Args:
+        plan: where a walk to `out` was interrupted, `as_begun` there.
 
     Returns: what it gave, in the first process; None in the others.
 
@@ -86,18 +105,21 @@ def solve(plan: ConversionPlan, out: Path, inputs: Inputs, listener: Listener = 
     """
     chosen = plan.solve
     assert chosen is not None
-    engine = Engine(chosen.settings.mixed_precision)
+    engine = Engine(chosen.settings.mixed_precision, "solve.mixed_precision")
     folder = partial_folder(out, inputs)
     if engine.is_main:
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / CHOICE).is_file():
+            numbers = {name: getattr(chosen, name) for name in CHOSEN}
+            write_whole(folder / CHOICE, json.dumps({**numbers, "bf16": engine.bf16}) + "\n")
     engine.wait()
     hears = listener if engine.is_main else SILENT
     if hears.wants_estimates:
         hears.note(chosen.cost)
     began = time.monotonic()
-    chosen = _kept_choice(chosen, folder, engine)
     if kept := len(list(folder.glob("walk-*"))):
-        hears.note(f"goes on from layer {kept}: {folder} has those before it")
+        count = len(chosen.layers) * chosen.settings.walks
+        hears.note(f"goes on: {kept} of {count} layers are solved, in {'bf16' if engine.bf16 else 'float32'} as begun")
     images, teacher = _images_and_teacher(plan, chosen, folder, engine, hears)
     models = _Models(teacher, start_student(plan, teacher), images, _written_dtype(plan))
     layers, output = _walk(plan, chosen, folder, engine, models, hears)
@@ -112,6 +134,7 @@ def solve(plan: ConversionPlan, out: Path, inputs: Inputs, listener: Listener = 
         "bf16": engine.bf16,
         "device": engine.device.type,
         "seconds": round(time.monotonic() - began, 1),
+        **({"resumed_at": kept} if kept else {}),
         "layers": [asdict(error) for error in layers],
         "output": asdict(output),
     }
@@ -139,17 +162,6 @@ def _refuse_nan(output: OutputErrors) -> None:
             "the teacher's or the solved student's output is NaN or infinite; look at the checkpoint with `litconvert "
             "inspect --weights`, or convert without solving (--no-solve)"
         )
-
-
-def _kept_choice(chosen: SolvePlan, folder: Path, engine: Engine) -> SolvePlan:
-    """The numbers that an interrupted walk was begun with: another device would choose others."""
-    kept = folder / "chosen.json"
-    names = ("states", "held_out", "images", "local_steps")
-    if engine.is_main and not kept.is_file():
-        write_whole(kept, json.dumps({name: getattr(chosen, name) for name in names}) + "\n")
-    engine.wait()
-    states, held_out, images, local_steps = (int(read_json(kept)[name]) for name in names)
-    return replace(chosen, states=states, held_out=held_out, images=images, local_steps=local_steps)
 
 
 def _images_and_teacher(

@@ -12,6 +12,7 @@ from torch import Tensor
 from litconvert.checkpoints.writing import LazyTensors, write_safetensors
 from litconvert.common.files import whole_file
 from litconvert.common.listener import Task
+from litconvert.errors import LitconvertError
 from litconvert.model.modeling_lit import Block, LiTTransformer2DModel
 from litconvert.solving.layer import LayerSolver
 from litconvert.solving.streams import Streams
@@ -106,20 +107,40 @@ class Walk:
             attention.to_out.weight.zero_()
             attention.to_out.bias.zero_()
         draws = walk * len(self.student.blocks) + layer
-        self.solver.solve(theirs, mine, states, draws=draws, convolution=self.convolution and walk == 0)
+        try:
+            self.solver.solve(theirs, mine, states, draws=draws, convolution=self.convolution and walk == 0)
+        except RuntimeError as error:  # LinAlgError: equations of NaN
+            if "linalg" not in str(error):
+                raise
+            raise _no_numbers(layer) from error
         for parameter in attention.parameters():
             parameter.copy_(parameter.to(self.dtype))
+        if not all(parameter.isfinite().all() for parameter in attention.parameters()):
+            raise _no_numbers(layer)  # and nothing of it is kept
         if self.solver.process == 0:
             with whole_file(kept) as partial:
                 write_safetensors(partial, LazyTensors.of(attention.state_dict()), {"format": "pt"})
 
 
+def _no_numbers(layer: int) -> LitconvertError:
+    return LitconvertError(
+        f"layer {layer} cannot be solved: NaN or infinite values reach it; look at the checkpoint with `litconvert "
+        "inspect --weights` and at the images (--data), solve in float32 (--set solve.mixed_precision=no), or convert "
+        "without solving (--no-solve)"
+    )
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float64, which a Mac's GPU has not."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 def _layer_error(layer: int, held_out: HeldOut) -> LayerError:
     """The residual stream's, where the held-out states are now."""
     pairs = list(zip(held_out.streams, held_out.unsolved, strict=True))
-    scale = sum(float(one.teacher.double().square().sum()) for one, _ in pairs)
-    before = sum(float((x - one.teacher).double().square().sum()) for one, x in pairs)
-    after = sum(float((one.student - one.teacher).double().square().sum()) for one, _ in pairs)
+    scale = sum(float(_wide(one.teacher).square().sum()) for one, _ in pairs)
+    before = sum(float(_wide(x - one.teacher).square().sum()) for one, x in pairs)
+    after = sum(float(_wide(one.student - one.teacher).square().sum()) for one, _ in pairs)
     return LayerError(layer, before / scale, after / scale)
 
 
@@ -146,8 +167,8 @@ def output_errors(teacher: LiTTransformer2DModel, student: LiTTransformer2DModel
     channels = teacher.config.in_channels
     squares: list[Tensor] = []
     for one, x in zip(held_out.streams, held_out.unsolved, strict=True):
-        theirs = teacher.output(one.teacher, one.condition, one.grid).double()
-        mine, start = (student.output(y, one.condition, one.grid).double() for y in (one.student, x))
+        theirs = _wide(teacher.output(one.teacher, one.condition, one.grid))
+        mine, start = (_wide(student.output(y, one.condition, one.grid)) for y in (one.student, x))
         parts = [theirs[:, :channels], (mine - theirs)[:, :channels], (start - theirs)[:, :channels]]
         parts += [theirs[:, channels:], (mine - theirs)[:, channels:]]
         squares.append(torch.stack([part.square().flatten(1).sum(1) for part in parts], dim=1).cpu())
@@ -157,7 +178,7 @@ def output_errors(teacher: LiTTransformer2DModel, student: LiTTransformer2DModel
     whole = sums.sum(0)
 
     def ratio(part: Tensor, index: int, scale: int = 0) -> float | None:
-        return float(part[index] / part[scale]) if part[scale] > 0 else None
+        return float(part[index] / part[scale]) if part[scale] != 0 else None  # NaN is no reason to say nothing
 
     return OutputErrors(
         before=ratio(whole, 2) or 0.0,

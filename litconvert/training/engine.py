@@ -47,7 +47,8 @@ class Engine:
     """A group of processes that train one module, in one precision.
 
     Args:
-        mixed_precision: a recipe's distill.mixed_precision, `auto`, `no` or `bf16`.
+        mixed_precision: of a recipe, `auto`, `no` or `bf16`.
+        key: what the recipe calls it.
 
     Attributes:
         device: this process's.
@@ -59,8 +60,8 @@ class Engine:
     told and is not carried out.
     """
 
-    def __init__(self, mixed_precision: str = "auto") -> None:
-        refuse_launcher_settings(mixed_precision)
+    def __init__(self, mixed_precision: str = "auto", key: str = "distill.mixed_precision") -> None:
+        refuse_launcher_settings(mixed_precision, key)
         self._group = join_group()
         self.device = device_of(self._group)
         self.processes = int(self._group.num_processes)

@@ -53,16 +53,19 @@ def begin(
     """
     finished = False
     if engine.is_main:
-        before = (run.record() or {}).get("bf16")
-        if before is not None and before != engine.bf16 and run.latest_checkpoint() is not None:
+        # Nothing of a run that another command is at is written.
+        with held(run.path, listener) if (run.path / RECORD).is_file() else nullcontext():
+            before, finished = (run.record() or {}).get("bf16"), is_finished(run, wanted)
+            bf16 = before if finished and before is not None else engine.bf16
+            for note in go_on(run, wanted, {**more, "bf16": bf16}, force=force):
+                listener.note(note)
+            finished = is_finished(run, wanted)
+        if before not in (None, bf16) and run.latest_checkpoint() is not None:
             names = {True: "bf16 autocast", False: "float32"}
             listener.note(
-                f"this run was computed in {names[before]} so far, and goes on in {names[engine.bf16]}: set "
-                f"distill.mixed_precision or LITCONVERT_BF16={int(before)} for the same"
+                f"this run was computed in {names[before]} so far, and goes on in {names[bf16]}: stop it and set "
+                f"LITCONVERT_BF16={int(before)} in the environment for the same"
             )
-        for note in go_on(run, wanted, {**more, "bf16": engine.bf16}, force=force):
-            listener.note(note)
-        finished = is_finished(run, wanted)
         if not finished and run.model.is_dir():
             refuse_foreign(run.model, MODEL)  # which the run's result replaces
     engine.wait()

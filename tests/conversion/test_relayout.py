@@ -206,7 +206,11 @@ def test_what_the_original_layout_cannot_say_is_named_with_the_hint_that_restore
     options = ["source.num_attention_heads=4", "student={num_attention_heads: 3, kernel: focused, eps: 1.0e-4}"]
     student = litconvert.convert(tmp_path / "source.pth", tmp_path / "student", overrides=options)
     notes, _ = write_layout(open_source(Source(path=str(student))), tmp_path / "lit.pth", "original")
-    assert [note.split("source.")[1] for note in notes] == ["linear_kernel=focused", "linear_eps=0.0001"]
+    assert [note.split("source.")[1] for note in notes] == [
+        "linear_kernel=focused",
+        "linear_eps=0.0001",
+        "num_attention_heads=4",
+    ]
     given = torch.randn(1, 4, 16, 16), torch.tensor([7])
     caption = torch.randn(1, 5, 20)
     expected = litconvert.load(student)(*given, encoder_hidden_states=caption).sample

@@ -295,6 +295,16 @@ def test_prompts_are_encoded_once_and_t5_is_gone_before_the_teacher_is_read(
     assert events == ["loaded", "freed", "read", "read"]
 
 
+def test_columns_that_nobody_asked_for_are_left_alone(tmp_path: Path) -> None:
+    columns = {"latent": np.zeros((3, 1, 8, 8), np.float32).tolist(), "class_label": [0, 1, 2]}
+    kinds = {"latent": Array3D((1, 8, 8), "float32"), "class_label": Value("int64"), "file_name": Value("string")}
+    named = {**columns, "file_name": ["a.png", "b.png", "c.png"]}
+    Dataset.from_dict(named, features=Features(kinds)).save_to_disk(str(tmp_path / "named"))
+    labels = open_latents(tmp_path / "named").read(0, range(3)).class_labels
+    assert labels is not None
+    assert labels.tolist() == [0, 1, 2]
+
+
 def test_a_list_of_prompts_ships_with_litconvert() -> None:
     prompts = read_prompts(None)
     assert len(prompts) == len(set(prompts)) >= 190

@@ -402,6 +402,27 @@ def test_the_card_of_a_converted_model_says_that_it_is_untrained(hub: HubServer,
     assert 'AutoModel.from_pretrained("tester/m", revision="<commit sha>", trust_remote_code=True)' in card.text
 
 
+def test_the_card_says_untrained_of_nothing_that_has_its_weights(hub: HubServer, picos: Picos, tmp_path: Path) -> None:
+    """A linear source keeps its attention, and a model that is trained from nothing has no source."""
+    again = litconvert.convert(picos.pixels, tmp_path / "again", None, ["seed=5"])
+    litconvert.push(again, "tester/again")
+    text = card_of(hub, "tester/again").text
+    assert "untrained" not in text
+    assert "draws noise" not in text
+    run = tmp_path / "trained"
+    shutil.copytree(picos.pixels, run)
+    record = json.loads((run / "litconvert.json").read_text())
+    changes = {"training": {"steps": 4500, "stages": []}, "source": {**record["source"], "path": None}, "plan": None}
+    (run / "litconvert.json").write_text(json.dumps({**record, **changes}))
+    litconvert.push(run, "tester/trained")
+    card = card_of(hub, "tester/trained")
+    assert "with softmax attention, trained from nothing with litconvert." in card.text
+    for word in ("unnamed checkpoint", "inherited from the source", "imitates its teacher", "untrained"):
+        assert word not in card.text
+    assert "| Licence | cc-by-nc-4.0 |" in card.text
+    assert "linear-attention" not in card.data.tags
+
+
 def test_the_card_of_a_distilled_run_shows_its_stages_scores_and_pictures(
     hub: HubServer, picos: Picos, tmp_path: Path
 ) -> None:

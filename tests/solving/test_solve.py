@@ -22,7 +22,7 @@ from litconvert.sampling.captions import Captions, write_embeddings
 from litconvert.solving.layer import LayerSolver
 from litconvert.solving.streams import Passes, Streams
 from tests.helpers.command import command
-from tests.helpers.listener import Advances
+from tests.helpers.listener import Advances, Hearing
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL: dict[str, Any] = {
@@ -245,6 +245,68 @@ def test_a_walk_that_is_stopped_after_any_layer_goes_on_to_the_same_bits(tmp_pat
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     assert not list(tmp_path.glob(".student.solving-*"))
     assert solved_record(out)["layers"] == solved_record(tmp_path / "whole")["layers"]
+
+
+@pytest.mark.parametrize("inherited", ["none", "q+k+v"])
+def test_a_walk_that_goes_on_where_another_device_chooses_otherwise_is_the_one_that_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inherited: str
+) -> None:
+    source = source_of(tmp_path / "source", {})
+    sets = (f"inherit.attention={inherited}", "solve.local_batch_size=8")
+    monkeypatch.setattr("litconvert.conversion.solve_plan.LOCAL_STEPS", 3)
+    whole = converted(source, tmp_path / "whole", *sets)
+    out, notes = tmp_path / "student", list[str]()
+    with pytest.raises(Stop):
+        converted(source, out, *sets, listener=StopsAfter(1))
+    monkeypatch.setattr("litconvert.conversion.solve_plan.CPU_MACS", 0)  # closed forms alone, and of the projection
+    chosen = litconvert.plan(source, None, ("student.num_attention_heads=2", *SETTINGS, *sets)).solve
+    assert chosen is not None
+    assert chosen.local_steps == 0
+    before = weights(source)
+    converted(source, out, *sets, listener=Hearing(note=notes.append))
+    found, expected = weights(out), weights(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(before[name], value) for name, value in weights(source).items())
+    assert any(note.startswith("goes on: 1 of 3 layers are solved") for note in notes)
+    for key in ("local_steps", "states", "layers", "output"):
+        assert solved_record(out)[key] == solved_record(whole)[key]
+    assert Provenance.read(out).plan == Provenance.read(whole).plan
+    assert (solved_record(out)["resumed_at"], "resumed_at" in solved_record(whole)) == (1, False)
+
+
+@pytest.mark.parametrize("broken", [0, -1])
+def test_images_that_are_no_numbers_are_refused_and_nothing_solved_on_them_is_kept(tmp_path: Path, broken: int) -> None:
+    source = source_of(tmp_path / "source", {})
+    images = torch.randn(32, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(32) % 4
+    write_latents(images, labels, tmp_path / "good", "good")
+    images[broken] = float("nan")
+    write_latents(images, labels, tmp_path / "bad", "bad")
+    sets = ("solve.local_steps=1", "solve.states_per_image=1")
+    with pytest.raises(litconvert.LitconvertError, match="NaN or infinite"):
+        converted(source, tmp_path / "student", f"solve.data={tmp_path / 'bad'}", *sets)
+    for kept in tmp_path.glob(".student.solving-*/walk-*"):
+        assert all(value.isfinite().all() for value in load_file(kept).values())
+    assert not (tmp_path / "student").exists()
+    converted(source, tmp_path / "student", f"solve.data={tmp_path / 'good'}", *sets)
+
+
+def test_a_process_without_a_state_of_a_grid_has_nothing_to_fit() -> None:
+    settings = Solve()
+    solver = LayerSolver(settings, Passes(torch.device("cpu"), 4, False), 0, 1, 1e-3, [1], process=1, processes=2)
+    block = blocks_of(LiTTransformer2DModel(**SMALL))[0]
+    stream, condition = torch.zeros(0, 16, SMALL["hidden_size"]), cast(Any, None)
+    empty = Streams((4, 4), condition, torch.zeros(0), stream, stream)
+    assert solver._problem(block, empty) is None
+
+
+def test_captions_that_nothing_is_drawn_for_are_refused(tmp_path: Path) -> None:
+    write_embeddings(Captions(torch.randn(1, 5, 12), torch.ones(1, 5).long()), tmp_path / "captions.safetensors")
+    given = f"solve.embeddings={tmp_path / 'captions.safetensors'}"
+    with pytest.raises(UsageError, match="since the model draws classes: leave it out"):
+        converted(source_of(tmp_path / "classes", {}), tmp_path / "student", given)
+    with pytest.raises(UsageError, match="since the data has captions of its own: leave it out"):
+        converted(source_of(tmp_path / "text", TEXT), tmp_path / "student", given, f"solve.data={tmp_path}")
 
 
 def test_a_student_is_solved_once_and_not_again(tmp_path: Path) -> None:

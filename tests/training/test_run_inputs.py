@@ -26,7 +26,7 @@ from litconvert.recipe.schema import Hybrid, Recipe
 from litconvert.runs.directory import RunDirectory
 from tests.helpers.defaults import TABLE, changed, current_defaults
 from tests.helpers.listener import Hearing
-from tests.helpers.processes import Forker, patience
+from tests.helpers.processes import Forker, kept_by_another_process, patience
 
 CONSTANT = (
     "distill.stages=[{{objective: hybrid, steps: {steps}, batch_size: 8, learning_rate: 1.0e-3, ema_decay: 0.9}}]"
@@ -299,6 +299,41 @@ def test_force_replaces_only_what_would_be_refused(train: Callable[..., Path]) -
     train("second", CONSTANT.format(steps=7), "seed=5", **again)
     assert seen == [5, 6, 7, *range(1, 8)]
     assert any("of other inputs, is replaced" in note for note in notes)
+
+
+def test_a_run_that_another_command_is_at_is_left_alone(
+    tmp_path: Path, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Stop):
+        train("run", CONSTANT.format(steps=6), listener=Hearing(stop_at(2)))
+    monkeypatch.setattr("litconvert.common.files.HANDOVER_SECONDS", 0.2)
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("run.json", "recipe.yaml")}
+    kept = kept_by_another_process(tmp_path / "run", ".lock")
+    with kept, pytest.raises(LitconvertError, match="another process is at work"):
+        train("run", CONSTANT.format(steps=9))
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+
+
+def test_a_finished_run_keeps_the_precision_that_it_was_computed_in(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LITCONVERT_BF16", "0")
+    with pytest.raises(Stop):
+        train("run", "distill.mixed_precision=auto", "distill.checkpoint_every=1", listener=Hearing(stop_at(2)))
+    monkeypatch.setenv("LITCONVERT_BF16", "1")
+    notes: list[str] = []
+    listener = Hearing(stop_at(3), notes.append)
+    with pytest.raises(Stop):
+        train("run", "distill.mixed_precision=auto", "distill.checkpoint_every=1", listener=listener)
+    (note,) = (note for note in notes if "was computed in" in note)
+    assert note.startswith("this run was computed in float32 so far, and goes on in bf16 autocast")
+    assert "LITCONVERT_BF16=0" in note
+    run = train("run", "distill.mixed_precision=auto", "distill.checkpoint_every=1")
+    monkeypatch.setenv("LITCONVERT_BF16", "0")
+    notes.clear()
+    train("run", "distill.mixed_precision=auto", "distill.checkpoint_every=1", listener=Hearing(note=notes.append))
+    assert not [note for note in notes if "was computed in" in note]
+    assert json.loads((run / "run.json").read_text())["bf16"] is True
 
 
 def test_training_from_nothing_starts_from_nothing(tmp_path: Path) -> None:
