@@ -119,10 +119,11 @@ class Parts:
         write_whole(self.folder / BESIDE, json.dumps({"files": names}) + "\n")
 
     def once(self, path: Path, make: Callable[[], None]) -> None:
-        """Let the main process make a file in `folder` that all need."""
+        """Let the main process make a file in `folder` that all need. Every process calls it."""
         if self.group.process == 0 and not path.exists():
             make()
         _until(path.exists)
+        self.group.wait()  # who is done first removes the folder: not before all have seen the file
 
     def task(self, name: str, total: int) -> Task:
         """The work of this process, of which the first one's is seen."""

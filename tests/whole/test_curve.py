@@ -117,7 +117,7 @@ def test_an_unknown_row_and_overrides_of_the_committed_results_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, message in (
-        (["digits", "--rows", "fresh-7"], "no row fresh-7; there are floor, fresh-0"),
+        (["digits", "--rows", "fresh-7"], "no row fresh-7; there are fresh-0, closed-0"),
         (["digits", "--set", TINY[0]], "name a folder for them"),
     ):
         with pytest.raises(SystemExit):

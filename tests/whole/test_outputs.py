@@ -220,7 +220,7 @@ def test_a_walk_that_is_interrupted_in_its_place_goes_on_there(
     assert "is unfinished" in spoken(command("inspect", place))
     notes: list[str] = []
     litconvert.convert(pico_checkpoint, place, str(pico_recipe), WALK, listener=Hearing(note=notes.append))
-    assert any("goes on from layer" in note for note in notes)
+    assert any(note.startswith("goes on: ") and "layers are solved" in note for note in notes)
     assert not [path for folder in (tmp_path, Path(place)) for path in folder.glob(".*")]
     expected = litconvert.convert(pico_checkpoint, tmp_path / "ordinary", str(pico_recipe), WALK)
     weights = "diffusion_pytorch_model.safetensors"
@@ -383,8 +383,11 @@ def test_a_full_disk_leaves_the_earlier_file_and_is_told_with_its_name(
         assert command(*drawing, "-n", 10, option, small / name).code == 0
         before = (small / name).read_bytes()
         said = spoken(command(*drawing, "-n", 2000, option, small / name, "--force"))
-        assert f"cannot write {small / name}" in said
-        assert "the disk is full" in said
+        if option == "--npz":  # which is foreseen
+            assert "MB are needed and " in said
+        else:
+            assert f"cannot write {small / name}" in said
+            assert "the disk is full" in said
         # Parts that are whole are kept for the same command, which goes on with them.
         assert {path: data for path, data in contents(small).items() if ".shards-" not in path} == {name: before}
 
