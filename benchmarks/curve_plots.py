@@ -155,7 +155,7 @@ def plot_curve(curve: Curve, results: Results, out: Path) -> None:
     for axes in (steps, time):
         if floor:
             axes.axhline(mean(floor), color="#009e73", linestyle="--", linewidth=1, label="the teacher against itself")
-        axes.set(yscale="log", ylabel=DISTANCES[key])
+        axes.set(ylabel=DISTANCES[key])
     steps.set_xscale("symlog", linthresh=100)
     steps.set_xticks([0, 100, 300, 800], ["0", "100", "300", "800"])
     steps.set_xlabel("end-to-end steps of 16 images")
@@ -183,7 +183,8 @@ def plot_foretelling(folder: Path, out: Path) -> None:
                 axes.scatter(*zip(*found, strict=True), s=16, color=COLOURS[arm], label=curve.arms[arm].title)
         axes.set(xscale="log", yscale="log", title=titles[curve.name])
         axes.set(xlabel="relative squared error of the noise", ylabel=DISTANCES["principal_distance"])
-        axes.legend(fontsize=7)
+        if axes.collections:
+            axes.legend(fontsize=7)
     _save(figure, out)
 
 
