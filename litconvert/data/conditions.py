@@ -14,7 +14,7 @@ from litconvert.errors import UsageError
 from litconvert.model.config import ModelConfig
 from litconvert.model.modeling_lit import CaptionConditioning, LiTTransformer2DModel
 from litconvert.model.pipeline_lit import VAE_FACTOR
-from litconvert.recipe.schema import Recipe
+from litconvert.recipe.schema import Recipe, TextEncoder
 
 # Texts to their features (N, L, C) and mask (N, L).
 EncodeTexts = Callable[[list[str]], tuple[Tensor, Tensor]]
@@ -101,11 +101,8 @@ class Conditioner:
 def check_captions(config: ModelConfig, data: LatentDataset, recipe: Recipe) -> None:
     """Raises UsageError for texts that nothing encodes, and for captions that are to be dropped where there is no null
     caption."""
-    if data.condition == "text" and recipe.source.text_encoder is None:
-        raise UsageError(
-            "the data set holds captions as text, and no text encoder is named: set source.text_encoder.path, or "
-            "encode the data with data.encode.captions=embeddings"
-        )
+    if data.condition == "text":
+        _text_encoder(recipe)
     drops = any(stage.condition_dropout for stage in recipe.distill.stages)
     at_hand = config.null_caption or data.condition == "text" or data.null_caption is not None
     if config.reads_captions and drops and not at_hand:
@@ -113,6 +110,15 @@ def check_captions(config: ModelConfig, data: LatentDataset, recipe: Recipe) -> 
             "dropping captions needs the null caption, and neither the model nor the data set holds one: encode the "
             "data with `litconvert latents encode`, or set condition_dropout to 0"
         )
+
+
+def _text_encoder(recipe: Recipe) -> TextEncoder:
+    if recipe.source.text_encoder is None:
+        raise UsageError(
+            "the data set holds captions as text, and no text encoder is named: set source.text_encoder.path, or "
+            "encode the data with data.encode.captions=embeddings"
+        )
+    return recipe.source.text_encoder
 
 
 def make_conditioner(
@@ -137,6 +143,5 @@ def load_encode(recipe: Recipe, tokens: int, device: torch.device) -> EncodeText
     """T5, kept loaded, for captions that are encoded on the fly."""
     from litconvert.sampling.captions import encode_texts, load_text_encoder
 
-    assert recipe.source.text_encoder is not None
-    tokenizer, encoder = load_text_encoder(recipe.source.text_encoder)
+    tokenizer, encoder = load_text_encoder(_text_encoder(recipe))
     return partial(encode_texts, tokenizer, encoder.to(device), tokens=tokens)

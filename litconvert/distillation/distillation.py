@@ -15,6 +15,7 @@ from litconvert.conversion.directory import refuse_changed_source
 from litconvert.conversion.plan import plan_conversion
 from litconvert.conversion.provenance import Provenance
 from litconvert.conversion.solve_plan import solved_names
+from litconvert.data.conditions import check_captions
 from litconvert.data.dataset import LatentDataset, open_latents
 from litconvert.data.synthesize import synthesize_resolved
 from litconvert.distillation.teaching import Teacher, open_outputs
@@ -209,6 +210,7 @@ def _open_data(
         synthesize_resolved(resolved, folder, listener, force=asked.force)
     data = open_latents(folder)
     check_data(lineage.config, data, recipe)
+    check_captions(lineage.config, data, recipe)
     check_same_encoders(data, recipe)
     return data
 

@@ -7,6 +7,7 @@ import torch
 
 from litconvert.common.listener import SILENT, Listener
 from litconvert.conversion.provenance import Provenance
+from litconvert.data.conditions import check_captions
 from litconvert.data.dataset import open_latents
 from litconvert.distillation.teaching import Teacher
 from litconvert.errors import UsageError
@@ -75,6 +76,7 @@ def train(
     engine = Engine(settings.distill.mixed_precision)
     dataset = open_latents(folder)
     check_data(config, dataset, settings)
+    check_captions(config, dataset, settings)
     check_same_encoders(dataset, settings)
     for index, stage in enumerate(settings.distill.stages):
         trained_names(list(model_tensors(config)), stage, f"distill.stages.{index}")

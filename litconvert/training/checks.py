@@ -3,7 +3,6 @@
 import os
 
 from litconvert.common.launch import launched_processes, sharding_asked
-from litconvert.data.conditions import check_captions
 from litconvert.data.dataset import LatentDataset
 from litconvert.errors import UsageError
 from litconvert.model.config import ModelConfig
@@ -106,7 +105,6 @@ def check_data(config: ModelConfig, data: LatentDataset, recipe: Recipe) -> None
                 f"the data set's captions have up to {data.caption_tokens} tokens, the model reads "
                 f"{config.caption_tokens}: encode the data for this model"
             )
-    check_captions(config, data, recipe)
     if recipe.data.flip and not data.pixels and not data.flipped:
         raise UsageError("data.flip needs mirrored latents, which the data set has not: encode it with data.flip=true")
 
