@@ -109,9 +109,7 @@ class Walk:
         draws = walk * len(self.student.blocks) + layer
         try:
             self.solver.solve(theirs, mine, states, draws=draws, convolution=self.convolution and walk == 0)
-        except RuntimeError as error:  # LinAlgError: equations of NaN
-            if "linalg" not in str(error):
-                raise
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # equations of NaN
             raise _no_numbers(layer) from error
         for parameter in attention.parameters():
             parameter.copy_(parameter.to(self.dtype))
