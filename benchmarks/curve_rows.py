@@ -118,10 +118,10 @@ EMOJI = Curve(
     network="efficientnet-lite0",
     arms={
         "paper": Arm(
-            "the paper's recipe", "emoji-32-paper", (), (0, 100, 300, 800), rates=(5e-4, 1e-3, 2e-3), chosen_at=800
+            "the paper's recipe", "emoji-32-paper", (), (0, 100, 300, 800), rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), chosen_at=800
         ),
         "inherited": Arm(
-            "solved, Q, K, V inherited", "emoji-32", (), (0, 100, 300, 800), rates=(1e-4, 3e-4, 1e-3), chosen_at=300
+            "solved, Q, K, V inherited", "emoji-32", (), (0, 100, 300, 500, 800), rates=(2.5e-4, 5e-4, 1e-3), chosen_at=500
         ),
         "long": Arm(
             "solved, Q, K, V inherited, 1,024 states, 400 local steps",
@@ -132,8 +132,9 @@ EMOJI = Curve(
         "closed": Arm("solved, Q, K, V inherited, closed forms alone", "emoji-32", ("solve.local_steps=0",)),
     },
     order=(
-        *(("inherited", 0), ("paper", 800), ("inherited", 300), ("paper", 0), ("inherited", 100), ("paper", 300)),
-        *(("paper", 100), ("inherited", 800), (FLOOR, 0), ("fresh", 0), ("closed", 0), ("long", 0)),
+        *(("inherited", 0), ("inherited", 500), ("paper", 800), (FLOOR, 0), ("paper", 0), ("inherited", 300)),
+        *(("paper", 300), ("inherited", 100), ("paper", 100), ("inherited", 800), ("closed", 0), ("fresh", 0)),
+        ("long", 0),
     ),
     seeds=(0, 1, 2),
     common=(

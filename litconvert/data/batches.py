@@ -91,6 +91,7 @@ class MicroBatches(Dataset[Batch]):
         condition_dropout: share of samples whose condition is dropped.
         flip: mirror half of the samples.
         noise_set: each sample meets so many noises, timesteps and dropped conditions in turn; None: always new ones.
+        stratified: a batch has one timestep in each of batch_size equal parts of all timesteps.
         processes, process: how many share a batch, and which this is.
         accumulation: parts that a process computes its share in.
     """
@@ -103,6 +104,7 @@ class MicroBatches(Dataset[Batch]):
     condition_dropout: float = 0.0
     flip: bool = False
     noise_set: int | None = None
+    stratified: bool = False
     processes: int = 1
     process: int = 0
     accumulation: int = 1
@@ -125,10 +127,7 @@ class MicroBatches(Dataset[Batch]):
                 rows.append(index * self.noise_set + turn)
                 generator = generator_of(self.seed, "noise set", bucket, index, turn)
             noise.append(torch.randn(shape, generator=generator))
-            if self.num_timesteps is None:
-                timesteps.append(torch.rand((), generator=generator))
-            else:
-                timesteps.append(torch.randint(self.num_timesteps, (), generator=generator))
+            timesteps.append(self._timestep(position, generator))
             dropped.append(torch.rand((), generator=generator) < self.condition_dropout)
             flips.append(torch.rand((), generator=generator) < 0.5)
             if self.data.kind == "moments":
@@ -147,6 +146,18 @@ class MicroBatches(Dataset[Batch]):
             bucket,
             torch.tensor(rows) if rows else None,
         )
+
+    def _timestep(self, position: int, generator: torch.Generator) -> Tensor:
+        """Of the sample at this position of a batch, a scalar."""
+        if self.num_timesteps is not None and not self.stratified:
+            return torch.randint(self.num_timesteps, (), generator=generator)
+        share = torch.rand((), generator=generator)
+        if self.stratified:
+            share = (position + share) / self.batch_size
+        if self.num_timesteps is None:
+            return share
+        # Rounding may take the last part's share to 1.
+        return (share * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
     def __getitem__(self, index: int) -> Batch:
         """This process's micro-batch: step times accumulation plus the part."""

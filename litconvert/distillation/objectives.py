@@ -24,18 +24,29 @@ def distillation_terms(
     Every term is a mean over samples, so that a batch split over processes and micro-batches has the same loss.
     Stage `hybrid` (LiT, arXiv 2501.12976, section 3; lambda1 = noise_weight, lambda2 = variance_weight):
     L = MSE(eps) + L_vb + lambda1 MSE(eps_student, eps_teacher) + lambda2 MSE(v_student, v_teacher), with v the raw
-    variance output. Stage `flow_matching`: L = MSE(u) + velocity_weight MSE(u_student, u_teacher), with u the velocity.
+    variance output. With snr_power p each sample counts SNR(t)^-p times in all four. Stage `flow_matching`:
+    L = MSE(u) + velocity_weight MSE(u_student, u_teacher), with u the velocity.
 
     Args:
         student, teacher: outputs for the same x_t, timestep and condition, (N, 2C, H, W), or (N, C, H, W) of
             velocities and of models without a learned variance, whose terms of it there are not; no teacher when its
             weights are 0.
     """
-    terms = {name: value.mean() for name, value in diffusion.terms(student, clean, noise, timestep).items()}
+    errors = diffusion.terms(student, clean, noise, timestep)
     if isinstance(stage, FlowMatchingStage):
+        terms = {name: value.mean() for name, value in errors.items()}
         if teacher is not None and stage.velocity_weight:
             terms["teacher_velocity"] = stage.velocity_weight * F.mse_loss(student.float(), teacher.float())
         return terms
+    weights = None
+    if stage.snr_power:
+        assert isinstance(diffusion, DDPM)
+        weights = diffusion.snr_weights(timestep, stage.snr_power)
+
+    def mean(of_samples: Tensor) -> Tensor:
+        return (of_samples if weights is None else weights * of_samples).mean()
+
+    terms = {name: mean(value) for name, value in errors.items()}
     if not stage.variational_bound:
         terms.pop("variational_bound", None)
     if teacher is None:
@@ -44,9 +55,10 @@ def distillation_terms(
     student_noise, student_variance = student.float().split(parts, dim=1)
     teacher_noise, teacher_variance = teacher.float().split(parts, dim=1)
     if stage.noise_weight:
-        terms["teacher_noise"] = stage.noise_weight * F.mse_loss(student_noise, teacher_noise)
+        terms["teacher_noise"] = stage.noise_weight * mean(sample_means((student_noise - teacher_noise) ** 2))
     if stage.variance_weight and student_variance.shape[1]:
-        terms["teacher_variance"] = stage.variance_weight * F.mse_loss(student_variance, teacher_variance)
+        difference = student_variance - teacher_variance
+        terms["teacher_variance"] = stage.variance_weight * mean(sample_means(difference**2))
     return terms
 
 

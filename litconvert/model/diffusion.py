@@ -81,6 +81,14 @@ class DDPM:
             - self._at("sqrt_recipm1_alphas_cumprod", timestep) * predicted
         )
 
+    def snr_weights(self, timestep: Tensor, power: float) -> Tensor:
+        """SNR(t)^-power at each timestep, (N,) float32, with mean 1 over all timesteps; SNR(t) = abar_t / (1 - abar_t)."""
+        name = f"snr_weights {power}"
+        if name not in self._tables:
+            weights = self._tables["sqrt_recipm1_alphas_cumprod"].cpu().double() ** (2 * power)
+            self._tables[name] = weights / weights.mean()
+        return self._at(name, timestep).flatten()
+
     def terms(self, model_output: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """The terms of DiT's loss for each sample, before weighting.
 

@@ -325,6 +325,9 @@ class Stage(Section):
     """The EMA starts from the stage's first weights, with decay min(ema_decay, (1 + s) / (10 + s)) at step s."""
     condition_dropout: Fraction = 0.1
     """Share of samples whose condition is dropped, for student and teacher alike."""
+    stratified_timesteps: bool = False
+    """One timestep in each of batch_size equal parts of all timesteps, in place of independent ones: the loss changes
+    less from step to step (Kingma et al., arXiv 2107.00630, appendix I.1)."""
     feature_weight: Annotated[float, Field(ge=0)] = 0.0
     """Of the attention outputs of linear layers against the teacher's (0.5 in LinFusion and CLEAR)."""
 
@@ -340,6 +343,9 @@ class Hybrid(Stage):
     """Of the noise term (lambda1 in the paper)."""
     variance_weight: Annotated[float, Field(ge=0)] = 0.05
     """Of the variance term (lambda2 in the paper)."""
+    snr_power: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """A sample counts SNR(t)^-snr_power times: with 0, the paper's, errors of the noise count alike at all timesteps, and
+    those near clean images are by far the largest; with 1 errors of the clean image do; 0.5 is between."""
 
 
 class FlowMatchingStage(Stage):

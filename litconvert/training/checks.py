@@ -32,6 +32,11 @@ def check_model(config: ModelConfig, recipe: Recipe) -> None:
             )
         if len({stage.condition_dropout for stage in settings.stages}) > 1:
             raise UsageError("distill.noise_set draws dropped conditions once: give all stages one condition_dropout")
+        if any(stage.stratified_timesteps for stage in settings.stages):
+            raise UsageError(
+                "distill.noise_set draws each sample's timesteps once, so that those of a batch cannot be stratified; "
+                "set stratified_timesteps to false in all stages"
+            )
     sharded = sharding_asked() and launched_processes() > 1
     for index, stage in enumerate(recipe.distill.stages):
         where = f"distill.stages.{index}"

@@ -200,6 +200,7 @@ class Trainer:
             condition_dropout=settings.condition_dropout,
             flip=self.recipe.data.flip,
             noise_set=self.recipe.distill.noise_set,
+            stratified=settings.stratified_timesteps,
             processes=self.engine.processes,
             process=self.engine.process,
             accumulation=self.recipe.distill.gradient_accumulation_steps,

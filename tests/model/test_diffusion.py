@@ -18,7 +18,7 @@ from litconvert.data.dataset import LatentDataset, open_latents, write_latents
 from litconvert.distillation.objectives import attention_error, distillation_terms
 from litconvert.errors import UsageError
 from litconvert.model.config import ModelConfig
-from litconvert.model.diffusion import DDPM, FlowMatching
+from litconvert.model.diffusion import DDPM, FlowMatching, linear_betas
 from litconvert.recipe.schema import FlowMatchingStage, Hybrid
 
 # The schedule in its definition: Ho et al., appendix B.
@@ -161,6 +161,44 @@ def test_the_hybrid_loss_is_the_papers_sum_with_its_weights() -> None:
         assert terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
 
 
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+def test_samples_count_by_their_signal_to_noise_ratio(power: float) -> None:
+    alphas_cumprod = torch.cumprod(1 - linear_betas(1000), 0)
+    ratio = alphas_cumprod / (1 - alphas_cumprod)
+    timesteps = torch.tensor([0, 30, 999])
+    weights = (ratio**-power / (ratio**-power).mean())[timesteps]
+    everywhere = DDPM().snr_weights(torch.arange(1000), power)
+    assert everywhere.double().mean().item() == pytest.approx(1, rel=1e-6)
+    output, clean, noise = tensors(3)
+    teacher = output + torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+    stage = hybrid(noise_weight=0.5, variance_weight=0.05, snr_power=power)
+    terms = distillation_terms(stage, DDPM(), output, teacher, clean, noise, timesteps)
+    ddpm = DDPM().terms(output, clean, noise, timesteps)
+    difference = (output - teacher).double().square()
+    expected = {
+        "noise": ddpm["noise"].double(),
+        "variational_bound": ddpm["variational_bound"].double(),
+        "teacher_noise": 0.5 * difference[:, :2].mean((1, 2, 3)),
+        "teacher_variance": 0.05 * difference[:, 2:].mean((1, 2, 3)),
+    }
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx((weights * value).mean().item(), rel=1e-5), name
+
+
+def test_with_a_power_of_1_errors_of_the_clean_image_count_alike() -> None:
+    # x_0 is (x_t - sqrt(1 - abar) eps) / sqrt(abar), so its squared error is that of eps over the ratio.
+    _, clean, noise = tensors(3)
+    timesteps = torch.tensor([20, 400, 950])
+    ddpm = DDPM()
+    noisy = ddpm.add_noise(clean, noise, timesteps)
+    wrong = noise + 0.1 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(3))
+    of_noise = (wrong - noise).double().square().mean((1, 2, 3))
+    of_image = (ddpm.clean(noisy, wrong, timesteps) - clean).double().square().mean((1, 2, 3))
+    share = ddpm.snr_weights(timesteps, 1.0).double() * of_noise / of_image
+    torch.testing.assert_close(share, share[:1].expand(3), rtol=1e-3, atol=0)
+
+
 def test_a_student_that_equals_its_teacher_pays_nothing_for_it() -> None:
     output, clean, noise = tensors(3)
     terms = distillation_terms(hybrid(), DDPM(), output, output.clone(), clean, noise, torch.tensor([0, 30, 999]))
@@ -299,6 +337,22 @@ def test_a_finite_noise_set_comes_round_with_its_timestep_and_its_dropped_condit
             assert same(seen.setdefault(row, mine), mine)
     assert sorted(seen) == list(range(30))
     assert len({float(noise.sum()) for noise, _, _ in seen.values()}) == 30
+
+
+@pytest.mark.parametrize("num_timesteps", [1000, None])
+def test_stratified_timesteps_are_one_in_each_part_whoever_draws_them(
+    rows: LatentDataset, num_timesteps: int | None
+) -> None:
+    draws = MicroBatches(rows, 0, 0, batch_size=8, num_timesteps=num_timesteps, stratified=True)
+    scale = num_timesteps or 1
+    for step in range(20):
+        whole = draws.batch(step, range(8))
+        assert (whole.timestep * 8 / scale).floor().tolist() == list(range(8))
+        assert same(joined([draws.batch(step, [place]) for place in range(8)]), parts(whole))
+    # Within its part a timestep is anywhere.
+    last = torch.stack([draws.batch(step, [7]).timestep[0] for step in range(200)]).double() / scale
+    assert last.mean().item() == pytest.approx(15 / 16, abs=0.01)
+    assert last.std().item() == pytest.approx(1 / 8 / 12**0.5, rel=0.15)
 
 
 def test_readers_ahead_read_what_is_read_between_the_steps(rows: LatentDataset) -> None:

@@ -258,6 +258,12 @@ def test_kept_outputs_are_of_one_node(
         litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=[hybrid(), "distill.noise_set=3"])
 
 
+def test_kept_outputs_have_their_own_timesteps(tmp_path: Path, pico_student: Path, data: Path) -> None:
+    sets = [hybrid(stratified_timesteps=True), "distill.noise_set=3"]
+    with pytest.raises(UsageError, match="set stratified_timesteps to false in all stages"):
+        litconvert.distill(pico_student, tmp_path / "run", data=data, overrides=sets)
+
+
 @pytest.mark.slow
 def test_recomputed_blocks_keep_the_gradient_of_their_features(tmp_path: Path, pico_student: Path, data: Path) -> None:
     sets = [hybrid(4, feature_weight=0.5, learning_rate=3e-3)]
