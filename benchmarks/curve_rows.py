@@ -118,10 +118,20 @@ EMOJI = Curve(
     network="efficientnet-lite0",
     arms={
         "paper": Arm(
-            "the paper's recipe", "emoji-32-paper", (), (0, 100, 300, 800), rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), chosen_at=800
+            "the paper's recipe",
+            "emoji-32-paper",
+            (),
+            (0, 100, 300, 800),
+            rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+            chosen_at=800,
         ),
         "inherited": Arm(
-            "solved, Q, K, V inherited", "emoji-32", (), (0, 100, 300, 500, 800), rates=(2.5e-4, 5e-4, 1e-3), chosen_at=500
+            "solved, Q, K, V inherited",
+            "emoji-32",
+            (),
+            (0, 100, 300, 500, 800),
+            rates=(2.5e-4, 5e-4, 1e-3),
+            chosen_at=500,
         ),
         "long": Arm(
             "solved, Q, K, V inherited, 1,024 states, 400 local steps",
