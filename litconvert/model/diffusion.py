@@ -82,7 +82,7 @@ class DDPM:
         )
 
     def snr_weights(self, timestep: Tensor, power: float) -> Tensor:
-        """SNR(t)^-power at each timestep, (N,) float32, of mean 1 over all timesteps; SNR(t) = abar_t / (1 - abar_t)."""
+        """SNR(t)^-power at each timestep, (N,) float32, of mean 1 over them all; SNR(t) = abar_t / (1 - abar_t)."""
         name = f"snr_weights {power}"
         if name not in self._tables:
             weights = self._tables["sqrt_recipm1_alphas_cumprod"].cpu().double() ** (2 * power)

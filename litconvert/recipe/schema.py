@@ -344,8 +344,8 @@ class Hybrid(Stage):
     variance_weight: Annotated[float, Field(ge=0)] = 0.05
     """Of the variance term (lambda2 in the paper)."""
     snr_power: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """A sample counts SNR(t)^-snr_power times. With 0, the paper's, errors of the noise count alike at all timesteps, and
-    those near clean images are by far the largest; with 1 errors of the clean image count alike."""
+    """A sample counts SNR(t)^-snr_power times. With 0, the paper's, errors of the noise count alike at all timesteps,
+    and those near clean images are by far the largest; with 1 errors of the clean image count alike."""
 
 
 class FlowMatchingStage(Stage):
