@@ -231,6 +231,7 @@ class Work:
                 "error": one["error"],
                 "interval": one["interval"],
                 "by_timestep": [part["error"] for part in one["by_timestep"]],
+                "largest_by_timestep": [part["largest"] for part in one["by_timestep"]],
             }
             for name, one in found["student"]["quantities"].items()
         }

@@ -289,13 +289,7 @@ def show_evaluation(report: Mapping[str, Any]) -> None:
             f"{_spread(mine['frechet_distance'], '{:.3f}')}{floor}, in the features of {report['features']['name']}."
         )
     if agreement:
-        (what, mine), *_ = agreement["student"]["quantities"].items()
-        precision = agreement["precision"]
-        line(
-            f"The student's {what} differs from its teacher's by {_percent(mine['error'])} of its square "
-            f"({_interval(mine)}); the teacher's own in {precision['dtype']} by "
-            f"{_percent(precision['quantities'][what]['error'])}, which counts as nothing."
-        )
+        _tell_agreement(agreement)
     line("")
     if models:
         keys = [key for key in METRICS if key in next(iter(models.values()))]
@@ -308,6 +302,23 @@ def show_evaluation(report: Mapping[str, Any]) -> None:
         table(("", *(METRICS[key][0] for key in keys)), rows, numbers=range(1, len(keys) + 1), title=title)
     if agreement:
         _show_agreement(agreement)
+
+
+def _tell_agreement(agreement: Mapping[str, Any]) -> None:
+    """How near the student is to its teacher, in one or two sentences."""
+    (what, mine), *_ = agreement["student"]["quantities"].items()
+    precision = agreement["precision"]
+    nothing, dtype = precision["quantities"][what], precision["dtype"]
+    line(
+        f"The student's {what} differs from its teacher's by {_percent(mine['error'])} of its square "
+        f"({_interval(mine)}); the teacher's own in {dtype} by {_percent(nothing['error'])}, which counts as nothing."
+    )
+    if what == "noise":
+        student, teacher = (max(part["largest"] for part in one["by_timestep"][5:]) for one in (mine, nothing))
+        line(
+            f"In the noisier half of the timesteps no single value is off by more than {student:.2g} of the root mean "
+            f"square ({dtype}: {teacher:.2g}); much larger errors there become specks in the samples."
+        )
 
 
 def _show_agreement(agreement: Mapping[str, Any]) -> None:

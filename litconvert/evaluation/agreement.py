@@ -80,9 +80,10 @@ def agreement(
         task: advances with each pass of a model.
 
     Returns: {"images", "inputs", "student": errors, "precision": {"dtype", **errors}}, where errors are {"quantities":
-    {name: {"error", "interval", "by_timestep": [{"low", "high", "error", "interval"}]}}, "layers": [{"layer", "error",
-    "interval"}]}. Quantities are `noise` and, where both learned it, the raw `variance`, or the `velocity`; and
-    `clean`, the x_0 that these mean. A layer's is that of the residual stream behind its block.
+    {name: {"error", "interval", "by_timestep": [{"low", "high", "error", "interval", "largest"}]}}, "layers":
+    [{"layer", "error", "interval"}]}. Quantities are `noise` and, where both learned it, the raw `variance`, or the
+    `velocity`; and `clean`, the x_0 that these mean. `largest` is the error of the worst single value, over the root
+    mean square of the teacher's. A layer's is that of the residual stream behind its block.
 
     Raises LitconvertError where an output is no number.
     """
@@ -179,21 +180,22 @@ def _numbered(streams: list[Tensor]) -> dict[str, Tensor]:
 
 
 class _Sums:
-    """Squared errors and squares of each input, by what they are of: (TENTHS, K) float64 on the CPU."""
+    """Mean squared errors, mean squares and largest squared errors of each input, by what they are of: (TENTHS, K)
+    float64 on the CPU."""
 
     def __init__(self, images: int) -> None:
         self.images = images
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def add(self, tenth: int, images: range, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+        some = slice(images.start, images.stop)
         for name, value in ((name, value) for name, value in theirs.items() if name in mine):
-            empty = (self.images,)
-            wrong, whole = self.sums.setdefault(
-                name, (torch.zeros(TENTHS, *empty).double(), torch.zeros(TENTHS, *empty).double())
-            )
-            some = slice(images.start, images.stop)
-            for sums, difference in ((wrong, mine[name].float() - value.float()), (whole, value.float())):
-                sums[tenth, some] = difference.square().flatten(1).sum(1).cpu().double()
+            empty = torch.zeros(3, TENTHS, self.images, dtype=torch.float64)
+            wrong, whole, largest = self.sums.setdefault(name, tuple(empty))
+            squares = (mine[name].float() - value.float()).square().flatten(1)
+            wrong[tenth, some] = squares.mean(1).cpu().double()
+            whole[tenth, some] = value.float().square().flatten(1).mean(1).cpu().double()
+            largest[tenth, some] = squares.amax(1).cpu().double()
 
     def errors(self, end: float, seed: int) -> dict[str, Any]:
         """As `agreement` returns them."""
@@ -202,7 +204,7 @@ class _Sums:
         chosen = torch.randint(self.images, (RESAMPLES, self.images), generator=generator)
         quantities: dict[str, Any] = {}
         layers = []
-        for name, (wrong, whole) in self.sums.items():
+        for name, (wrong, whole, largest) in self.sums.items():
             if not (wrong.isfinite().all() and (whole > 0).all()):
                 raise LitconvertError(
                     "an output of the teacher or the student is NaN, infinite or all zero; look at the checkpoints "
@@ -212,16 +214,22 @@ class _Sums:
             if name.isdecimal():
                 layers.append({"layer": int(name), **total})
                 continue
+            extremes = (largest.amax(1) / whole.mean(1)).sqrt().tolist()
             parts = [
-                {"low": end * tenth / TENTHS, "high": end * (tenth + 1) / TENTHS, **_estimate(*pair, chosen)}
-                for tenth, pair in enumerate(zip(wrong, whole, strict=True))
+                {
+                    "low": end * tenth / TENTHS,
+                    "high": end * (tenth + 1) / TENTHS,
+                    **_estimate(wrong[tenth], whole[tenth], chosen),
+                    "largest": extremes[tenth],
+                }
+                for tenth in range(TENTHS)
             ]
             quantities[name] = {**total, "by_timestep": parts}
         return {"quantities": quantities, "layers": layers}
 
 
 def _estimate(wrong: Tensor, whole: Tensor, chosen: Tensor) -> dict[str, Any]:
-    """The quotient of sums (K,), and the interval of those of the chosen images (RESAMPLES, K)."""
+    """The quotient of the means' sums (K,), and the interval of those of the chosen images (RESAMPLES, K)."""
     resampled = wrong[chosen].sum(1) / whole[chosen].sum(1)
     ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
     return {"error": float(wrong.sum() / whole.sum()), "interval": resampled.quantile(ends).tolist()}

@@ -80,16 +80,20 @@ def test_errors_are_quotients_of_sums_over_the_same_inputs() -> None:
     assert (found["images"], found["inputs"]) == (IMAGES, TENTHS * IMAGES)
 
     names = ("noise", "variance", "clean", "last")
-    wrong, whole = ({name: [0.0] * TENTHS for name in names} for _ in range(2))
+    wrong, whole, largest = ({name: [0.0] * TENTHS for name in names} for _ in range(3))
     for tenth, index in product(range(TENTHS), range(IMAGES)):
         for name, (mine, theirs) in plain(student, teacher, asked, tenth, index).items():
             wrong[name][tenth] += float((mine - theirs).square().sum())
             whole[name][tenth] += float(theirs.square().sum())
+            largest[name][tenth] = max(largest[name][tenth], float((mine - theirs).abs().max()))
     for name in ("noise", "variance", "clean"):
         quantity = found["student"]["quantities"][name]
         assert quantity["error"] == pytest.approx(sum(wrong[name]) / sum(whole[name]), rel=1e-3)
         expected = [one / other for one, other in zip(wrong[name], whole[name], strict=True)]
         assert [part["error"] for part in quantity["by_timestep"]] == pytest.approx(expected, rel=1e-3)
+        scales = [math.sqrt(one / IMAGES / 64) for one in whole[name]]
+        expected = [one / scale for one, scale in zip(largest[name], scales, strict=True)]
+        assert [part["largest"] for part in quantity["by_timestep"]] == pytest.approx(expected, rel=1e-3)
     assert [part["low"] for part in quantity["by_timestep"]] == [100.0 * tenth for tenth in range(TENTHS)]
     layers = found["student"]["layers"]
     assert [one["layer"] for one in layers] == [0, 1]
