@@ -21,7 +21,7 @@ from benchmarks.digits_rows import rate_text
 from litconvert.common.files import whole_file
 
 COLOURS = {"fresh": "#0072b2", "inherited": "#d55e00", "closed": "#56b4e9", "few": "#cc79a7"}
-COLOURS |= {"long": "#e69f00", "paper": "#555555"}
+COLOURS |= {"long": "#e69f00", "paper": "#555555", "lower": "#aaaaaa"}
 DISTANCES = {
     "principal_distance": "Fréchet distance, 64 directions",
     "frechet_distance": "Fréchet distance, all features",
@@ -224,7 +224,8 @@ def markdown(folder: Path) -> str:
         if any(settings.searches for settings in curve.arms.values()):
             parts.append(f"Rates were chosen by:\n\n{rates_table(curve, results)}")
     results = results_of(EMOJI, folder)
-    pairs = [(Row("inherited", steps), Row("paper", 800)) for steps in EMOJI.arms["inherited"].lengths]
+    lengths = EMOJI.arms["inherited"].lengths
+    pairs = [(Row("inherited", steps), Row(arm, 800)) for arm in ("paper", "lower") for steps in lengths]
     claims = [claim(EMOJI, results, *pair, key) for pair in pairs for key in DISTANCES]
     claims += [foretelling(curve, results_of(curve, folder)) for curve in CURVES.values()]
     return "\n\n".join([*parts, *filter(None, claims)])

@@ -125,6 +125,8 @@ EMOJI = Curve(
             rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
             chosen_at=800,
         ),
+        # The seed that rates are chosen on favoured the one above; over three seeds this one is nearer.
+        "lower": Arm("the paper's recipe at half that rate", "emoji-32-paper", (), (800,), rates=(2e-3,)),
         "inherited": Arm(
             "solved, Q, K, V inherited",
             "emoji-32",
@@ -142,9 +144,9 @@ EMOJI = Curve(
         "closed": Arm("solved, Q, K, V inherited, closed forms alone", "emoji-32", ("solve.local_steps=0",)),
     },
     order=(
-        *(("inherited", 0), ("inherited", 500), ("paper", 800), (FLOOR, 0), ("paper", 0), ("inherited", 300)),
-        *(("paper", 300), ("inherited", 100), ("paper", 100), ("inherited", 800), ("closed", 0), ("fresh", 0)),
-        ("long", 0),
+        *(("inherited", 0), ("inherited", 500), ("paper", 800), (FLOOR, 0), ("lower", 800), ("paper", 0)),
+        *(("inherited", 300), ("paper", 300), ("inherited", 100), ("paper", 100), ("inherited", 800), ("closed", 0)),
+        *(("fresh", 0), ("long", 0)),
     ),
     seeds=(0, 1, 2),
     common=(
