@@ -21,7 +21,7 @@ from benchmarks.digits_rows import rate_text
 from litconvert.common.files import whole_file
 
 COLOURS = {"fresh": "#0072b2", "inherited": "#d55e00", "closed": "#56b4e9", "few": "#cc79a7"}
-COLOURS |= {"long": "#e69f00", "paper": "#555555", "lower": "#aaaaaa"}
+COLOURS |= {"long": "#e69f00", "paper": "#555555", "lower": "#aaaaaa", "loss": "#009e73"}
 DISTANCES = {
     "principal_distance": "Fréchet distance, 64 directions",
     "frechet_distance": "Fréchet distance, all features",

@@ -54,7 +54,7 @@ def test_every_row_has_a_recipe_with_its_steps_and_seeds(tmp_path: Path, of: Cur
         recipe = work.recipe(row, seed)
         (stage,) = recipe.distill.stages
         assert isinstance(stage, Hybrid)
-        assert (recipe.solve is None) == (row.arm in ("paper", "lower", FLOOR))
+        assert (recipe.solve is None) == (row.arm in ("paper", "lower", "loss", FLOOR))
         assert (recipe.seed, recipe.data.synthesize.seed, recipe.evaluate.seeds) == (seed, 1 + seed, (100 + seed,))
         if row.steps:
             assert (stage.steps, stage.batch_size, stage.schedule) == (row.steps, 16, "cosine")
