@@ -21,7 +21,7 @@ from benchmarks.digits_rows import rate_text
 from litconvert.common.files import whole_file
 
 COLOURS = {"fresh": "#0072b2", "inherited": "#d55e00", "closed": "#56b4e9", "few": "#cc79a7"}
-COLOURS |= {"long": "#e69f00", "paper": "#555555", "lower": "#aaaaaa", "loss": "#009e73"}
+COLOURS |= {"long": "#e69f00", "paper": "#555555", "lower": "#aaaaaa", "loss": "#009e73", "even": "#cc79a7"}
 DISTANCES = {
     "principal_distance": "Fréchet distance, 64 directions",
     "frechet_distance": "Fréchet distance, all features",
@@ -142,7 +142,7 @@ def _line(axes: Any, arm: str, title: str, data: Iterable[tuple[float, Sequence[
 
 def plot_curve(curve: Curve, results: Results, out: Path) -> None:
     """Distance over steps and over time, and errors by timestep."""
-    figure = Figure(figsize=(11, 3.8), dpi=110)
+    figure = Figure(figsize=(11, 4.6), dpi=110)
     steps, time, timestep = figure.subplots(1, 3)
     key = "principal_distance"
     for arm, settings in curve.arms.items():
@@ -155,12 +155,13 @@ def plot_curve(curve: Curve, results: Results, out: Path) -> None:
     for axes in (steps, time):
         if floor:
             axes.axhline(mean(floor), color="#009e73", linestyle="--", linewidth=1, label="the teacher against itself")
-        axes.set(ylabel=DISTANCES[key])
-    steps.set_xscale("symlog", linthresh=100)
-    steps.set_xticks([0, 100, 300, 500, 800], ["0", "100", "300", "500", "800"])
+        axes.set(ylabel=DISTANCES[key], yscale="log")
+        ticks = [2, 5, 10, 20, 50, 100, 200]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+    steps.set_xticks([0, 100, 300, 500, 800])
     steps.set_xlabel("end-to-end steps of 16 images")
     time.set_xlabel("seconds of one core, the walk counted in")
-    steps.legend(fontsize=7)
     for row, style in ((Row("paper", 800), "-"), (Row("inherited", 0), "--"), (Row("inherited", 500), "-")):
         found = [record for seed in curve.seeds if (record := results.read(row, seed)) is not None]
         if found:
@@ -169,7 +170,9 @@ def plot_curve(curve: Curve, results: Results, out: Path) -> None:
             timestep.plot(range(50, 1000, 100), lines, style, color=COLOURS[row.arm], label=name)
     timestep.set(yscale="log", xlabel="timestep (0: clean image)", ylabel="relative squared error of the noise")
     timestep.legend(fontsize=7)
-    _save(figure, out)
+    figure.tight_layout(rect=(0, 0.17, 1, 1))
+    figure.legend(*steps.get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8)
+    _save(figure, out, tight=False)
 
 
 def plot_foretelling(folder: Path, out: Path) -> None:

@@ -18,6 +18,8 @@ EMOJI_TEACHER = Path(__file__).parent / "teachers" / "emoji-32"
 FLOOR, SEARCH_SEED = "floor", 7
 # What recipe emoji-32 has in its stage and emoji-32-paper has not, but for the rate.
 OUR_LOSS = ("noise_weight=10", "variance_weight=1", "snr_power=0.5", "stratified_timesteps=true", "warmup_steps=30")
+# The same stage as the paper weights it.
+EVEN_LOSS = ("snr_power=0", "stratified_timesteps=false", "warmup_steps=0")
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,13 @@ EMOJI = Curve(
             rates=(2.5e-4, 5e-4, 1e-3),
             chosen_at=500,
         ),
+        "even": Arm(
+            "solved, Q, K, V inherited, all timesteps alike",
+            "emoji-32",
+            tuple(f"distill.stages.0.{one}" for one in EVEN_LOSS),
+            (300,),
+            rates=(1e-4,),
+        ),
         "long": Arm(
             "solved, Q, K, V inherited, 1,024 states, 400 local steps",
             "emoji-32",
@@ -155,7 +164,7 @@ EMOJI = Curve(
     order=(
         *(("inherited", 0), ("inherited", 500), ("paper", 800), (FLOOR, 0), ("lower", 800), ("paper", 0)),
         *(("inherited", 300), ("paper", 300), ("inherited", 100), ("paper", 100), ("inherited", 800), ("closed", 0)),
-        *(("loss", 800), ("fresh", 0), ("long", 0)),
+        *(("loss", 800), ("even", 300), ("fresh", 0), ("long", 0)),
     ),
     seeds=(0, 1, 2),
     common=(
