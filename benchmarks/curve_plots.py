@@ -187,7 +187,7 @@ def plot_foretelling(folder: Path, out: Path) -> None:
         axes.set(xscale="log", yscale="log", title=titles[curve.name])
         axes.set(xlabel="relative squared error of the noise", ylabel=DISTANCES["principal_distance"])
         if axes.collections:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="lower right")
     _save(figure, out)
 
 
