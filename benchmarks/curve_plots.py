@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from PIL import Image
 
 from benchmarks.curve_rows import CURVES, DIGITS, EMOJI, FLOOR, RESULTS, SEARCH_SEED, Curve, Results, Row
@@ -177,7 +178,7 @@ def plot_curve(curve: Curve, results: Results, out: Path) -> None:
 
 def plot_foretelling(folder: Path, out: Path) -> None:
     """Distance over the error of the noise, for both teachers."""
-    figure = Figure(figsize=(9, 3.8), dpi=110)
+    figure = Figure(figsize=(9, 5.2), dpi=110)
     titles = {EMOJI.name: "colour emoji", DIGITS.name: "digits"}
     for axes, curve in zip(figure.subplots(1, 2), CURVES.values(), strict=True):
         results = results_of(curve, folder)
@@ -186,8 +187,11 @@ def plot_foretelling(folder: Path, out: Path) -> None:
                 axes.scatter(*zip(*found, strict=True), s=16, color=COLOURS[arm], label=curve.arms[arm].title)
         axes.set(xscale="log", yscale="log", title=titles[curve.name])
         axes.set(xlabel="relative squared error of the noise", ylabel=DISTANCES["principal_distance"])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.minorticks_off()
         if axes.collections:
-            axes.legend(fontsize=7, loc="lower right")
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     _save(figure, out)
 
 
