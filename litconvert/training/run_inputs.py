@@ -31,7 +31,7 @@ EXECUTION = {
 SINCE_FORMAT_1: dict[str, Any] = {
     "max_skipped_steps": True,
     "start": True,
-    "stages": {"__all__": {"solved_learning_rate"}},
+    "stages": {"__all__": {"solved_learning_rate", "snr_power", "stratified_timesteps"}},
 }
 
 
