@@ -89,7 +89,7 @@ def agreement(
     """
     config = ModelConfig.of(teacher.config)
     others = {"student": _pass_of(student), "precision": _pass_of(teacher, LOW_PRECISION)}
-    sums = {name: _Sums(len(images.clean)) for name in others}
+    sums = {name: _InputErrors(len(images.clean)) for name in others}
     original = _pass_of(teacher)
     diffusion = make_diffusion(config, images.num_timesteps)
     for tenth in range(TENTHS):
@@ -179,19 +179,19 @@ def _numbered(streams: list[Tensor]) -> dict[str, Tensor]:
     return {str(layer): stream for layer, stream in enumerate(streams)}
 
 
-class _Sums:
+class _InputErrors:
     """Mean squared errors, mean squares and largest squared errors of each input, by what they are of: (TENTHS, K)
     float64 on the CPU."""
 
     def __init__(self, images: int) -> None:
         self.images = images
-        self.sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.inputs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def add(self, tenth: int, images: range, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
         some = slice(images.start, images.stop)
         for name, value in ((name, value) for name, value in theirs.items() if name in mine):
             empty = torch.zeros(3, TENTHS, self.images, dtype=torch.float64)
-            wrong, whole, largest = self.sums.setdefault(name, tuple(empty))
+            wrong, whole, largest = self.inputs.setdefault(name, tuple(empty))
             squares = (mine[name].float() - value.float()).square().flatten(1)
             wrong[tenth, some] = squares.mean(1).cpu().double()
             whole[tenth, some] = value.float().square().flatten(1).mean(1).cpu().double()
@@ -204,7 +204,7 @@ class _Sums:
         chosen = torch.randint(self.images, (RESAMPLES, self.images), generator=generator)
         quantities: dict[str, Any] = {}
         layers = []
-        for name, (wrong, whole, largest) in self.sums.items():
+        for name, (wrong, whole, largest) in self.inputs.items():
             if not (wrong.isfinite().all() and (whole > 0).all()):
                 raise LitconvertError(
                     "an output of the teacher or the student is NaN, infinite or all zero; look at the checkpoints "
