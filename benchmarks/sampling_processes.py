@@ -1,8 +1,8 @@
 """How much sooner two processes draw a set of samples than one, each process with one thread.
 
-    python -m benchmarks.sampling_processes [--num 2000] [--steps 8]
+    python -m benchmarks.sampling_processes [--num 2000] [--steps 8] [--rounds 3]
 
-The embedded digits teacher, in float32, alone and by two launched processes in turn, three times. Wall time of
+The embedded digits teacher, in float32, alone and by two launched processes in turn, --rounds times. Wall time of
 the commands as a user waits for them, imports and the joining of the file included; what starting takes is measured
 by itself. Pictures of the two files are compared. Written to
 benchmarks/results/sampling_processes.json.
@@ -23,7 +23,6 @@ import numpy as np
 
 from benchmarks.provenance import provenance
 
-ROUNDS = 3
 RESULT = Path(__file__).parent / "results" / "sampling_processes.json"
 
 
@@ -48,12 +47,12 @@ def compared(one: Path, other: Path) -> dict[str, float]:
     return {"largest": int(difference.max()), "share": float((difference > 0).mean())}
 
 
-def measure(num: int, steps: int) -> dict[str, Any]:
+def measure(num: int, steps: int, rounds: int) -> dict[str, Any]:
     """Both in turn, so that what else the machine does meets both."""
     times: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         files = {processes: Path(folder) / f"{processes}.npz" for processes in times}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for processes, found in times.items():
                 found.append(round(seconds(processes, files[processes], num, steps), 2))
                 print(f"{processes} process(es): {found[-1]:.1f} s", flush=True)
@@ -76,8 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=2000, help="samples")
     parser.add_argument("--steps", type=int, default=8, help="of the sampler")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turn")
     asked = parser.parse_args()
-    result = {**provenance(), **measure(asked.num, asked.steps)}
+    result = {**provenance(), **measure(asked.num, asked.steps, asked.rounds)}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
