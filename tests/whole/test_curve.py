@@ -61,6 +61,14 @@ def test_every_row_has_a_recipe_with_its_steps_and_seeds(tmp_path: Path, of: Cur
             assert stage.learning_rate in of.arms[row.arm].rates
 
 
+def test_the_paper_s_recipe_with_our_loss_has_the_stage_of_ours_but_for_its_length_and_rate(tmp_path: Path) -> None:
+    work = work_in(tmp_path)
+    (mixed,), (ours,) = (
+        work.recipe(row, 0).distill.stages for row in (Row("loss", 800), Row("inherited", 500, rate=5e-4))
+    )
+    assert mixed == ours.model_copy(update={"steps": 800, "learning_rate": 2e-3})
+
+
 def test_what_an_arm_s_rate_is_chosen_by_comes_before_its_rows(tmp_path: Path) -> None:
     work = work_in(tmp_path)
     keys = [task.key for task in work.tasks()]
